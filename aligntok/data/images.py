@@ -1,0 +1,173 @@
+"""Reading, cropping and flipping of single images, PIL in and PIL out."""
+
+import math
+import random
+import struct
+import zlib
+from os import PathLike, fspath
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from aligntok.errors import UserError
+
+_DECODER_ERRORS = (  # what the decoders of Pillow raise on damaged files
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+_MAX_16_BIT = 65535
+_REDUCING_GAP = 3.0  # from here on the result is "almost indistinguishable" from a full one (Pillow, Image.resize)
+_NUM_ATTEMPTS = 10  # of torchvision's RandomResizedCrop
+
+
+def read_image(path: str | PathLike[str], min_size: int | None = None) -> Image.Image:
+    """Read the first frame of an image file as RGB, turned upright as its EXIF orientation says.
+
+    Args:
+        path: Any file that Pillow reads.
+        min_size: Allow a JPEG to be decoded at 1/2, 1/4 or 1/8 as long as both sides keep this many pixels. Much faster
+            on large photographs, but the pixels differ slightly from a full decode: for training, not for evaluation.
+
+    Raises:
+        UserError: If the file is missing, empty, truncated, no image, or has pixels without an agreed 8-bit scale.
+    """
+    try:
+        with Image.open(path) as image:
+            if min_size is not None:
+                image.draft(None, (min_size, min_size))  # nothing but JPEG heeds it
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except _DECODER_ERRORS as error:
+        raise UserError(f"cannot read image {fspath(path)}: {_reason(Path(path), error)}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to 8-bit RGB: 16-bit grey by its high byte, transparency composited on white.
+
+    Raises:
+        UserError: If the pixels are floating point or integers outside 16 bits, which have no agreed scale.
+    """
+    transparent = image.has_transparency_data
+    if image.mode == "F":
+        raise UserError("floating point pixels have no agreed scale; convert to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image, transparent = _grey_from_16_bit(image), False
+    if transparent:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale the image to just cover ``size`` = (H, W) and cut out its middle.
+
+    For a square this is the crop that ImageNet generators are trained and evaluated with.
+
+    Reference:
+        Dhariwal and Nichol, ADM, arXiv:2105.05233, ``center_crop_arr`` of openai/guided-diffusion.
+    """
+    image = _cover(image, size)
+    return _cut(image, size, left=(image.width - size[1]) // 2, top=(image.height - size[0]) // 2)
+
+
+def random_crop(image: Image.Image, size: tuple[int, int], generator: random.Random) -> Image.Image:
+    """Scale the image as ``center_crop`` does and cut out ``size`` = (H, W) at a random place."""
+    image = _cover(image, size)
+    left = generator.randint(0, image.width - size[1])
+    return _cut(image, size, left=left, top=generator.randint(0, image.height - size[0]))
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: tuple[int, int],
+    generator: random.Random,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
+    """Cut out a box of random area and aspect ratio and resize it to ``size`` = (H, W).
+
+    Args:
+        image: Any size.
+        size: (H, W) of the result.
+        generator: Source of the randomness.
+        scale: Least and greatest area of the box, as a part of the image.
+        ratio: Least and greatest width over height of the box, uniform in the logarithm.
+
+    Reference:
+        Szegedy et al., Going deeper with convolutions, arXiv:1409.4842, section 6;
+        ``RandomResizedCrop`` of torchvision.
+    """
+    left, top, width, height = _random_box(image.width, image.height, generator, scale, ratio)
+    return to_rgb(image).resize(
+        (size[1], size[0]),
+        Image.Resampling.BICUBIC,
+        box=(left, top, left + width, top + height),
+        reducing_gap=_REDUCING_GAP,
+    )
+
+
+def random_flip(image: Image.Image, generator: random.Random) -> Image.Image:
+    """Mirror left and right in half of the cases."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 1 / 2 else image
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "the file is no image, or of a format that Pillow does not know"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    """Return the high byte of 16-bit grey, white where the file declares one grey value as transparent."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > _MAX_16_BIT:
+        raise UserError(f"pixels in {values.min()}..{values.max()} have no agreed scale; convert to 8 or 16 bits")
+    grey = (values >> 8).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize so that the image just covers ``size`` = (H, W): box halvings first, as they are cheap, then bicubic."""
+    image = to_rgb(image)
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = max(width / image.width, height / image.height)
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+
+
+def _cut(image: Image.Image, size: tuple[int, int], left: int, top: int) -> Image.Image:
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def _random_box(
+    width: int, height: int, generator: random.Random, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw (left, top, width, height) of a box that lies inside an image of the given width and height."""
+    for _ in range(_NUM_ATTEMPTS):
+        area = width * height * generator.uniform(*scale)
+        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = generator.randint(0, width - box_width), generator.randint(0, height - box_height)
+            return left, top, box_width, box_height
+    # the image is too long for such a box: the largest one in its middle that keeps to the aspect ratios
+    box_width, box_height = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height

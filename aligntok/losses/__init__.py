@@ -1,0 +1,7 @@
+"""What is minimised: plain modules and functions that know no trainer."""
+
+from aligntok.losses.adversarial import AdversarialLoss, hinge
+from aligntok.losses.perceptual import LPIPS, FeatureDistance
+from aligntok.losses.semantic import semantic_preservation
+
+__all__ = ["LPIPS", "AdversarialLoss", "FeatureDistance", "hinge", "semantic_preservation"]

@@ -1,0 +1,119 @@
+"""The adversarial game of tokenizer training: hinge loss, adaptive weight, one discriminator pass for both players.
+
+Reference:
+    Esser et al., Taming Transformers (VQGAN), arXiv:2012.09841, section 3.2: the adaptive weight.
+    Lim and Ye, Geometric GAN, arXiv:1705.02894: the hinge loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aligntok.schedule import Schedule, always_zero_until, check_schedule, value_at
+
+ADAPTIVE_EPS = 1e-4  # in the denominator of the adaptive weight, as in VQGAN and VA-VAE
+
+
+@dataclass
+class AdversarialTerms:
+    """What one batch gives to the two players.
+
+    Attributes:
+        generator: -E[D(reconstruction)], (); its gradient is wanted at the reconstruction only.
+        discriminator: Hinge loss, (); its gradient is for the discriminator's weights only.
+        health: Mean logits and accuracies, for the log.
+    """
+
+    generator: Tensor
+    discriminator: Tensor
+    health: dict[str, Tensor]
+
+
+class AdversarialLoss(nn.Module):
+    """A discriminator and how much its opinion weighs.
+
+    Args:
+        discriminator: Image (B, 3, H, W) in [0, 1] to logits, positive for real.
+        weight: Weight of the generator's term over the steps, on top of the adaptive weight.
+        adaptive: Scale the term so that its gradient at the decoder's last layer is as long as the reconstruction's.
+        max_adaptive_weight: Upper bound of that scale.
+        discriminator_start: Step at which the discriminator begins to learn; by default 1,000 steps before ``weight``
+            leaves zero, because an untrained critic ruins reconstructions.
+    """
+
+    WARMUP = 1000
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        weight: Schedule = 0.5,
+        adaptive: bool = True,
+        max_adaptive_weight: float = 1e4,
+        discriminator_start: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self.weight = check_schedule("adversarial.weight", weight)
+        self.adaptive, self.max_adaptive_weight = adaptive, max_adaptive_weight
+        if discriminator_start is None:
+            discriminator_start = max(0, (always_zero_until(weight) or 0) - self.WARMUP)
+        self.discriminator_start = discriminator_start
+
+    def active(self, step: int) -> bool:
+        """Whether the discriminator learns at optimizer step ``step``."""
+        return step >= self.discriminator_start
+
+    def weight_at(self, step: int) -> float:
+        """Weight of the generator's term at optimizer step ``step``."""
+        return value_at(self.weight, step)
+
+    def forward(self, image: Tensor, reconstruction: Tensor) -> AdversarialTerms:
+        """Judge real and reconstructed images, once each.
+
+        Args:
+            image: Real, (B, 3, H, W) in [0, 1].
+            reconstruction: A LEAF that requires grad, cut off from the decoder, (B, 3, H, W): both players' losses hang on
+                the same pass, and what each of them sends back is picked by the caller.
+        """
+        real = self.discriminator(image).float()
+        fake = self.discriminator(reconstruction).float()
+        health = {
+            "logit_real": real.detach().mean(),
+            "logit_fake": fake.detach().mean(),
+            "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()),
+        }
+        return AdversarialTerms(-fake.mean(), hinge(real, fake), health)
+
+    def idle(self) -> Tensor:
+        """Return a zero that touches every weight: distributed training then finds no unused parameters."""
+        return torch.stack([parameter.sum() * 0 for parameter in self.discriminator.parameters()]).sum()
+
+    def adaptive_weight(self, reconstruction: Tensor, rec_grad: Tensor, adv_grad: Tensor, last_layer: Tensor) -> Tensor:
+        """Return the ratio () of both terms' gradient norms at the decoder's last layer, the same on all ranks.
+
+        Args:
+            reconstruction: The decoder's output, with its graph, (B, 3, H, W).
+            rec_grad: Gradient of the reconstruction terms at the reconstruction, (B, 3, H, W).
+            adv_grad: Gradient of the generator's adversarial term there, (B, 3, H, W).
+            last_layer: Weight of the decoder's last layer.
+        """
+        if not self.adaptive:
+            return rec_grad.new_ones(())
+        norms = []
+        for gradient in (rec_grad, adv_grad):
+            at_layer = torch.autograd.grad(reconstruction, last_layer, gradient.to(reconstruction), retain_graph=True)[0].float()
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(at_layer)  # the sum: a common factor cancels in the ratio, up to the eps
+                at_layer = at_layer / dist.get_world_size()
+            norms.append(at_layer.norm())
+        return (norms[0] / (norms[1] + ADAPTIVE_EPS)).clamp(0, self.max_adaptive_weight)
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """Return the discriminator's hinge loss (), half for each kind of image."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

@@ -1,0 +1,31 @@
+"""Semantic preservation: keep the latent where the pretrained encoder put it.
+
+Reference:
+    AlignTok, arXiv:2509.25162, section 3: L_sp between the current latent and that of a frozen snapshot of encoder and adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Distance = Literal["l2", "cosine"]
+
+
+def semantic_preservation(latent: Tensor, anchor: Tensor, distance: Distance = "l2") -> Tensor:
+    """Return the mean distance () between the current latent and the frozen snapshot's.
+
+    The paper does not say in which unit its l2 is taken. Ours: both latents are normalised by the snapshot's own mean and
+    standard deviation per channel, so that the loss is the mean squared drift in units of the latent's variance, and
+    ``w_sp`` means the same for every encoder, adapter and latent size.
+
+    Args:
+        latent: Normalised latent of the network in training, (B, C, h, w).
+        anchor: Normalised latent of the snapshot on the same image, (B, C, h, w).
+        distance: ``l2``, the mean squared difference, or ``cosine``, one minus the cosine along the channels.
+    """
+    if distance == "cosine":
+        return (1 - F.cosine_similarity(latent.float(), anchor.float(), dim=1)).mean()
+    return F.mse_loss(latent.float(), anchor.float())

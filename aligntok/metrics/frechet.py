@@ -1,0 +1,411 @@
+"""Fréchet distance between two sets of images, in the features of any network (FID when that network is Inception).
+
+Reference:
+    Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, arXiv:1706.08500.
+"""
+
+import http.client
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from aligntok.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """Mean and covariance of the features of a set of images: all that a Fréchet distance needs to know of it.
+
+    Attributes:
+        mean: (D,) float64.
+        cov: (D, D) float64, with the divisor ``count - 1`` like ``numpy.cov``.
+        count: Number of images measured.
+        source: Id of what was measured (hash of the image list and transform, say); "" when nobody said.
+        features: Id of the feature network, its ``name``.
+
+    Raises:
+        UserError: The shapes do not fit together.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    count: int
+    source: str
+    features: str
+
+    def __post_init__(self) -> None:
+        if self.mean.dim() != 1 or self.cov.shape != (len(self.mean), len(self.mean)):
+            raise UserError(
+                f"feature statistics need a mean of shape (D,) and a covariance of shape (D, D), got "
+                f"{tuple(self.mean.shape)} and {tuple(self.cov.shape)}: measure them again with `reference()`"
+            )
+        object.__setattr__(self, "mean", self.mean.detach().to("cpu", torch.float64))
+        object.__setattr__(self, "cov", self.cov.detach().to("cpu", torch.float64))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; a reader sees the old file or the whole new one, never a part."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"count": str(self.count), "source": self.source, "features": self.features}
+        tensors = {"mean": self.mean.contiguous(), "cov": self.cov.contiguous()}
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(safetensors_bytes(tensors, metadata))
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FeatureStatistics":
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: No such file, not a safetensors file, an entry missing, or shapes that do not fit.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"reference statistics not found: {path} (write them with `FeatureStatistics.save`)")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is not a safetensors file ({error}): give a file that `FeatureStatistics.save` wrote"
+            ) from error
+        missing = [key for key in ("mean", "cov") if key not in tensors]
+        missing += [key for key in ("count", "source", "features") if key not in metadata]
+        if missing or not metadata["count"].isdecimal():
+            problem = f"lacks {', '.join(missing)}" if missing else f"has count {metadata['count']!r}"
+            raise UserError(f"{path} {problem}: give a file that `FeatureStatistics.save` wrote")
+        mean, cov, count = tensors["mean"], tensors["cov"], int(metadata["count"])
+        try:
+            return cls(mean, cov, count, source=metadata["source"], features=metadata["features"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+
+class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchmetrics ships no types that mypy may read
+    """FID with any feature network, exact counts, and statistics that can be kept in a file.
+
+    What differs from the parent:
+
+    - Images are first made what a PNG would hold (clamped to [0, 1], rounded to 8 bits), so that the number equals the
+      one of an offline tool that reads the written files.
+    - The network runs in float32 without autocast; it is frozen, put into eval mode, and belongs neither to
+      ``state_dict`` nor to ``parameters()``. Sums are float64 whatever dtype the surrounding module is cast to.
+    - Over ranks one all-reduce per sum. Every rank must call ``compute`` and ``reference``.
+    - The distance comes from symmetric eigendecompositions, see ``frechet_distance``.
+
+    Args:
+        features: Network from image (B, 3, H, W), float32 in [0, 1], to features (B, D). It has the attributes
+            ``name: str`` ("inception", "efficientnet_lite0"), an id that is compared with that of reference statistics,
+            and ``num_features: int``, which is D. Resizing and pixel statistics are its own business.
+        reset_real_features: Whether ``reset`` also forgets the real images and the reference.
+        **kwargs: Of ``torchmetrics.Metric``, such as ``process_group``.
+
+    Raises:
+        UserError: ``features`` lacks ``name`` or ``num_features``.
+    """
+
+    def __init__(self, features: nn.Module, reset_real_features: bool = True, **kwargs: Any) -> None:
+        if not isinstance(getattr(features, "name", None), str) or not isinstance(
+            getattr(features, "num_features", None), int
+        ):
+            raise UserError(
+                f"the feature network {type(features).__name__} needs the attributes `name: str` and "
+                "`num_features: int`: set them in its __init__"
+            )
+        super().__init__(feature=features, reset_real_features=reset_real_features, normalize=True, **kwargs)
+        del self.inception  # registered by the parent; in a tuple it stays out of state_dict and parameters()
+        self._features = (features.eval().requires_grad_(False),)
+        self._reference: FeatureStatistics | None = None
+
+    @property
+    def features(self) -> nn.Module:
+        """The feature network."""
+        return self._features[0]
+
+    @property
+    def metric_name(self) -> str:
+        """``fid`` for Inception features, ``fd_<name>`` for others: only the first may be compared with papers."""
+        name = self.features.name
+        return "fid" if name == "inception" else f"fd_{name}"
+
+    def update(self, image: Tensor, real: bool) -> None:
+        """Add images to one of the two sets.
+
+        Args:
+            image: (B, 3, H, W), any float dtype, in [0, 1]. Generated images may overshoot, they are clamped.
+            real: Whether they belong to the reference set.
+
+        Raises:
+            UserError: Integer or NaN images, another shape, a range that is not [0, 1], features of another shape than
+                (B, ``num_features``), or real images while reference statistics are set.
+        """
+        if real and self._reference is not None:
+            raise UserError(
+                "real images given to FrechetDistance while reference statistics are set, which replace them: "
+                "leave out these updates, or reset() a metric that was made with reset_real_features=True"
+            )
+        self._check(image, real)
+        pixels = image.float().clamp(0, 1).mul(255).round().div(255)
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            features = self.features(pixels)
+        if features.shape != (len(image), self.features.num_features):
+            raise UserError(
+                f"feature network {self.features.name!r} gave {tuple(features.shape)} for {len(image)} images, "
+                f"expected {(len(image), self.features.num_features)}: correct its `num_features`, or flatten its output"
+            )
+        features = features.double()
+        kind = "real" if real else "fake"
+        for name, term in (
+            ("sum", features.sum(dim=0)),
+            ("cov_sum", features.T @ features),
+            ("num_samples", len(features)),
+        ):
+            name = f"{kind}_features_{name}"
+            setattr(self, name, getattr(self, name) + term)
+
+    def compute(self) -> Tensor:
+        """Return the distance between the two sets of all ranks, a float64 scalar >= 0.
+
+        Raises:
+            UserError: Fewer than 2 images in a set, or features that are not finite.
+        """
+        reference = self._reference or self._statistics("real")
+        generated = self._statistics("fake")
+        device = self.fake_features_sum.device
+        return frechet_distance(*(x.to(device) for x in (reference.mean, reference.cov, generated.mean, generated.cov)))
+
+    def set_reference(self, statistics: FeatureStatistics) -> None:
+        """Compare with these statistics from now on, in place of real images; real images given before are forgotten.
+
+        Every rank must do so.
+
+        Raises:
+            UserError: They are of another feature network or dimension, or of fewer than 2 images.
+        """
+        if statistics.features != self.features.name or len(statistics.mean) != self.features.num_features:
+            raise UserError(
+                f"the reference statistics ({statistics.source or 'unnamed source'}) are of features "
+                f"{statistics.features!r} with {len(statistics.mean)} dimensions, this metric uses "
+                f"{self.features.name!r} with {self.features.num_features}: measure the reference with the same network"
+            )
+        if statistics.count < 2:
+            raise UserError(
+                f"the reference statistics are of {statistics.count} image(s), a covariance needs 2 or more"
+            )
+        for name in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
+            setattr(self, name, torch.zeros_like(getattr(self, name)))
+        self._reference = statistics
+        self._computed = None
+
+    def reference(self, source: str = "") -> FeatureStatistics:
+        """Return the statistics of the real images of all ranks, or those that were set.
+
+        Args:
+            source: Id of the real images, to be kept with the statistics; "" keeps the id they have.
+
+        Raises:
+            UserError: Fewer than 2 real images, or features that are not finite.
+        """
+        if self._reference is not None:
+            return replace(self._reference, source=source or self._reference.source)
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            sums = self.real_features_sum, self.real_features_cov_sum, self.real_features_num_samples
+        return replace(self._statistics("real", sums), source=source)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: the distance of one batch has no meaning.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("FrechetDistance has no value for one batch: call update(image, real) and compute()")
+
+    def reset(self) -> None:
+        """Forget the generated images and, with ``reset_real_features``, the real ones and the reference."""
+        super().reset()
+        if self.reset_real_features:
+            self._reference = None
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> "FrechetDistance":
+        """Change nothing: sums are always float64."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> nn.Module:
+        """Follow a surrounding module to its device, never to its dtype, which would round the sums."""
+        device = fn(torch.empty(0, device=self.device)).device
+        self.features.to(device)
+        return super()._apply(lambda x: x.to(device), exclude_state)  # type: ignore[no-any-return]  # untyped parent
+
+    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+        """Add up the sums with all-reduce; the parent gathers world_size matrices of D x D on every rank."""
+        if dist_sync_fn is not gather_all_tensors:
+            super()._sync_dist(dist_sync_fn, process_group)
+            return
+        for name in self._reductions:
+            total = getattr(self, name).clone()
+            dist.all_reduce(total, group=process_group or self.process_group)
+            setattr(self, name, total)
+
+    def _statistics(self, kind: str, sums: tuple[Tensor, Tensor, Tensor] | None = None) -> FeatureStatistics:
+        """Turn sum, sum of outer products and count into statistics."""
+        names = (f"{kind}_features_{x}" for x in ("sum", "cov_sum", "num_samples"))
+        total, products, number = sums or (getattr(self, name) for name in names)
+        count = int(number)
+        word = "real" if kind == "real" else "generated"
+        if count < 2:
+            remedy = ", or set_reference(statistics)" if kind == "real" else ""
+            raise UserError(
+                f"FrechetDistance saw {count} {word} image(s), it needs 2 or more (and many thousands to mean "
+                f"anything): call update(image, real={kind == 'real'}){remedy}"
+            )
+        if not (total.isfinite().all() and products.isfinite().all()):
+            raise UserError(f"the features {self.features.name!r} of the {word} images contain NaN or infinity")
+        mean = total / count
+        cov = (products - count * torch.outer(mean, mean)) / (count - 1)
+        return FeatureStatistics(mean, cov, count, source="", features=str(self.features.name))
+
+    @staticmethod
+    def _check(image: Tensor, real: bool) -> None:
+        """Refuse what is surely no image in [0, 1], but not an overshooting decoder."""
+        if not image.is_floating_point():
+            raise UserError(f"FrechetDistance takes float images in [0, 1], got {image.dtype}: divide uint8 by 255")
+        if image.dim() != 4 or image.shape[1] != 3 or len(image) == 0:
+            raise UserError(f"FrechetDistance takes images of shape (B, 3, H, W), got {tuple(image.shape)}")
+        # One wild pixel of a decoder is clamped like any overshoot; a whole batch beyond 2 is the range 0..255.
+        low, high = (x.item() for x in image.aminmax())
+        too_high = high > 2 and (real or image.mean(dtype=torch.float32).item() > 2)
+        if low != low or too_high or (real and low < -0.5):
+            raise UserError(
+                f"FrechetDistance takes float images in [0, 1], got {'real' if real else 'generated'} images in "
+                f"[{low:.4g}, {high:.4g}]: map -1..1 with (x + 1) / 2, divide 0..255 by 255; "
+                "for NaN look at the decoder"
+            )
+
+
+class InceptionFeatures(nn.Module):
+    """Pool-3 features of the Inception network of 2015 that every published FID uses.
+
+    torch-fidelity's port: the weights converted from TensorFlow, the resize to 299 of TensorFlow 1 (bilinear, no
+    half-pixel centres, no antialias), (x - 128) / 128. So numbers compare with those of torch-fidelity and the ADM
+    evaluator, not with torchmetrics' own default, which resizes with antialias.
+
+    The weights are looked for at first use: ``weights``, then ``$ALIGNTOK_HOME``, then the checkpoint folder of
+    ``torch.hub``; then they are downloaded into the first of these
+    folders that is set. They belong to no ``state_dict``.
+
+    Args:
+        weights: Path of ``weights-inception-2015-12-05-6726825d.pth``.
+    """
+
+    FILE: str = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    SHA256_PREFIX = "6726825d"  # torch.hub's naming convention, name-<hash>.pth
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        self.name = "inception"
+        self.num_features = 2048
+        self.weights = weights
+        self._network: tuple[nn.Module, ...] = ()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits.
+
+        Raises:
+            UserError: The weights are nowhere and cannot be downloaded, or the file is not what it should be.
+        """
+        if not self._network:
+            self._network = (self._load(self._find()),)
+        network = self._network[0]
+        if next(network.parameters()).device != image.device:
+            network.to(image.device)
+        features: Tensor = network(image.float().clamp(0, 1).mul(255).round().byte())[0]
+        return features
+
+    def _find(self) -> Path:
+        """Return the path of the weights, downloaded when they are nowhere."""
+        if self.weights is not None:
+            path = Path(self.weights).expanduser()
+            if not path.is_file():
+                raise UserError(f"Inception weights not found: {path} (argument `weights`); it should be {self.FILE}")
+            return path
+        home = os.environ.get("ALIGNTOK_HOME")
+        folders = [Path(home).expanduser()] if home else []
+        folders.append(Path(torch.hub.get_dir()) / "checkpoints")
+        for folder in folders:
+            if (folder / self.FILE).is_file():
+                return folder / self.FILE
+        path = folders[0] / self.FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), self.SHA256_PREFIX, progress=False)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise UserError(
+                f"FID needs {self.FILE} (95 MB), which is in none of {', '.join(map(str, folders))} and could not be "
+                f"downloaded ({error}). Copy it into one of these folders from a machine with internet (the folder of "
+                "$ALIGNTOK_HOME is looked at first), give its path as `weights`, or choose other features"
+            ) from error
+        return path
+
+    @staticmethod
+    def _load(path: Path) -> nn.Module:
+        """Build the network with the weights of ``path``."""
+        try:
+            # torch-fidelity unpickles without restriction: a file that passes here has nothing to run there.
+            torch.load(path, map_location="cpu", weights_only=True)
+            network: nn.Module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+        except Exception as error:  # whatever unpickling or strict loading makes of a wrong file
+            raise UserError(
+                f"{path} does not hold the Inception weights ({type(error).__name__}: {str(error)[:200]}): delete it, "
+                f"and put {InceptionFeatures.FILE} there"
+            ) from error
+        return network
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians, never below 0.
+
+    ``|mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^(1/2))``. With ``cov = A A^T`` the last trace is the
+    sum of the singular values of ``A1^T A2``. No matrix square root and no unsymmetric eigenvalues, whose error grows
+    with the square root of the rounding error and which depend on the library when there are fewer images than
+    features.
+
+    Args:
+        mean1: (D,) float64.
+        cov1: (D, D) float64, symmetric, positive up to rounding.
+        mean2: (D,) float64.
+        cov2: (D, D) float64, as ``cov1``.
+
+    Returns:
+        Float64 scalar.
+
+    Reference:
+        Dowson and Landau, The Fréchet distance between multivariate normal distributions, 1982.
+    """
+    shift = (mean1 - mean2).square().sum()
+    overlap = torch.linalg.svdvals(_factor(cov1).T @ _factor(cov2)).sum()
+    distance: Tensor = shift + cov1.trace() + cov2.trace() - 2 * overlap
+    return distance.clamp_min(0)
+
+
+def _factor(cov: Tensor) -> Tensor:
+    """Return A (D, rank) with ``cov = A A^T``; eigenvalues that are rounding error, negative ones included, are 0."""
+    values, vectors = torch.linalg.eigh(cov)
+    tolerance = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0)  # the rule of matrix_rank
+    keep = values > tolerance
+    factor: Tensor = vectors[:, keep] * values[keep].sqrt()
+    return factor

@@ -1,0 +1,23 @@
+"""Plain torch networks: read, tested and used without Lightning."""
+
+from aligntok.networks.adapters import GaussianAdapter, LinearAdapter, MLPAdapter
+from aligntok.networks.conv_decoder import ConvDecoder
+from aligntok.networks.discriminators import BlurDiscriminator, PatchDiscriminator
+from aligntok.networks.encoders import VisionEncoder
+from aligntok.networks.frozen import Frozen
+from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
+from aligntok.networks.transformer_decoder import TransformerDecoder
+
+__all__ = [
+    "BlurDiscriminator",
+    "ConvDecoder",
+    "Frozen",
+    "GaussianAdapter",
+    "LinearAdapter",
+    "MLPAdapter",
+    "PatchDiscriminator",
+    "Tokenizer",
+    "TokenizerSpec",
+    "TransformerDecoder",
+    "VisionEncoder",
+]

@@ -1,0 +1,71 @@
+"""Adapters: from the encoder's width to the latent's channels, cell by cell.
+
+Reference:
+    AlignTok, arXiv:2509.25162, section 3: the adapter follows the encoder and ends in ``d`` latent channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LinearAdapter(nn.Module):
+    """One 1x1 convolution, the default.
+
+    Args:
+        width: Channels of the encoder's features.
+        latent_dim: Channels of the latent, d.
+    """
+
+    def __init__(self, width: int, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.project = nn.Conv2d(width, latent_dim, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the latent (B, latent_dim, h, w) of features (B, width, h, w)."""
+        return self.project(features)  # type: ignore[no-any-return]
+
+
+class MLPAdapter(LinearAdapter):
+    """Two 1x1 convolutions with a GELU between them.
+
+    Args:
+        width: Channels of the encoder's features.
+        latent_dim: Channels of the latent, d.
+        hidden_width: Channels in between.
+    """
+
+    def __init__(self, width: int, latent_dim: int, hidden_width: int) -> None:
+        super().__init__(hidden_width, latent_dim)
+        self.expand = nn.Sequential(nn.Conv2d(width, hidden_width, 1), nn.GELU())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the latent (B, latent_dim, h, w) of features (B, width, h, w)."""
+        return self.project(self.expand(features))  # type: ignore[no-any-return]
+
+
+class GaussianAdapter(LinearAdapter):
+    """A linear adapter with a second output, the log-variance of a diagonal Gaussian: for the ablation with a KL term.
+
+    The latent is the mean; a stage with ``kl_weight`` samples in training. The paper finds that KL brings nothing.
+
+    Args:
+        width: Channels of the encoder's features.
+        latent_dim: Channels of the latent, d.
+    """
+
+    LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in LDM's autoencoder
+
+    def __init__(self, width: int, latent_dim: int) -> None:
+        super().__init__(width, latent_dim)
+        self.project_log_variance = nn.Conv2d(width, latent_dim, 1)
+
+    def sample(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a sample (B, latent_dim, h, w) of the posterior, and its KL divergence from N(0, 1), summed, per image."""
+        mean = self(features)
+        log_variance = self.project_log_variance(features).clamp(*self.LOG_VARIANCE_RANGE)
+        latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
+        return latent, divergence

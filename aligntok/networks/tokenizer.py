@@ -1,0 +1,113 @@
+"""The tokenizer: encoder, adapter and decoder as one network, and the contract that everything else relies on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from aligntok.errors import UserError
+from aligntok.networks.encoders import pair
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What a generator must know of a tokenizer.
+
+    Attributes:
+        kind: ``continuous`` (latents) or ``discrete`` (tokens).
+        latent_shape: (C, h, w) of one latent.
+        image_size: (H, W) of one image in pixels.
+        downsampling: Image pixels per latent cell, f.
+    """
+
+    kind: Literal["continuous", "discrete"]
+    latent_shape: tuple[int, int, int]
+    image_size: tuple[int, int]
+    downsampling: int
+
+
+class Tokenizer(nn.Module):
+    """Image to latent and back: ``decode(encode(image))`` is the reconstruction.
+
+    ``encode`` gives normalised latents, ``(adapter(encoder(image)) - latent_mean) / latent_std``, and ``decode`` takes
+    them; mean and std are buffers of the tokenizer, 0 and 1 until they are measured, and nobody else scales.
+
+    Args:
+        encoder: Image (B, 3, H, W) in [0, 1] to features (B, width, h, w); has ``image_size`` and ``downsampling``.
+        adapter: Features to raw latent (B, latent_dim, h, w); has ``latent_dim``.
+        decoder: Raw latent to image, nominally in [0, 1]; has ``latent_dim``, ``downsampling`` and ``last_layer``.
+
+    Raises:
+        UserError: Parts that do not fit each other; both values are named.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, encoder: nn.Module, adapter: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
+        for key in ("latent_dim",):
+            if getattr(adapter, key) != getattr(decoder, key):
+                raise UserError(f"adapter.{key} {getattr(adapter, key)} differs from decoder.{key} {getattr(decoder, key)}")
+        if encoder.downsampling != decoder.downsampling:
+            raise UserError(
+                f"encoder.downsampling {encoder.downsampling} differs from the decoder's upsampling {decoder.downsampling}:"
+                " change the number of decoder levels (2 per level) or the encoder's downsampling"
+            )
+        latent_dim: int = adapter.latent_dim  # type: ignore[assignment]
+        self.register_buffer("latent_mean", torch.zeros(latent_dim, 1, 1))
+        self.register_buffer("latent_std", torch.ones(latent_dim, 1, 1))
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """What generators, caches and callbacks need to know."""
+        size, factor = pair(self.encoder.image_size), int(self.encoder.downsampling)  # type: ignore[arg-type]
+        shape = (int(self.latent_mean.shape[0]), size[0] // factor, size[1] // factor)
+        return TokenizerSpec("continuous", shape, size, factor)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Return the normalised latent (B, C, h, w) of an image (B, 3, H, W) in [0, 1]."""
+        return self.normalize(self.adapter(self.encoder(image)))
+
+    def decode(self, latent: Tensor, clamp: bool = True) -> Tensor:
+        """Return the image (B, 3, H, W) of a normalised latent (B, C, h, w), in [0, 1] unless ``clamp`` is off."""
+        image: Tensor = self.decoder(latent * self.latent_std + self.latent_mean)
+        return image.clamp(0, 1) if clamp else image
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the reconstruction (B, 3, H, W) in [0, 1] of an image (B, 3, H, W) in [0, 1]."""
+        return self.decode(self.encode(image))
+
+    def normalize(self, raw_latent: Tensor) -> Tensor:
+        """Return the adapter's output in units of the latent's own mean and standard deviation per channel."""
+        return (raw_latent - self.latent_mean) / self.latent_std
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set the mean and standard deviation (C,) of the raw latents.
+
+        Raises:
+            UserError: A channel that does not vary, which no generator could use.
+        """
+        if not bool((std > 0).all()):
+            dead = (std <= 0).nonzero().flatten().tolist()
+            raise UserError(f"latent channels {dead} are constant over the measured images: the adapter collapsed")
+        self.latent_mean.copy_(mean.view_as(self.latent_mean))
+        self.latent_std.copy_(std.view_as(self.latent_std))
+
+    def fingerprint(self) -> str:
+        """Return a hash of all weights and buffers that shape the latent: equal hash, equal latents."""
+        digest = hashlib.sha256(repr(self.spec).encode())
+        latent_parts = {"encoder": self.encoder, "adapter": self.adapter}
+        tensors = {f"{part}.{key}": value for part, net in latent_parts.items() for key, value in net.state_dict().items()}
+        tensors |= {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
+        for key in sorted(tensors):
+            value = tensors[key].detach().cpu().contiguous()
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.view(torch.uint8).numpy().data if value.ndim else repr(value.item()).encode())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,130 @@
+"""The three stages of AlignTok.
+
+Reference:
+    Aligning Visual Foundation Encoders to Tokenizers for Diffusion Models, arXiv:2509.25162, section 3.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from aligntok.losses import AdversarialLoss
+from aligntok.losses.semantic import Distance, semantic_preservation
+from aligntok.networks.frozen import Frozen
+from aligntok.networks.lora import DOWN, UP, add_lora
+from aligntok.networks.tokenizer import Tokenizer
+from aligntok.schedule import Schedule, check_schedule, value_at
+from aligntok.stages.tokenizer_stage import Terms, TokenizerStage
+from aligntok.weights.checkpoint import load_strictly, part_of, tokenizer_state
+
+
+class LatentAlignment(TokenizerStage):
+    """Stage 1: adapter and decoder learn to reconstruct from the frozen encoder, so that the latent keeps its semantics."""
+
+    trains = ("adapter", "decoder")
+    previous_stages = ("LatentAlignment",)  # to train it for longer
+
+
+class PerceptualAlignment(TokenizerStage):
+    """Stage 2: everything learns and the latent picks up detail, held near its stage-1 place by the semantic loss.
+
+    The loss gains ``semantic_weight`` times the distance between the latent and that of a frozen snapshot of the stage-1
+    encoder and adapter on the same image. Both latents are measured in units of the snapshot's standard deviation per channel
+    (taken before the first step), because an l2 has no meaning without a unit; features are compared as the encoder gives them.
+
+    Args:
+        tokenizer: As for every tokenizer stage.
+        learning_rate: As for every tokenizer stage.
+        semantic_weight: w_sp, over the steps; 1 in the paper, and 0 gives its ablation without the loss.
+        semantic_distance: ``l2`` or ``cosine``.
+        semantic_before_adapter: Compare the encoder's features instead of the latents (an ablation that loses).
+        lora_rank: Train low-rank updates of the encoder's linear layers instead of the layers (an ablation that loses).
+        perceptual: As for every tokenizer stage.
+        perceptual_weight: As for every tokenizer stage.
+        adversarial: As for every tokenizer stage.
+        discriminator_learning_rate: As for every tokenizer stage.
+        kl_weight: As for every tokenizer stage.
+        optimizer: As for every tokenizer stage.
+        max_nonfinite_steps: As for every tokenizer stage.
+    """
+
+    previous_stages = ("LatentAlignment",)
+    measures_latents = True
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        learning_rate: Schedule = 1e-4,
+        semantic_weight: Schedule = 1.0,
+        semantic_distance: Distance = "l2",
+        semantic_before_adapter: bool = False,
+        lora_rank: int | None = None,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: Schedule = 1.0,
+        adversarial: AdversarialLoss | None = None,
+        discriminator_learning_rate: Schedule | None = None,
+        kl_weight: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        max_nonfinite_steps: int = 10,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            learning_rate,
+            perceptual,
+            perceptual_weight,
+            adversarial,
+            discriminator_learning_rate,
+            kl_weight,
+            optimizer,
+            max_nonfinite_steps,
+        )
+        self.semantic_weight = check_schedule("semantic_weight", semantic_weight)
+        self.semantic_distance: Distance = semantic_distance
+        self.semantic_before_adapter = semantic_before_adapter
+        self.anchor = Frozen(nn.Sequential(deepcopy(tokenizer.encoder), deepcopy(tokenizer.adapter)))
+        if lora_rank is not None:
+            add_lora(tokenizer.encoder, lora_rank)
+
+    def latent_terms(self, image: Tensor, features: Tensor, latent: Tensor) -> Terms:
+        """Return the semantic preservation loss."""
+        with torch.no_grad():
+            anchor_features = self.anchor.network[0](image)
+            anchor = self.tokenizer.normalize(self.anchor.network[1](anchor_features))
+        pair = (features, anchor_features) if self.semantic_before_adapter else (latent, anchor)
+        weight = value_at(self.semantic_weight, self.global_step)
+        return {"semantic": (weight, semantic_preservation(*pair, self.semantic_distance))}
+
+    def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Take stage 1's tokenizer, and the snapshot of its encoder and adapter."""
+        state = tokenizer_state(checkpoint)
+        updates = {key: value for key, value in self.tokenizer.state_dict().items() if key.endswith((UP, DOWN))}
+        load_strictly(self.tokenizer, state | updates, f"--init_from {path}")
+        for module, part in zip(self.anchor.network, ("encoder", "adapter"), strict=True):
+            load_strictly(module, part_of(state, part), f"--init_from {path}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the snapshot: a run resumes without the stage-1 file."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["anchor"] = self.anchor.network.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the snapshot back."""
+        super().on_load_checkpoint(checkpoint)
+        load_strictly(self.anchor.network, checkpoint["anchor"], "the checkpoint's anchor")
+
+
+class DecoderRefinement(TokenizerStage):
+    """Stage 3: only the decoder learns, on the final latents, whose mean and standard deviation are measured first.
+
+    The latent space stays as it is, so this stage may also come after a generator was trained.
+    """
+
+    trains = ("decoder",)
+    previous_stages = ("PerceptualAlignment", "LatentAlignment", "DecoderRefinement")
+    measures_latents = True

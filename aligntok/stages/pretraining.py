@@ -1,0 +1,84 @@
+"""A stand-in for a pretrained encoder, where none is at hand: a small backbone learns the data's own labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aligntok.networks.encoders import VisionEncoder
+from aligntok.schedule import Schedule
+from aligntok.stages.stage import Stage
+from aligntok.weights.checkpoint import write_atomically
+
+
+class EncoderPretraining(Stage):
+    """Trains an encoder to name the class of an image from the mean of its features.
+
+    At the end it writes the backbone to ``encoder.safetensors`` in the run's folder: the tokenizer stages load that file with
+    ``encoder.weights``, as they load DINOv2.
+
+    Args:
+        encoder: A small ``VisionEncoder``, ``weights: null``.
+        num_classes: Classes of the data.
+        learning_rate: Over the optimizer steps.
+        label_smoothing: Of the cross-entropy, in [0, 1).
+        optimizer: Built with the parameters.
+        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        num_classes: int,
+        learning_rate: Schedule = 1e-3,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        max_nonfinite_steps: int = 10,
+    ) -> None:
+        super().__init__(learning_rate, optimizer, max_nonfinite_steps)
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.width, num_classes)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return class logits (B, num_classes) of an image (B, 3, H, W) in [0, 1]."""
+        return self.head(self.encoder(image).mean((-2, -1)))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the cross-entropy of one batch."""
+        logits = self(batch["image"])
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy(logits, batch["label"])}, batch_size=len(logits))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the accuracy on held-out images."""
+        logits = self(batch["image"])
+        prefix = "test" if self.trainer.testing else "val"
+        logs = {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy(logits, batch["label"])}
+        self.log_dict({f"{prefix}/{k}": v for k, v in logs.items()}, batch_size=len(logits), sync_dist=True)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure on the test images what validation measures."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the class probabilities (B, num_classes)."""
+        return self(batch["image"]).softmax(-1)  # type: ignore[no-any-return]
+
+    def on_fit_end(self) -> None:
+        """Write the backbone's weights."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            state = {key: value.detach().cpu().contiguous() for key, value in self.encoder.backbone.state_dict().items()}
+            write_atomically(Path(self.trainer.default_root_dir) / "encoder.safetensors", lambda path: save_file(state, path))
+
+
+def accuracy(logits: Tensor, label: Tensor) -> Tensor:
+    """Return the share () of logits (B, num_classes) whose largest is at the label (B,)."""
+    return (logits.argmax(-1) == label).float().mean()

@@ -1,0 +1,134 @@
+"""Reading and writing checkpoints: nothing that a file brings is executed, nothing half-written replaces a good file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from aligntok.errors import UserError
+from aligntok.networks.lora import merge_lora
+from aligntok.networks.tokenizer import Tokenizer
+
+STAGE_KEY = "aligntok_stage"
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint with tensors and plain values only.
+
+    Raises:
+        UserError: There is no such file, it is no checkpoint, or it holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}" + (": it is a folder, name the file in it" if path.is_dir() else ""))
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it holds more than tensors and plain values, and loading it would run code") from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise UserError(f"{path} is no checkpoint that torch can read ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is no training checkpoint: it has no state_dict")
+    return cast(dict[str, Any], checkpoint)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` on a temporary file beside ``path`` and move it there when it is complete and on disk.
+
+    Raises:
+        UserError: The disk is full or not writable; what was at ``path`` before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]});"
+            " what was there before is untouched. Free some space, then resume with --ckpt_path last"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries under ``prefix.`` without it."""
+    return {key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")}
+
+
+def tokenizer_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tokenizer's weights in a checkpoint (the EMA, where the run kept one), LoRA updates merged."""
+    return merge_lora(part_of(checkpoint["state_dict"], "tokenizer"))
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load ``state`` into ``module``; a ``UserError`` names what does not fit.
+
+    Args:
+        module: Takes the weights.
+        state: Its full state dict.
+        what: The file or the part, for the message.
+    """
+    ours = module.state_dict()
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} there and {tuple(value.shape)} here"
+        for key, value in ours.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    missing, extra = [key for key in ours if key not in state], [key for key in state if key not in ours]
+    problems = shapes + [f"{key} is missing there" for key in missing] + [f"{key} is unknown here" for key in extra]
+    if problems:
+        more = f", and {len(problems) - 2} more" if len(problems) > 2 else ""
+        raise UserError(f"{what} does not fit this network: {'; '.join(problems[:2])}{more}. Use the same sizes in both configs")
+    module.load_state_dict(state)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Rebuild the tokenizer of a checkpoint, with its EMA weights where the run kept an EMA, in eval mode.
+
+    Needs neither the YAML of the run nor the encoder's own file, and runs no Lightning.
+
+    Args:
+        path: A checkpoint that ``aligntok fit`` wrote.
+
+    Raises:
+        UserError: The file is no such checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    recipe = checkpoint.get("hyper_parameters", {}).get("tokenizer")
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} holds no recipe of a tokenizer: it was not written by `aligntok fit`")
+    tokenizer = build(without_encoder_weights(recipe))
+    load_strictly(tokenizer, tokenizer_state(checkpoint), str(path))
+    return tokenizer.eval()
+
+
+def without_encoder_weights(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a tokenizer whose encoder does not load its own weights, because others will come."""
+    encoder = recipe["init_args"]["encoder"]
+    plain = {**encoder, "init_args": {**encoder.get("init_args", {}), "weights": None}}
+    return {**recipe, "init_args": {**recipe["init_args"], "encoder": plain}}
+
+
+def build(recipe: dict[str, Any]) -> Tokenizer:
+    """Build a tokenizer from its class paths; only subclasses of the annotated types are accepted."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("tokenizer", type=Tokenizer)
+    return cast(Tokenizer, parser.instantiate_classes(parser.parse_object({"tokenizer": recipe})).tokenizer)
