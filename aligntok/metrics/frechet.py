@@ -147,7 +147,8 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
         """Add images to one of the two sets.
 
         Args:
-            image: (B, 3, H, W), any float dtype, in [0, 1]. Generated images may overshoot, they are clamped.
+            image: (B, 3, H, W), any float dtype, in [0, 1]. Generated images may overshoot, they are clamped. B may be
+                0: a rank whose last batch is padding only.
             real: Whether they belong to the reference set.
 
         Raises:
@@ -160,13 +161,15 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
                 "leave out these updates, or reset() a metric that was made with reset_real_features=True"
             )
         self._check(image, real)
+        if len(image) == 0:
+            return
         pixels = image.float().clamp(0, 1).mul(255).round().div(255)
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             features = self.features(pixels)
         if features.shape != (len(image), self.features.num_features):
             raise UserError(
                 f"feature network {self.features.name!r} gave {tuple(features.shape)} for {len(image)} images, "
-                f"expected {(len(image), self.features.num_features)}: correct its `num_features`, or flatten its output"
+                f"expected {(len(image), self.features.num_features)}: correct its `num_features` or flatten its output"
             )
         features = features.double()
         kind = "real" if real else "fake"
@@ -284,8 +287,10 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
         """Refuse what is surely no image in [0, 1], but not an overshooting decoder."""
         if not image.is_floating_point():
             raise UserError(f"FrechetDistance takes float images in [0, 1], got {image.dtype}: divide uint8 by 255")
-        if image.dim() != 4 or image.shape[1] != 3 or len(image) == 0:
+        if image.dim() != 4 or image.shape[1] != 3:
             raise UserError(f"FrechetDistance takes images of shape (B, 3, H, W), got {tuple(image.shape)}")
+        if len(image) == 0:
+            return
         # One wild pixel of a decoder is clamped like any overshoot; a whole batch beyond 2 is the range 0..255.
         low, high = (x.item() for x in image.aminmax())
         too_high = high > 2 and (real or image.mean(dtype=torch.float32).item() > 2)

@@ -55,6 +55,7 @@ class PerceptualAlignment(TokenizerStage):
     """
 
     previous_stages = ("LatentAlignment",)
+    needs_previous = True
     measures_latents = True
 
     def __init__(
@@ -127,4 +128,5 @@ class DecoderRefinement(TokenizerStage):
 
     trains = ("decoder",)
     previous_stages = ("PerceptualAlignment", "LatentAlignment", "DecoderRefinement")
+    needs_previous = True
     measures_latents = True

@@ -33,6 +33,9 @@ class Stage(pl.LightningModule):
     previous_stages: tuple[str, ...] = ()
     """Names of the stages whose checkpoint ``--init_from`` accepts."""
 
+    needs_previous = False
+    """Whether the command line refuses to start this stage without ``--init_from``."""
+
     def __init__(
         self,
         learning_rate: Schedule,

@@ -1,0 +1,18 @@
+"""What measures, draws and tells, without changing what is learned."""
+
+from aligntok.callbacks.checkpoint import SaveCheckpoint
+from aligntok.callbacks.ema import EMA
+from aligntok.callbacks.grids import ReconstructionGrid
+from aligntok.callbacks.measure import LinearProbe, ReconstructionFID, ReconstructionQuality
+from aligntok.callbacks.progress import ProgressBar, RunRecord
+
+__all__ = [
+    "EMA",
+    "LinearProbe",
+    "ProgressBar",
+    "ReconstructionFID",
+    "ReconstructionGrid",
+    "ReconstructionQuality",
+    "RunRecord",
+    "SaveCheckpoint",
+]

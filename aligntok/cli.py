@@ -1,0 +1,248 @@
+"""The command line: LightningCLI with shipped configs, layers of YAML, stages that follow each other, and short errors."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_info
+
+from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
+from aligntok.data import LatentDataModule
+from aligntok.errors import UserError
+from aligntok.stages import Stage
+from aligntok.weights.checkpoint import read_checkpoint
+from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
+
+CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")  # installed, or a checkout
+LAYERS = "layers"
+DESCRIPTION = """\
+Train image tokenizers from pretrained vision encoders, and generators on their latents.
+
+  aligntok fit --config stage1.yaml                              the first stage of AlignTok
+  aligntok fit --config stage2.yaml --init_from STAGE1.ckpt      the next stage, from its weights
+  aligntok fit --config stage2.yaml --ckpt_path last             go on where a run was cut off
+  aligntok validate --config stage3.yaml --ckpt_path STAGE3.ckpt
+  aligntok report FOLDER                                         report.html of the runs in a folder
+
+A config is a file, or the name of a shipped one; several --config are layers, later ones win."""
+
+
+class ConfigLayers(ActionConfigFile):
+    """``--config``: a file here, else a shipped one; its ``layers:``, other configs, come before it."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Apply each layer in turn."""
+        for layer in expand_layers(values, {option.dest for option in parser._actions}):
+            self.apply_config(parser, cfg, self.dest, layer)
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with an output folder, ``--init_from``, and nothing silent."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser, with our ``--config``."""
+        parser = self.parser_class(**{"dump_header": [f"aligntok, lightning.pytorch=={pl.__version__}"], **kwargs})
+        parser.add_argument("-c", "--config", action=ConfigLayers, help="A YAML file or the name of a shipped one; repeatable.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what Lightning lacks."""
+        parser.add_argument("--output", type=str, default="runs/default", help="Folder of the run: checkpoints, curves, images.")
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Checkpoint of the previous stage, whose weights this stage starts from (its EMA, where it kept one).",
+        )
+        parser.link_arguments("output", "trainer.default_root_dir")
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let a checkpoint's hyperparameters overrule command line and YAML."""
+
+    def before_instantiate_classes(self) -> None:
+        """Resolve ``--ckpt_path``, and refuse to write over another run."""
+        config = self.config[self.subcommand]
+        last = Path(config.output) / "checkpoints" / "last.ckpt"
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(last) if last.is_file() else None
+            if config.ckpt_path is None and self.subcommand != "fit":
+                raise UserError(f"--ckpt_path last: there is no {last}. Name a checkpoint, or the run's folder with --output")
+            if config.ckpt_path is None:
+                rank_zero_info(f"--ckpt_path last: no {last} yet, the run starts from the beginning")
+        elif self.subcommand == "fit" and config.get("ckpt_path") is None and last.is_file():
+            raise UserError(
+                f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another folder by --output"
+            )
+        if config.get("ckpt_path"):
+            read_checkpoint(config.ckpt_path)
+        elif self.subcommand != "fit" and not config.init_from:
+            raise UserError(f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Give the trainer our checkpoint writer and the loggers of the run's folder."""
+        config = self._get(self.config_init, "trainer")
+        output = self._get(self.config_init, "output")
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
+        loggers: list[Logger] | bool = False
+        if self.subcommand == "fit" and not config.fast_dev_run:
+            loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output, name="", version="")]
+        if config.logger not in (None, True):
+            loggers = config.logger
+        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], logger=loggers, **kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
+        """Add the bar, the record, and checkpoints where the config names none."""
+        given = config.get("callbacks") or []
+        if self.subcommand != "fit":  # nothing to save, no learning rate to watch
+            given = [c for c in given if not isinstance(c, (Checkpoint, LearningRateMonitor))]
+            config["enable_checkpointing"] = False
+        extra: list[Callback] = [RunRecord()]
+        if not any(isinstance(c, Checkpoint) for c in given) and config.get("enable_checkpointing") is not False:
+            extra.append(SaveCheckpoint())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, TQDMProgressBar) for c in given):
+            extra.append(ProgressBar())
+        config["callbacks"] = [*given, *extra]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def after_instantiate_classes(self) -> None:
+        """Take the previous stage's weights."""
+        config = self.config[self.subcommand]
+        if config.init_from and not config.get("ckpt_path"):
+            if not isinstance(self.model, Stage):
+                raise UserError(f"--init_from has no effect on {type(self.model).__name__}: it is no stage of aligntok")
+            self.model.init_from(config.init_from)
+        elif self.subcommand == "fit" and not config.get("ckpt_path") and getattr(self.model, "needs_previous", False):
+            wanted = " or ".join(self.model.previous_stages)
+            raise UserError(f"{type(self.model).__name__} starts from {wanted}: add --init_from CHECKPOINT of that stage")
+
+    def after_validate(self) -> None:
+        """Keep the measures."""
+        self.keep_measures("validate")
+
+    def after_test(self) -> None:
+        """Keep the measures."""
+        self.keep_measures("test")
+
+    def keep_measures(self, verb: str) -> None:
+        """Write the measures to ``validate.json`` or ``test.json`` in the output folder."""
+        import json
+
+        if self.trainer.is_global_zero:
+            values = {name: round(float(value), 6) for name, value in sorted(self.trainer.callback_metrics.items())}
+            path = Path(self._get(self.config, "output")) / f"{verb}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"checkpoint": self._get(self.config, "ckpt_path"), "metrics": values}, indent=1))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder; an earlier attempt's becomes ``config.1.yaml`` and so on."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it when training starts."""
+        if stage != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        path = folder / self.config_filename
+        if trainer.is_global_zero and not self.already_saved:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            if path.is_file() and path.read_text() != text:
+                number = len(list(folder.glob("config.*.yaml"))) + 1
+                path.rename(folder / f"config.{number}.yaml")
+            path.write_text(text)
+        self.already_saved = True
+
+
+def expand_layers(name: str, known_keys: set[str]) -> list[str]:
+    """Return the configs that ``name`` stands for, first to last: paths, or the text of a config without its ``layers:``.
+
+    Args:
+        name: A path or the name of a shipped config.
+        known_keys: Keys of this command; those of another command in a run's saved ``config.yaml`` are left out.
+    """
+    path = find_config(name)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} is empty or no mapping of keys to values")
+    layers = content.pop(LAYERS, [])
+    foreign = {"init_from", "ckpt_path", "weights_only", "verbose", "return_predictions"} - known_keys
+    own = {key: value for key, value in content.items() if key not in foreign}
+    expanded = [config for layer in layers for config in expand_layers(layer, known_keys)]
+    if not layers and own == content:
+        return [str(path)]
+    return [*expanded, yaml.safe_dump(own, sort_keys=False)] if own else expanded
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config: a file, else a shipped one."""
+    for candidate in (Path(name), *(folder / name for folder in CONFIG_FOLDERS)):
+        if candidate.is_file():
+            return candidate
+    names = shipped_configs()
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+    raise UserError(f"--config {name}: no such file here, and no shipped config. Near names: {', '.join(near)}")
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the shipped configs."""
+    folder = next(folder for folder in CONFIG_FOLDERS if folder.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+
+
+class Parser(LightningArgumentParser):
+    """Prints errors without the usage block."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise the message as a user's error, shortened."""
+        raise UserError(short_message(message)) from ex
+
+
+def short_message(message: str) -> str:
+    """Return jsonargparse's message in a line or two: the key and the innermost problem."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = " ".join(lines)
+    unknown = re.search(r"Key '([^']+)' is not expected", text) or re.search(r"No action for (?:key|destination) \"?([\w.]+)", text)
+    where = re.search(r'Parser key "([\w.]+)"', text)
+    if unknown:
+        return f"unknown key '{unknown[1]}'" + (f" in {where[1]}" if where else "") + ": see --help for the keys there are"
+    return text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"
+
+
+def run(args: list[str] | None = None) -> RunCLI:
+    """Parse and run one command.
+
+    Raises:
+        UserError: What the user can mend.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return RunCLI(
+        pl.LightningModule,
+        LatentDataModule,
+        subclass_mode_model=True,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        parser_class=Parser,
+        parser_kwargs={"description": DESCRIPTION},
+        auto_configure_optimizers=False,
+        trainer_defaults={"enable_model_summary": False},
+        args=args,
+    )
+
+
+def config_of(namespace: Namespace) -> dict[str, Any]:
+    """Return a parsed config as plain values."""
+    return dict(namespace.as_dict())

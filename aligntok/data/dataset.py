@@ -1,0 +1,107 @@
+"""From a source to tensors: crops, flips, and what to do about an image that cannot be read."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aligntok.data.images import to_rgb
+from aligntok.data.sampler import Key
+from aligntok.data.sources import Item, length
+from aligntok.errors import UserError
+
+Transform = Callable[[Image.Image, random.Random], Image.Image]
+Sample = dict[str, Any]
+MAX_BAD_SHARE = 0.01
+
+
+class ImageDataset(Dataset[Sample | None]):
+    """Images of a source as bytes (3, H, W), with label and id; a sample is a function of (seed, epoch, index).
+
+    An image that cannot be read is named, counted and, in training, replaced by the next one; in evaluation it is left out.
+    More than one in a hundred is an error.
+
+    Args:
+        source: Items (PIL image, label).
+        transform: Image and random generator to an image of the final size.
+        seed: Of the augmentation.
+        replace_bad: Whether the next image stands in for a bad one.
+        on_bad_image: ``skip`` as above, or ``raise``.
+    """
+
+    def __init__(
+        self,
+        source: Dataset[Item],
+        transform: Transform,
+        seed: int,
+        replace_bad: bool,
+        on_bad_image: Literal["skip", "raise"],
+    ) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.replace_bad, self.on_bad_image = replace_bad, on_bad_image
+        self.bad = torch.zeros(length(source), dtype=torch.uint8).share_memory_()  # one count for all workers
+
+    def __len__(self) -> int:
+        return length(self.source)
+
+    def __getitem__(self, key: Key | int) -> Sample | None:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        generator = random.Random(f"{self.seed} {epoch} {index}")
+        for candidate in range(index, index + (len(self) if self.replace_bad else 1)):
+            candidate %= len(self)
+            try:
+                image, label = self.source[candidate]
+                pixels = np.array(self.transform(to_rgb(image), generator))
+            except (UserError, OSError, SyntaxError) as error:  # Pillow's: OSError, and SyntaxError for a broken PNG
+                self.report(candidate, error)
+                continue
+            return {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "label": int(label), "id": candidate}
+        return None
+
+    def report(self, index: int, error: Exception) -> None:
+        """Name and count a bad image; stop when there are too many."""
+        message = str(error) if isinstance(error, UserError) else f"image {index} of the source: {error}"
+        if self.on_bad_image == "raise":
+            raise UserError(f"{message} (data.on_bad_image is raise)") from error
+        known, self.bad[index] = bool(self.bad[index]), 1
+        count = int(self.bad.sum())
+        if count > MAX_BAD_SHARE * len(self):
+            raise UserError(
+                f"{count} of {len(self)} images cannot be read, more than {MAX_BAD_SHARE:.0%}; the last: {message}. Remove or"
+                " replace these files"
+            ) from error
+        if not known:
+            print(f"aligntok: image skipped ({count} of {len(self)} so far): {message}", file=sys.stderr, flush=True)
+
+    def check_readable(self, tries: int = 32) -> None:
+        """Raise a ``UserError`` if none of up to ``tries`` images can be read: then it is no matter of a few bad files."""
+        spread = range(0, len(self), max(1, len(self) // tries))
+        for index in spread:
+            try:
+                self.source[index]
+            except (UserError, OSError, SyntaxError) as error:
+                last = error
+            else:
+                return
+        raise UserError(f"no image of the source can be read ({len(spread)} tried); the last: {last}")
+
+
+def collate(samples: list[Sample | None]) -> dict[str, Tensor]:
+    """Stack samples to a batch of ``image`` (B, 3, H, W) in bytes, ``label`` (B,) and ``id`` (B,), leaving out bad images."""
+    good = [sample for sample in samples if sample is not None]
+    if not good:
+        empty = torch.zeros(0, dtype=torch.long)
+        return {"image": torch.zeros(0, 3, 1, 1, dtype=torch.uint8), "label": empty, "id": empty}
+    return {
+        "image": torch.stack([sample["image"] for sample in good]),
+        "label": torch.tensor([sample["label"] for sample in good]),
+        "id": torch.tensor([sample["id"] for sample in good]),
+    }
