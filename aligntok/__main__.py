@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -33,6 +34,8 @@ def main(args: list[str] | None = None) -> int:
 def silence() -> None:
     """Drop the advice that does not concern our users."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("lightning.pytorch", "lightning.fabric"):  # its tips; warnings stay
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*isinstance\\(treespec, LeafSpec\\).*", ".*exists and is not empty.*"):
         warnings.filterwarnings("ignore", message)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_info
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.data import LatentDataModule
@@ -73,13 +73,14 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Resolve ``--ckpt_path``, and refuse to write over another run."""
         config = self.config[self.subcommand]
+        config.weights_only = True  # our CheckpointIO does so anyway; said here, Lightning does not wonder
         last = Path(config.output) / "checkpoints" / "last.ckpt"
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last) if last.is_file() else None
             if config.ckpt_path is None and self.subcommand != "fit":
                 raise UserError(f"--ckpt_path last: there is no {last}. Name a checkpoint, or the run's folder with --output")
             if config.ckpt_path is None:
-                rank_zero_info(f"--ckpt_path last: no {last} yet, the run starts from the beginning")
+                print(f"--ckpt_path last: no {last} yet, the run starts from the beginning", flush=True)
         elif self.subcommand == "fit" and config.get("ckpt_path") is None and last.is_file():
             raise UserError(
                 f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another folder by --output"
@@ -239,10 +240,21 @@ def run(args: list[str] | None = None) -> RunCLI:
         parser_kwargs={"description": DESCRIPTION},
         auto_configure_optimizers=False,
         trainer_defaults={"enable_model_summary": False},
-        args=args,
+        args=configs_first(sys.argv[1:] if args is None else args),
     )
 
 
-def config_of(namespace: Namespace) -> dict[str, Any]:
-    """Return a parsed config as plain values."""
-    return dict(namespace.as_dict())
+def configs_first(args: list[str]) -> list[str]:
+    """Return the arguments with every ``--config`` before the others: the command line overrules YAML in any order."""
+    configs: list[str] = []
+    others: list[str] = []
+    rest = iter(args[1:])
+    for arg in rest:
+        if arg in ("-c", "--config"):
+            configs += [arg, next(rest, "")]
+        elif arg.startswith("--config="):
+            configs.append(arg)
+        else:
+            others.append(arg)
+    return [*args[:1], *configs, *others]
+

@@ -21,27 +21,27 @@ class SaveCheckpoint(Checkpoint):
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int | None = None) -> None:
         self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
-        self.saved_step = -1
+        self.seen_step = -1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when a step that is due is complete."""
         step = trainer.global_step
-        if step == self.saved_step or step == 0 or trainer.fast_dev_run:
-            return
+        if step == self.seen_step or step == 0 or trainer.fast_dev_run:
+            return  # in the middle of an accumulation nothing may be saved: its gradients would be lost
+        self.seen_step = step
         folder = Path(trainer.default_root_dir) / "checkpoints"
         if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
-            trainer.save_checkpoint(folder / f"step_{step:07d}.ckpt")
+            trainer.save_checkpoint(folder / f"step_{step:07d}.ckpt", weights_only=False)
         last_of_run = step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
         if step % self.every_n_steps == 0 or last_of_run:
-            self.saved_step = step
-            trainer.save_checkpoint(folder / "last.ckpt")
+            trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Remember what is saved."""
-        return {"saved_step": self.saved_step}
+        """Remember the step."""
+        return {"seen_step": self.seen_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do not save the same step again."""
-        self.saved_step = state_dict["saved_step"]
+        self.seen_step = state_dict["seen_step"]

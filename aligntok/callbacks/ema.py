@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class EMA(EMAWeightAveraging):
-    """Lightning's EMA, with buffers copied instead of averaged, on the device of the model.
+class EMA(WeightAveraging):
+    """Lightning's averaging after every step, with buffers copied instead of averaged, on the device of the model.
 
     A checkpoint's ``state_dict`` is the average, the raw weights are under ``current_model_state``; validation uses the
     average. Measured statistics (buffers that a stage fills before its first step) must not be mixed with their empty start.
@@ -19,7 +20,8 @@ class EMA(EMAWeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        super().__init__(use_buffers=False, decay=decay)
+        # lerp: a frozen weight stays what it is to the last bit, which ``decay * w + (1 - decay) * w`` does not keep
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over what the stage measured after this callback made its copy."""

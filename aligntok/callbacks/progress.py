@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +17,16 @@ from torch import nn
 from aligntok.weights.checkpoint import write_atomically
 
 SMOOTHING = 0.98  # of the step time shown
+SECONDS_BETWEEN_LINES = 10  # where there is no terminal
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with images per second over all ranks, the share of time spent waiting for data, and the time left."""
+    """Lightning's bar, with images per second over all ranks and the time left; a line now and then where no terminal is."""
 
     def __init__(self, refresh_rate: int = 10) -> None:
-        super().__init__(refresh_rate=refresh_rate)
+        self.terminal = sys.stdout.isatty()
+        super().__init__(refresh_rate=refresh_rate if self.terminal else 0)
+        self.printed = 0.0
         self.step_seconds = self.wait_seconds = 0.0
         self.images_per_batch = 0
         self.ended: float | None = None
@@ -45,6 +49,10 @@ class ProgressBar(TQDMProgressBar):
             pl_module.log_dict({"train/images_per_s": rate, "train/data_wait": wait})
         self.ended = now
         super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)
+        done = steps_left(trainer) == 0
+        if not self.terminal and trainer.is_global_zero and (now - self.printed > SECONDS_BETWEEN_LINES or done):
+            self.printed = now
+            print("  " + "  ".join(f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items()), flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the time of a validation out of the step time."""
@@ -53,17 +61,16 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return what stands behind the bar."""
-        metrics = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        metrics: dict[str, Any] = {"step": trainer.global_step}
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            metrics["loss"] = f"{float(loss):.4f}"
         if self.step_seconds:
             metrics["images/s"] = f"{self.images_per_batch / self.step_seconds:.0f}"
             left = steps_left(trainer)
             if left is not None:
                 seconds = left * trainer.accumulate_grad_batches * self.step_seconds
                 metrics["left"] = str(timedelta(seconds=round(seconds)))
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is not None:
-            metrics["loss"] = f"{float(loss):.4f}"
-        metrics["step"] = trainer.global_step
         return metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -40,6 +41,7 @@ class LatentDataModule(pl.LightningDataModule):
         holdout: Share of ``train`` that is held out where ``val`` is missing.
         crop: In training: ``random`` (resize the shorter side, crop anywhere), ``random_resized`` (also scale and aspect), or
             ``center``. Evaluation always takes ADM's centre crop.
+        crop_scale: Range of the area that ``random_resized`` keeps, as a share of the image's.
         flip: Mirror half of the training images.
         num_workers: Processes per rank that read images; 0 reads in the training process.
         seed: Of order and augmentation.
@@ -59,6 +61,7 @@ class LatentDataModule(pl.LightningDataModule):
         test: Dataset | None = None,  # type: ignore[type-arg]
         holdout: float = 0.1,
         crop: Literal["random", "random_resized", "center"] = "random",
+        crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool = True,
         num_workers: int = 0,
         seed: int = 0,
@@ -70,7 +73,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.given: dict[str, Dataset[Item] | None] = {"train": train, "val": val, "test": test}
         self.image_size = pair(image_size)
         self.global_batch_size, self.holdout = global_batch_size, holdout
-        self.crop, self.flip = crop, flip
+        self.crop, self.crop_scale, self.flip = crop, crop_scale, flip
         self.num_workers, self.seed, self.on_bad_image = num_workers, seed, on_bad_image
         self.calibration_images = calibration_images
         self.datasets: dict[str, ImageDataset] = {}
@@ -213,7 +216,7 @@ class LatentDataModule(pl.LightningDataModule):
         """Return crop and flip for training."""
         crops: dict[str, Callable[..., Image.Image]] = {
             "random": images.random_crop,
-            "random_resized": images.random_resized_crop,
+            "random_resized": partial(images.random_resized_crop, scale=self.crop_scale),
         }
         crop = crops.get(self.crop)
         size, flip = self.image_size, self.flip

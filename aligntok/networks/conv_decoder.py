@@ -72,6 +72,7 @@ class ConvDecoder(nn.Module):
         )
         self.norm_out = nn.GroupNorm(num_groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # what the convolutions of CPUs and tensor cores want
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -98,6 +99,7 @@ class ConvDecoder(nn.Module):
                 f"latent has shape {tuple(latent.shape)}, the decoder needs (B, {self.latent_dim}, h, w): "
                 "give the decoder the adapter's latent_dim"
             )
+        latent = latent.contiguous(memory_format=torch.channels_last)
         x = self._run(self.mid, self.conv_in(self.post_quant_conv(latent)))
         for level in reversed(self.up):
             x = self._run(level, x)

@@ -69,8 +69,8 @@ class VisionEncoder(nn.Module):
         mean, std = self.backbone.pretrained_cfg["mean"], self.backbone.pretrained_cfg["std"]
         if weights == "offline":
             mean, std = (LITE0_MEAN,) * 3, (LITE0_STD,) * 3
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the features (B, width, h, w) of an image (B, 3, H, W) in [0, 1]."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aligntok.errors import UserError
+
 UP, DOWN = "lora_up", "lora_down"
 
 
@@ -37,7 +39,15 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(network: nn.Module, rank: int) -> None:
-    """Freeze ``network`` and give each of its linear layers a trained update of the given rank, in place."""
+    """Freeze ``network`` and give each of its linear layers a trained update of the given rank, in place.
+
+    Raises:
+        UserError: A rank below 1, or a network without linear layers: nothing of it would learn.
+    """
+    if rank < 1:
+        raise UserError(f"lora_rank {rank}: give at least 1, or null to train the encoder itself")
+    if not any(type(module) is nn.Linear for module in network.modules()):
+        raise UserError("lora_rank has no effect: the encoder has no linear layers (a convolutional one?); set it to null")
     network.requires_grad_(False)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

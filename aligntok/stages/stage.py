@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins import hparams_mixin
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -94,6 +94,8 @@ class Stage(pl.LightningModule):
         """Refuse what this stage cannot do right."""
         if self.trainer.precision == "16-mixed":
             raise UserError("precision 16-mixed is not supported (fp16 gradients underflow in a GAN): use bf16-mixed or 32-true")
+        if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            raise UserError("trainer.gradient_clip_algorithm value is not supported: gradients are clipped by their norm, remove it")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make all random numbers of a step a function of (seed, step, rank), so that a resumed run is the same run."""

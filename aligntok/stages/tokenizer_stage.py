@@ -75,11 +75,13 @@ class TokenizerStage(Stage):
         self.adversarial = adversarial
         if discriminator_learning_rate is not None and adversarial is None:
             raise UserError("discriminator_learning_rate has no effect without adversarial: remove it or add a discriminator")
-        self.discriminator_learning_rate = (
-            self.learning_rate if discriminator_learning_rate is None else discriminator_learning_rate
-        )
+        if discriminator_learning_rate is None:
+            discriminator_learning_rate = self.learning_rate
+        self.discriminator_learning_rate = check_schedule("discriminator_learning_rate", discriminator_learning_rate)
         if kl_weight and not isinstance(tokenizer.adapter, GaussianAdapter):
             raise UserError("kl_weight needs tokenizer.adapter to be an aligntok.networks.GaussianAdapter")
+        if not kl_weight and isinstance(tokenizer.adapter, GaussianAdapter):
+            tokenizer.adapter.project_log_variance.requires_grad_(False)  # unused: distributed training would refuse it
         self.kl_weight = kl_weight
         for part in PARTS:
             if part not in self.trains:

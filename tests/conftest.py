@@ -1,0 +1,114 @@
+"""What many tests share: networks of a few thousand parameters, and a real Trainer, data module and checkpoint writer."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from aligntok.callbacks.trainer_io import AtomicCheckpointIO
+from aligntok.data import LatentDataModule
+from aligntok.data.shapes import Shapes
+from aligntok.losses import AdversarialLoss, FeatureDistance
+from aligntok.networks import ConvDecoder, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
+from aligntok.stages import LatentAlignment
+
+WIDTH, LATENT = 16, 4
+
+
+class Tiny:
+    """Factories; everything is 16 px, f4, and a function of ``seed``."""
+
+    @staticmethod
+    def encoder(seed=0, image_size=16, downsampling=4, weights=None, **model_args):
+        torch.manual_seed(seed)
+        args = {"patch_size": 4, "embed_dim": WIDTH, "depth": 1, "num_heads": 2, **model_args}
+        return VisionEncoder("vit_tiny_patch16_224", image_size, downsampling, weights=weights, model_args=args)
+
+    @staticmethod
+    def tokenizer(seed=0, adapter=LinearAdapter, latent_dim=LATENT, image_size=16, **model_args):
+        encoder = Tiny.encoder(seed, image_size, **model_args)
+        decoder = ConvDecoder(latent_dim=latent_dim, width=8, multipliers=[1, 1, 2], num_blocks=1, num_groups=4)
+        return Tokenizer(encoder, adapter(encoder.width, latent_dim), decoder)
+
+    @staticmethod
+    def gan(seed=0, norm="group", **options):
+        torch.manual_seed(seed + 1000)
+        return AdversarialLoss(PatchDiscriminator(width=8, num_layers=1, norm=norm), **{"discriminator_start": 0, **options})
+
+    @staticmethod
+    def judge(seed=7):
+        return FeatureDistance(Tiny.encoder(seed))
+
+    @staticmethod
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
+
+    @staticmethod
+    def stage(cls=LatentAlignment, seed=0, tokenizer=None, **options):
+        tokenizer = tokenizer or Tiny.tokenizer(seed)
+        torch.manual_seed(seed + 2000)
+        return cls(tokenizer, **{"learning_rate": 1e-3, **options})
+
+    @staticmethod
+    def data(num_images=64, global_batch_size=8, **options):
+        options = {"crop": "center", "flip": False, **options}
+        return LatentDataModule(
+            Shapes(num_images, 16), 16, global_batch_size, val=Shapes(8, 16, seed=1), **options
+        )
+
+    @staticmethod
+    def images(count=8, seed=0, size=16):
+        return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+    @staticmethod
+    def trainer(folder, max_steps, callbacks=(), **options):
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": bool(callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "max_epochs": -1,
+        }
+        return pl.Trainer(
+            default_root_dir=str(folder),
+            max_steps=max_steps,
+            callbacks=list(callbacks),
+            plugins=[AtomicCheckpointIO()],
+            **{**defaults, **options},
+        )
+
+    @staticmethod
+    def copies(module):
+        """Return every tensor of a module, also those that no checkpoint holds."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        return {name: value.detach().clone() for name, value in tensors}
+
+
+class NaNAt(nn.Module):
+    """A perceptual loss that is not a number at the given calls, counted from 0."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.calls, self.count = calls, 0
+
+    def forward(self, image, reference):
+        bad = self.count in self.calls
+        self.count += 1
+        return (image - reference).square().mean() * (float("nan") if bad else 1.0)
+
+
+Tiny.NaNAt = NaNAt
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return Tiny
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
