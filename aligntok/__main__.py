@@ -19,9 +19,9 @@ def main(args: list[str] | None = None) -> int:
 
             report_command(arguments[1:])
             return 0
-        silence()
         from aligntok.cli import run
 
+        silence()
         run(args)
     except UserError as error:
         print(f"aligntok: error: {last_message(error)}", file=sys.stderr)
@@ -36,7 +36,7 @@ def silence() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("lightning.pytorch", "lightning.fabric"):  # its tips; warnings stay
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*isinstance\\(treespec, LeafSpec\\).*", ".*exists and is not empty.*"):
+    for message in (".*does not have many workers.*", ".*isinstance\\(treespec, LeafSpec\\).*", ".*in eval mode at the start.*"):
         warnings.filterwarnings("ignore", message)
 
 

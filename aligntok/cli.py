@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from pathlib import Path
@@ -208,19 +207,23 @@ class Parser(LightningArgumentParser):
     """Prints errors without the usage block."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise the message as a user's error, shortened."""
+        """Raise the message as a user's error, shortened; a parser within a parser passes it on as it is."""
+        if not self.exit_on_error:
+            super().error(message, ex)
         raise UserError(short_message(message)) from ex
 
 
 def short_message(message: str) -> str:
     """Return jsonargparse's message in a line or two: the key and the innermost problem."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
-    unknown = re.search(r"Key '([^']+)' is not expected", text) or re.search(r"No action for (?:key|destination) \"?([\w.]+)", text)
-    where = re.search(r'Parser key "([\w.]+)"', text)
+    text = " ".join(message.split())
+    unknown = re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|Key '([^']+)' is not expected", text)
     if unknown:
-        return f"unknown key '{unknown[1]}'" + (f" in {where[1]}" if where else "") + ": see --help for the keys there are"
-    return text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"
+        key = next(name for name in unknown.groups() if name)
+        where = [name for name in re.findall(r'Parser key "([\w.]+)"', text[: unknown.start()]) if name != key]
+        return f"unknown key '{key}'" + (f" in {'.'.join(where)}" if where else "") + ": see --help, or --print_config"
+    if "are required:" in text:
+        return f"{text.replace('fit.', '')}. Add the missing layers (stage, size, data), or start from a recipe such as stage1.yaml"
+    return text if len(text) < 400 else f"{text[:150]} ... {text[-250:]}"
 
 
 def run(args: list[str] | None = None) -> RunCLI:
@@ -229,7 +232,7 @@ def run(args: list[str] | None = None) -> RunCLI:
     Raises:
         UserError: What the user can mend.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.argv[1:] = configs_first(sys.argv[1:] if args is None else args)  # where LightningCLI looks for them
     return RunCLI(
         pl.LightningModule,
         LatentDataModule,
@@ -240,7 +243,6 @@ def run(args: list[str] | None = None) -> RunCLI:
         parser_kwargs={"description": DESCRIPTION},
         auto_configure_optimizers=False,
         trainer_defaults={"enable_model_summary": False},
-        args=configs_first(sys.argv[1:] if args is None else args),
     )
 
 

@@ -23,6 +23,10 @@ class SaveCheckpoint(Checkpoint):
         self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
         self.seen_step = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not save the step that a resumed run begins with again."""
+        self.seen_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -37,11 +41,3 @@ class SaveCheckpoint(Checkpoint):
         last_of_run = step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
         if step % self.every_n_steps == 0 or last_of_run:
             trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Remember the step."""
-        return {"seen_step": self.seen_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do not save the same step again."""
-        self.seen_step = state_dict["seen_step"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,20 +16,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from aligntok.data import images
 from aligntok.data.dataset import ImageDataset, Transform, collate
-from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, shuffled
-from aligntok.data.sources import ImageFolder, Item, length, source_id, split_holdout
+from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
+from aligntok.data.sources import Indices, Item, length, reduced, source_id, split_holdout, spread_over
 from aligntok.errors import UserError
 from aligntok.networks.encoders import pair
+
+Batch = dict[str, Tensor]
+WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
 
 
 class LatentDataModule(pl.LightningDataModule):
     """Images (later also cached latents and tokens) as batches for every stage.
 
-    A batch is a dict: ``image`` (B, 3, H, W) in [0, 1], ``label`` (B,), ``id`` (B,): the image's index in its source. Loaders
-    give bytes; the module turns them into floats on the device (``on_after_batch_transfer``), a quarter of the traffic.
+    A batch is a dict: ``image`` (B, 3, H, W) in [0, 1], ``label`` (B,), ``id`` (B,): the image's index in its source.
+    Loaders give bytes, which become floats on the device (``on_after_batch_transfer``), a quarter of the traffic.
 
-    The order of training images is a function of (seed, epoch), and augmentation one of (seed, epoch, index): a resumed run
-    goes on with the very next image, with any number of workers and ranks. Evaluation sees each image once, in order.
+    The order of training images is a function of (seed, epoch), and augmentation one of (seed, epoch, index): a resumed
+    run goes on with the very next image, with any number of workers and ranks. Evaluation sees each image once, in
+    order.
 
     Args:
         train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset.
@@ -39,8 +43,8 @@ class LatentDataModule(pl.LightningDataModule):
         val: For validation; by default the held-out share of ``train``.
         test: For ``aligntok test``; by default ``val``.
         holdout: Share of ``train`` that is held out where ``val`` is missing.
-        crop: In training: ``random`` (resize the shorter side, crop anywhere), ``random_resized`` (also scale and aspect), or
-            ``center``. Evaluation always takes ADM's centre crop.
+        crop: In training: ``random`` (resize the shorter side, crop anywhere), ``random_resized`` (also scale and
+            aspect), or ``center``. Evaluation always takes ADM's centre crop.
         crop_scale: Range of the area that ``random_resized`` keeps, as a share of the image's.
         flip: Mirror half of the training images.
         num_workers: Processes per rank that read images; 0 reads in the training process.
@@ -61,7 +65,7 @@ class LatentDataModule(pl.LightningDataModule):
         test: Dataset | None = None,  # type: ignore[type-arg]
         holdout: float = 0.1,
         crop: Literal["random", "random_resized", "center"] = "random",
-        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_scale: tuple[float, float] = WHOLE_RANGE,
         flip: bool = True,
         num_workers: int = 0,
         seed: int = 0,
@@ -69,15 +73,17 @@ class LatentDataModule(pl.LightningDataModule):
         calibration_images: int = 10_000,
     ) -> None:
         super().__init__()
-        self.sources: dict[str, Dataset[Item]] = {}
-        self.given: dict[str, Dataset[Item] | None] = {"train": train, "val": val, "test": test}
+        if tuple(crop_scale) != WHOLE_RANGE and crop != "random_resized":
+            raise UserError(f"data.crop_scale {crop_scale} has no effect on data.crop {crop}: leave it out")
+        self.given: tuple[Dataset[Item], Dataset[Item] | None, Dataset[Item] | None] = (train, val, test)
         self.image_size = pair(image_size)
         self.global_batch_size, self.holdout = global_batch_size, holdout
         self.crop, self.crop_scale, self.flip = crop, crop_scale, flip
         self.num_workers, self.seed, self.on_bad_image = num_workers, seed, on_bad_image
         self.calibration_images = calibration_images
+        self.sources: dict[str, Dataset[Item]] = {}
         self.datasets: dict[str, ImageDataset] = {}
-        self.resumed_at = {"epoch": 0, "image": 0, "batches": 0}
+        self.position = Position()
 
     # What others ask
 
@@ -99,7 +105,7 @@ class LatentDataModule(pl.LightningDataModule):
     def batch_size(self) -> int:
         """Images per batch on one rank."""
         share = self.world_size * self.accumulation
-        if self.global_batch_size % share:
+        if self.global_batch_size < 1 or self.global_batch_size % share:
             raise UserError(
                 f"data.global_batch_size {self.global_batch_size} is not divisible by {self.world_size} devices x"
                 f" {self.accumulation} accumulated batches: use a multiple of {share}"
@@ -124,34 +130,22 @@ class LatentDataModule(pl.LightningDataModule):
     # Lightning's hooks
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the sources, once."""
-        if self.datasets:
-            return
-        train, val = self.given["train"], self.given["val"]
-        assert train is not None
-        if val is None:
-            train, val = split_holdout(train, self.holdout)
-        self.sources = {"train": train, "val": val, "test": self.given["test"] or val}
-        if self.crop == "random" and isinstance(train, ImageFolder):
-            train.draft_size = max(self.image_size)
-        for split, source in self.sources.items():
-            transform = self.train_transform() if split == "train" else self.center_crop
-            dataset = ImageDataset(source, transform, self.seed, split == "train", self.on_bad_image)
-            dataset.check_readable()
-            self.datasets[split] = dataset
-        if self.num_images("train") < self.batch_size * self.world_size:
-            raise UserError(
-                f"{self.num_images('train')} training images do not fill one batch of {self.batch_size} on {self.world_size}"
-                " devices: lower data.global_batch_size"
-            )
+        """Open the sources, once; a new trainer's run begins at the first image."""
+        if not self.datasets:
+            self.open()
+        self.check_counts()
+        if stage == "fit" and self.trainer and self.trainer.fit_loop.total_batch_idx < 0:
+            self.load_state_dict({"epoch": 0, "image": 0})  # before that of a checkpoint, if there is one
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented, from wherever the run stands."""
-        dataset = self.datasets["train"]
+        dataset, batch = self.datasets["train"], self.batch_size
         sampler = ShuffledSampler(
-            len(dataset), self.batch_size, self.rank, self.world_size, self.seed, self.position
+            len(dataset), self.global_batch_size, batch, self.rank, self.world_size, self.seed, self.position
         )
-        return self.loader(dataset, sampler)
+        return TrainLoader(
+            dataset, batch_size=batch, sampler=sampler, persistent_workers=self.num_workers > 0, **self.loading
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Each validation image once."""
@@ -165,52 +159,85 @@ class LatentDataModule(pl.LightningDataModule):
         """The validation images."""
         return self.val_dataloader()
 
-    def calibration_dataloader(self) -> Any:
-        """Yield batches of training images with the crop of evaluation: always the same ``calibration_images`` of them."""
-        count = self.num_images("train")
-        chosen = sorted(shuffled(count, self.seed, -1)[: self.calibration_images])
+    def calibration_dataloader(self) -> Iterator[Batch]:
+        """Yield batches of ``calibration_images`` training images, always the same, with the crop of evaluation."""
+        chosen = shuffled(self.num_images("train"), self.seed, -1)[: self.calibration_images]
         dataset = ImageDataset(self.sources["train"], self.center_crop, self.seed, False, self.on_bad_image)
-        for batch in self.in_order(dataset, chosen):
+        for batch in self.in_order(dataset, sorted(chosen)):
             yield self.on_after_batch_transfer(batch, 0)
 
     def preview(self, count: int) -> Tensor:
-        """Return about ``count`` validation images from all over the set, (count, 3, H, W) in [0, 1]."""
-        dataset = self.datasets["val"]
-        found: list[Tensor] = []
-        for index in spread_over(len(dataset), count):
-            sample = dataset[index]
-            if sample is not None:
-                found.append(sample["image"])
-        return torch.stack(found).float() / 255
+        """Return up to ``count`` validation images from all over the set, (count, 3, H, W) in [0, 1]."""
+        dataset = ImageDataset(self.sources["val"], self.center_crop, self.seed, True, self.on_bad_image)
+        batch = collate([dataset[index] for index in spread_over(len(dataset), count)])
+        assert batch is not None  # a bad image is replaced
+        return self.on_after_batch_transfer(batch, 0)["image"]
 
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn bytes into floats in [0, 1], on the device."""
-        if batch["image"].dtype == torch.uint8:
-            batch["image"] = batch["image"].float() / 255
-        return batch
+        image = batch["image"]
+        if image.dtype == torch.uint8:
+            image = image.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        return {**batch, "image": image}
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the next image of the run is: epoch, images of that epoch taken, batches taken in the whole run."""
-        epoch, batch = self.position()
-        return {"epoch": epoch, "image": batch * self.batch_size * self.world_size, "batches": self.batches_taken()}
+        """Return where the next image of the run is."""
+        return {"epoch": self.position.epoch, "image": self.position.image}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there, also with another batch size or number of ranks."""
-        self.resumed_at = dict(state_dict)
+        self.position.epoch, self.position.image = state_dict["epoch"], state_dict["image"]
 
     # Parts
 
-    def batches_taken(self) -> int:
-        """Batches that this rank has taken since the run began."""
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) if self.trainer else 0
+    def open(self) -> None:
+        """Open the sources.
 
-    def position(self) -> Position:
-        """Return the epoch and the number of its batches already taken."""
-        batch = self.batch_size * self.world_size
-        per_epoch = self.num_images("train") // batch
-        taken = self.resumed_at["image"] // batch + self.batches_taken() - self.resumed_at["batches"]
-        epochs, rest = divmod(taken, per_epoch)
-        return self.resumed_at["epoch"] + epochs, rest
+        Raises:
+            UserError: One of them is missing, empty or unreadable, or the classes have different numbers.
+        """
+        train, val, test = self.given
+        if val is None:
+            train, val = split_holdout(train, self.holdout)
+        self.sources = {"train": train, "val": val, "test": val if test is None else test}
+        for split, source in self.sources.items():
+            if not length(source):
+                raise UserError(f"data.{split} holds no image: give another dataset, or other arguments")
+            self.check_classes(split)
+            training = split == "train"
+            if training and self.crop == "random":
+                source = reduced(source, max(self.image_size))
+            transform = self.train_transform() if training else self.center_crop
+            dataset = ImageDataset(source, transform, self.seed, training, self.on_bad_image)
+            try:
+                dataset.check_readable()
+            except UserError as error:
+                raise UserError(f"data.{split}: {error}") from error
+            self.datasets[split] = dataset
+
+    def check_counts(self) -> None:
+        """Raise a ``UserError`` where the images do not fill a step, or not every device has one to evaluate."""
+        count = self.num_images("train")
+        if count < self.batch_size * self.accumulation * self.world_size:
+            raise UserError(
+                f"{count} training images do not fill one step of data.global_batch_size {self.global_batch_size}:"
+                " lower it"
+            )
+        for split in ("val", "test"):
+            if self.num_images(split) < self.world_size:
+                raise UserError(
+                    f"{self.num_images(split)} images of data.{split} on {self.world_size} devices: use as many images"
+                )
+
+    def check_classes(self, split: str) -> None:
+        """Raise a ``UserError`` where a class of training has another number in ``split``."""
+        numbers = {str(name): label for label, name in enumerate(getattr(self.sources[split], "classes", []))}
+        for label, name in enumerate(self.classes):
+            if numbers.get(name, label) != label:
+                raise UserError(
+                    f"class '{name}' is number {label} of data.train, but {numbers[name]} of data.{split}: give"
+                    " both the same class folders; empty ones count"
+                )
 
     def train_transform(self) -> Transform:
         """Return crop and flip for training."""
@@ -231,36 +258,53 @@ class LatentDataModule(pl.LightningDataModule):
         """ADM's centre crop."""
         return images.center_crop(image, self.image_size)
 
-    def in_order(self, dataset: ImageDataset, indices: list[int] | None = None) -> DataLoader[Any]:
-        """Return a loader of each image once over all ranks."""
-        indices = list(range(len(dataset))) if indices is None else indices
-        return self.loader(dataset, InOrderSampler(indices, self.rank, self.world_size))
+    def in_order(self, dataset: ImageDataset, indices: Sequence[int] | Indices | None = None) -> DataLoader[Any]:
+        """Return a loader of each image once over all ranks, equally many batches on each."""
+        indices = range(len(dataset)) if indices is None else indices
+        sampler = InOrderSampler(indices, self.rank, self.world_size)
+        batch_size = even_batch_size(len(indices), self.world_size, self.batch_size)
+        return EvaluationLoader(dataset, batch_size=batch_size, sampler=sampler, **self.loading)
 
-    def loader(self, dataset: ImageDataset, sampler: Any) -> DataLoader[Any]:
-        """Return a loader of batches of this rank's size."""
-        return ResumableLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
-        )
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How every loader reads."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {"num_workers": self.num_workers, "collate_fn": collate, "pin_memory": on_gpu}
 
 
-def spread_over(total: int, count: int) -> list[int]:
-    """Return up to ``count`` numbers evenly spread over ``range(total)``."""
-    count = min(total, count)
-    return [i * total // count for i in range(count)]
+class TrainLoader(DataLoader[Any]):
+    """Batches from wherever the run stands; a pass has as many as an epoch, and may run into the next one.
 
+    The position is kept by the data module, and counts batches handed out, not those that workers have read ahead.
+    """
 
-class ResumableLoader(DataLoader[Any]):
-    """Tells Lightning that it resumes in mid-epoch; the position itself is the data module's."""
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Begin at the first ``next``: Lightning asks for an iterator before it restores a checkpoint."""
+        if not isinstance(self.sampler, ShuffledSampler):  # Lightning's overfit_batches puts in its own
+            yield from super().__iter__()
+            return
+        # workers go on reading where the last pass ended: no wait at the start of an epoch
+        batches = super().__iter__() if self._iterator is None else self._iterator
+        for _ in range(len(self)):
+            batch = next(batches)
+            self.sampler.advance()
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return nothing; that there is this method tells Lightning that a run can resume in mid-epoch."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take nothing."""
+
+
+class EvaluationLoader(DataLoader[Any]):
+    """Leaves out a batch without any readable image."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches."""
+        for batch in super().__iter__():
+            if batch is not None:
+                yield batch
+            elif isinstance(self.sampler, InOrderSampler) and self.sampler.num_replicas > 1:
+                raise UserError("no image of a whole evaluation batch can be read: remove the files named above")

@@ -15,19 +15,21 @@ from torch.utils.data import Dataset
 
 from aligntok.data.images import to_rgb
 from aligntok.data.sampler import Key
-from aligntok.data.sources import Item, length
+from aligntok.data.sources import Item, length, read_item, spread_over
 from aligntok.errors import UserError
 
 Transform = Callable[[Image.Image, random.Random], Image.Image]
 Sample = dict[str, Any]
+BAD_IMAGE = (UserError, OSError, SyntaxError)  # ours; Pillow's are OSError, and SyntaxError for a broken PNG
 MAX_BAD_SHARE = 0.01
+NUM_TRIES = 32
 
 
 class ImageDataset(Dataset[Sample | None]):
-    """Images of a source as bytes (3, H, W), with label and id; a sample is a function of (seed, epoch, index).
+    """Images of a source as bytes (H, W, 3), with label and id; a sample is a function of (seed, epoch, index).
 
-    An image that cannot be read is named, counted and, in training, replaced by the next one; in evaluation it is left out.
-    More than one in a hundred is an error.
+    An image that cannot be read is named, counted and, in training, replaced by the next one; in evaluation it is left
+    out. More than one in a hundred is an error.
 
     Args:
         source: Items (PIL image, label).
@@ -47,10 +49,11 @@ class ImageDataset(Dataset[Sample | None]):
     ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
         self.replace_bad, self.on_bad_image = replace_bad, on_bad_image
-        self.bad = torch.zeros(length(source), dtype=torch.uint8).share_memory_()  # one count for all workers
+        bad = torch.zeros(length(source), dtype=torch.uint8)
+        self.bad = bad.share_memory_()  # type: ignore[no-untyped-call]  # one count for all workers
 
     def __len__(self) -> int:
-        return length(self.source)
+        return len(self.bad)
 
     def __getitem__(self, key: Key | int) -> Sample | None:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -58,12 +61,12 @@ class ImageDataset(Dataset[Sample | None]):
         for candidate in range(index, index + (len(self) if self.replace_bad else 1)):
             candidate %= len(self)
             try:
-                image, label = self.source[candidate]
+                image, label = read_item(self.source, candidate)
                 pixels = np.array(self.transform(to_rgb(image), generator))
-            except (UserError, OSError, SyntaxError) as error:  # Pillow's: OSError, and SyntaxError for a broken PNG
+            except BAD_IMAGE as error:
                 self.report(candidate, error)
-                continue
-            return {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "label": int(label), "id": candidate}
+            else:
+                return {"image": torch.from_numpy(pixels), "label": label, "id": candidate}
         return None
 
     def report(self, index: int, error: Exception) -> None:
@@ -72,36 +75,39 @@ class ImageDataset(Dataset[Sample | None]):
         if self.on_bad_image == "raise":
             raise UserError(f"{message} (data.on_bad_image is raise)") from error
         known, self.bad[index] = bool(self.bad[index]), 1
+        if known:
+            return
         count = int(self.bad.sum())
         if count > MAX_BAD_SHARE * len(self):
             raise UserError(
-                f"{count} of {len(self)} images cannot be read, more than {MAX_BAD_SHARE:.0%}; the last: {message}. Remove or"
-                " replace these files"
+                f"{count} of {len(self)} images cannot be read, more than {MAX_BAD_SHARE:.0%}; the last: {message}."
+                " Remove or replace these files"
             ) from error
-        if not known:
-            print(f"aligntok: image skipped ({count} of {len(self)} so far): {message}", file=sys.stderr, flush=True)
+        print(f"aligntok: image skipped ({count} of {len(self)} so far): {message}", file=sys.stderr, flush=True)
 
-    def check_readable(self, tries: int = 32) -> None:
-        """Raise a ``UserError`` if none of up to ``tries`` images can be read: then it is no matter of a few bad files."""
-        spread = range(0, len(self), max(1, len(self) // tries))
+    def check_readable(self) -> None:
+        """Raise a ``UserError`` if none of some images can be read: then it is no matter of a few bad files."""
+        spread = spread_over(len(self), NUM_TRIES)
         for index in spread:
             try:
-                self.source[index]
-            except (UserError, OSError, SyntaxError) as error:
+                to_rgb(read_item(self.source, index)[0])
+            except BAD_IMAGE as error:
                 last = error
             else:
                 return
-        raise UserError(f"no image of the source can be read ({len(spread)} tried); the last: {last}")
+        raise UserError(f"no image can be read ({len(spread)} of {len(self)} tried); the last: {last}")
 
 
-def collate(samples: list[Sample | None]) -> dict[str, Tensor]:
-    """Stack samples to a batch of ``image`` (B, 3, H, W) in bytes, ``label`` (B,) and ``id`` (B,), leaving out bad images."""
+def collate(samples: list[Sample | None]) -> dict[str, Tensor] | None:
+    """Stack samples to a batch of ``image`` (B, 3, H, W) in bytes, ``label`` (B,) and ``id`` (B,).
+
+    Bad images are left out; ``None`` if nothing is left.
+    """
     good = [sample for sample in samples if sample is not None]
     if not good:
-        empty = torch.zeros(0, dtype=torch.long)
-        return {"image": torch.zeros(0, 3, 1, 1, dtype=torch.uint8), "label": empty, "id": empty}
+        return None
     return {
-        "image": torch.stack([sample["image"] for sample in good]),
+        "image": torch.stack([sample["image"] for sample in good]).permute(0, 3, 1, 2),  # copied later, on the device
         "label": torch.tensor([sample["label"] for sample in good]),
         "id": torch.tensor([sample["id"] for sample in good]),
     }

@@ -2,45 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DistributedSampler
 
-Position = tuple[int, int]  # epoch, batches of that epoch already taken
+from aligntok.data.sources import Indices
+
 Key = tuple[int, int]  # epoch, index of the image
 
 
-class ShuffledSampler(DistributedSampler[Key]):
-    """One rank's share of the shuffled images, whole global batches only, from wherever the run stands.
+@dataclass
+class Position:
+    """Where the next image of a run is."""
 
-    Global batch ``b`` of an epoch is the same set of images whatever the number of ranks. A ``DistributedSampler``, so that
-    Lightning leaves it alone.
+    epoch: int = 0
+    image: int = 0  # in the order of that epoch, over all ranks
+
+
+class ShuffledSampler(DistributedSampler[Key]):
+    """One rank's share of the shuffled images, without end, from wherever the run stands.
+
+    The images of an optimizer step are the same set whatever the number of ranks and of accumulated batches; the rest
+    of an epoch that does not fill a step is dropped. A ``DistributedSampler``, so that Lightning leaves it alone.
 
     Args:
         num_images: Images of the source.
+        global_batch_size: Images per optimizer step.
         batch_size: Images per batch on one rank.
         rank: Of this process.
         world_size: Number of ranks.
         seed: Of the order.
-        position: Asked at the start of each pass: (epoch, batches already taken).
+        position: Where to begin; ``advance`` moves it.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, rank: int, world_size: int, seed: int, position: Callable[[], Position]
+        self,
+        num_images: int,
+        global_batch_size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        position: Position,
     ) -> None:
         super().__init__(range(num_images), world_size, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.num_images, self.batch_size, self.position = num_images, batch_size, position
-        self.num_batches = num_images // (batch_size * world_size)
+        self.num_images, self.batch, self.position = num_images, batch_size * world_size, position
+        self.end = num_images - num_images % global_batch_size  # of an epoch
 
     def __len__(self) -> int:
-        return self.num_batches * self.batch_size
+        return self.end // self.num_replicas
 
     def __iter__(self) -> Iterator[Key]:
-        epoch, batch = self.position()
-        order = shuffled(self.num_images, self.seed, epoch)[: len(self) * self.num_replicas]
-        mine = order[self.rank :: self.num_replicas][batch * self.batch_size :]
-        return iter([(epoch, index) for index in mine])
+        self.turn_page()
+        epoch, image = self.position.epoch, self.position.image
+        while True:
+            end = self.end - (self.end - image) % self.batch  # after a change of batch size, the middle of an epoch
+            for index in shuffled(self.num_images, self.seed, epoch)[image + self.rank : end : self.num_replicas]:
+                yield epoch, int(index)
+            epoch, image = epoch + 1, 0
+
+    def advance(self) -> None:
+        """Note that all ranks have taken one more batch."""
+        self.position.image += self.batch
+        self.turn_page()
+
+    def turn_page(self) -> None:
+        """Go to the next epoch where this one has no whole batch left."""
+        if self.position.image + self.batch > self.end:
+            self.position.epoch, self.position.image = self.position.epoch + 1, 0
 
 
 class InOrderSampler(DistributedSampler[Key]):
@@ -52,7 +83,7 @@ class InOrderSampler(DistributedSampler[Key]):
         world_size: Number of ranks.
     """
 
-    def __init__(self, indices: list[int], rank: int, world_size: int) -> None:
+    def __init__(self, indices: Sequence[int] | Indices, rank: int, world_size: int) -> None:
         super().__init__(indices, world_size, rank, shuffle=False)  # type: ignore[arg-type]
         self.mine = indices[rank::world_size]
 
@@ -60,10 +91,25 @@ class InOrderSampler(DistributedSampler[Key]):
         return len(self.mine)
 
     def __iter__(self) -> Iterator[Key]:
-        return iter([(0, index) for index in self.mine])
+        return ((0, int(index)) for index in self.mine)
 
 
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+def shuffled(count: int, seed: int, epoch: int) -> Indices:
     """Return the order of ``count`` images in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
+    order: Indices = torch.randperm(count, generator=generator).numpy()
+    return order
+
+
+def even_batch_size(count: int, world_size: int, batch_size: int) -> int:
+    """Return the batch size, at best ``batch_size``, with which all ranks get equally many batches of ``count`` images.
+
+    A step may wait for other ranks (FSDP gathers weights, metrics are synchronised): one more on one rank would hang.
+    """
+    share, rest = divmod(count, world_size)
+    if not rest:
+        return batch_size
+    # some ranks have one image more: that needs no further batch unless the share fills its batches exactly
+    sizes = (*range(batch_size, 0, -1), *range(batch_size + 1, share + 2))
+    fitting: int = next(size for size in sizes if share % size)
+    return fitting

@@ -5,14 +5,17 @@ Any torchvision dataset is one too; these are the ones that it lacks.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -22,54 +25,82 @@ from aligntok.data.images import read_image
 from aligntok.errors import UserError
 
 Item = tuple[Image.Image, int]
+Indices = npt.NDArray[np.int64]
+NUM_PROBES = 16
 
 
 class ImageFolder(Dataset[Item]):
     """Images in class folders, or in one flat folder (then every label is 0).
 
+    Class folders are searched to any depth, through links too; hidden files and folders are left out. Classes are
+    numbered by sorted name, images sorted by path: the same on every machine.
+
     Args:
-        root: The folder. With subfolders, each is a class, searched to any depth; classes are numbered by sorted name.
+        root: The folder.
 
     Raises:
-        UserError: At the first use, if the folder is missing or holds no image.
+        UserError: At the first use, if the folder is missing, holds no image, or holds images both in class folders
+            and beside them.
     """
 
     def __init__(self, root: str) -> None:
-        self.root = Path(root)
-        self.draft_size: int | None = None  # set by the data module where a coarser JPEG decoding may do
+        self.root = Path(root).expanduser()
+        self.min_size: int | None = None
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes."""
-        if not self.root.is_dir():
-            raise UserError(f"there is no image folder {self.root}: set data.train.init_args.root (and data.val's) to yours")
-        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and not entry.name.startswith("."))
+        """Names of the classes; none for a flat folder."""
+        return self.index[0]
 
     @cached_property
-    def files(self) -> list[tuple[str, int]]:
-        """Path relative to the root, and label, of each image."""
-        folders: Sequence[str] = self.classes or [""]
-        found = []
-        for label, folder in enumerate(folders):
-            for parent, _, names in os.walk(self.root / folder):
-                prefix = os.path.relpath(parent, self.root)
-                found += [(os.path.join(prefix, name), label) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    def index(self) -> tuple[list[str], npt.NDArray[np.bytes_], Indices]:
+        """Names of the classes; path below the root, and label, of each image."""
+        if not self.root.is_dir():
+            raise UserError(
+                f"there is no image folder {self.root}: set data.train.init_args.root (and data.val's) to yours"
+            )
+        entries = visible(self.root)
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        beside = [entry.name for entry in entries if not entry.is_dir() and is_image(entry.name)]
+        found = [(name, label) for label, folder in enumerate(folders) for name in find_images(self.root, folder)]
+        if found and beside:
+            raise UserError(
+                f"image folder {self.root} holds images in folders ({found[0][0]}) and beside them ({beside[0]}): put"
+                " every image into a class folder, or all into one folder without subfolders"
+            )
         if not found:
-            raise UserError(f"image folder {self.root} holds no image ({', '.join(IMG_EXTENSIONS)}), also not in subfolders")
-        return sorted(found)
+            folders, found = [], [(name, 0) for name in beside]
+        if not found:
+            known = ", ".join(IMG_EXTENSIONS)
+            raise UserError(
+                f"image folder {self.root} holds no image, also not in subfolders: name another folder ({known})"
+            )
+        found.sort()
+        # arrays, because workers copy every page of a list of a million names, by counting references to them
+        names = np.array([os.fsencode(name) for name, _ in found])
+        return folders, names, np.array([label for _, label in found])
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.index[1])
 
     def __getitem__(self, index: int) -> Item:
-        name, label = self.files[index]
-        return read_image(self.root / name, min_size=self.draft_size), label
+        _, names, labels = self.index
+        return read_image(self.root / os.fsdecode(names[index]), self.min_size), int(labels[index])
+
+    def reduced(self, min_size: int) -> ImageFolder:
+        """Return the same images, decoded faster and a little coarser where both sides stay above ``min_size``."""
+        other = copy.copy(self)
+        other.min_size = min_size
+        return other
 
     def fingerprint(self) -> str:
-        """Return a hash of names, labels and file sizes."""
+        """Return a hash of names, labels and file sizes, wherever the folder lies."""
         digest = hashlib.sha256()
-        for name, label in self.files:
-            digest.update(f"{name} {label} {(self.root / name).stat().st_size}\n".encode())
+        root = os.fsencode(self.root)
+        for name, label in zip(*self.index[1:], strict=True):
+            path = os.path.join(root, name)
+            size = os.stat(path).st_size if os.path.exists(path) else -1  # a broken link is a bad image like others
+            digest.update(b"%s %d %d\n" % (name, label, size))
         return digest.hexdigest()[:16]
 
 
@@ -113,8 +144,8 @@ class Part(Dataset[Item]):
         indices: Which of its images.
     """
 
-    def __init__(self, source: Dataset[Item], indices: Sequence[int]) -> None:
-        self.source, self.indices = source, list(indices)
+    def __init__(self, source: Dataset[Item], indices: Sequence[int] | Indices) -> None:
+        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
 
     @property
     def classes(self) -> Any:
@@ -125,11 +156,15 @@ class Part(Dataset[Item]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Item:
-        return self.source[self.indices[index]]
+        return self.source[int(self.indices[index])]
+
+    def reduced(self, min_size: int) -> Part:
+        """Return the same images of the reduced source."""
+        return Part(reduced(self.source, min_size), self.indices)
 
     def fingerprint(self) -> str:
         """Return a hash of the source and the indices."""
-        return hashlib.sha256(f"{source_id(self.source)} {self.indices}".encode()).hexdigest()[:16]
+        return hashlib.sha256(source_id(self.source).encode() + self.indices.tobytes()).hexdigest()[:16]
 
 
 def split_holdout(source: Dataset[Item], share: float) -> tuple[Part, Part]:
@@ -141,16 +176,99 @@ def split_holdout(source: Dataset[Item], share: float) -> tuple[Part, Part]:
     count = length(source)
     held = round(count * share)
     if not 0 < held < count:
-        raise UserError(f"data.holdout {share} of {count} images leaves {held} for validation: name data.val, or change holdout")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    return Part(source, sorted(order[held:])), Part(source, sorted(order[:held]))
+        raise UserError(
+            f"data.holdout {share} of {count} images leaves {held} for validation: name data.val, or change the share"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
+    return Part(source, np.sort(order[held:])), Part(source, np.sort(order[:held]))
+
+
+def reduced(source: Dataset[Item], min_size: int) -> Dataset[Item]:
+    """Return the same images, read faster where the source can, with both sides at least ``min_size``."""
+    return source.reduced(min_size) if isinstance(source, (ImageFolder, Part)) else source
+
+
+def read_item(source: Dataset[Item], index: int) -> Item:
+    """Return image and label.
+
+    Raises:
+        UserError: The source gives something else.
+    """
+    item: Any = source[index]
+    name = type(source).__name__
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], Image.Image):
+        parts = (
+            ", ".join(type(part).__name__ for part in item) if isinstance(item, (tuple, list)) else type(item).__name__
+        )
+        raise UserError(
+            f"{name} gives ({parts}), not (PIL image, label): leave out its transform, aligntok crops and scales itself"
+        )
+    try:
+        return item[0], operator.index(item[1])  # takes tensors and NumPy's numbers too
+    except TypeError as error:
+        raise UserError(
+            f"{name} gives the label {str(item[1])[:40]!r}, not a whole number: give it another target_type or"
+            " target_transform"
+        ) from error
 
 
 def source_id(source: Dataset[Item]) -> str:
-    """Return what identifies the images of a source: its own fingerprint, or what it says of itself."""
-    return source.fingerprint() if hasattr(source, "fingerprint") else repr(source)
+    """Return what identifies the images of a source: its own fingerprint, or a hash of some of its images."""
+    if hasattr(source, "fingerprint"):
+        return str(source.fingerprint())
+    count = length(source)
+    digest = hashlib.sha256(f"{type(source).__name__} {count}".encode())
+    for index in spread_over(count, NUM_PROBES):
+        try:
+            image, label = read_item(source, index)
+            digest.update(f"{image.mode} {image.size} {label}".encode() + image.tobytes())
+        except (UserError, OSError, SyntaxError):
+            digest.update(b"unreadable")
+    return digest.hexdigest()[:16]
+
+
+def spread_over(total: int, count: int) -> list[int]:
+    """Return up to ``count`` numbers evenly spread over ``range(total)``."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
 
 
 def length(source: Dataset[Item]) -> int:
     """Return the number of images of a map-style source."""
     return len(source)  # type: ignore[arg-type]
+
+
+def find_images(root: Path, folder: str) -> Iterator[str]:
+    """Yield the paths below ``root`` of the images in one of its folders, to any depth, each real folder once."""
+    seen = set()
+    todo = [folder]
+    while todo:
+        folder = todo.pop(0)
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link to a folder that we come or came from
+        seen.add((status.st_dev, status.st_ino))
+        for entry in visible(root / folder):
+            name = f"{folder}/{entry.name}"
+            if entry.is_dir():
+                todo.append(name)
+            elif is_image(entry.name):
+                yield name
+
+
+def visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, sorted by name, without hidden entries.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read image folder {folder}: {error.strerror}. Check its permissions") from error
+
+
+def is_image(name: str) -> bool:
+    """Tell by the name whether a file is meant to be an image."""
+    return name.lower().endswith(IMG_EXTENSIONS)

@@ -88,9 +88,8 @@ class FeatureDistance(nn.Module):
     def __init__(self, encoder: VisionEncoder, layers: list[int] | None = None) -> None:
         super().__init__()
         self.layers = layers or [encoder.layer]
-        count = len(encoder.backbone.feature_info)
-        if max(self.layers) >= count:
-            raise UserError(f"perceptual layers {self.layers}: {encoder.name} has {count} layers up to the used one")
+        if min(self.layers) < 0 or max(self.layers) > encoder.layer:
+            raise UserError(f"perceptual layers {self.layers}: {encoder.name} has layers 0 to {encoder.layer}, the used one")
         self.judge = Frozen(encoder)
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:

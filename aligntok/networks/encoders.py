@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
         self.grid = grid_of(self.image_size, downsampling)
         self.stride, self.layer = choose_layer(name, downsampling, layer, model_args or {})
         self.input_size = (self.grid[0] * self.stride, self.grid[1] * self.stride)
-        self.backbone = create_backbone(name, self.input_size, weights, model_args or {})
+        self.backbone = create_backbone(name, self.input_size, weights, self.layer, model_args or {})
         self.width: int = self.backbone.feature_info[self.layer]["num_chs"]
         self.backbone.prune_intermediate_layers([self.layer], prune_norm=False, prune_head=True)
         self.layer = min(self.layer, len(self.backbone.feature_info) - 1)
@@ -136,7 +136,9 @@ def choose_layer(name: str, downsampling: int, layer: int | None, model_args: di
     )
 
 
-def create_backbone(name: str, input_size: tuple[int, int], weights: str | None, model_args: dict[str, Any]) -> nn.Module:
+def create_backbone(
+    name: str, input_size: tuple[int, int], weights: str | None, layer: int, model_args: dict[str, Any]
+) -> nn.Module:
     """Create the timm model for an input of ``input_size`` pixels and give it its weights, strictly."""
     if torch.get_default_device().type == "meta":
         weights = None  # nothing to fill: a build on the meta device counts and checks
@@ -146,6 +148,7 @@ def create_backbone(name: str, input_size: tuple[int, int], weights: str | None,
         state = offline_weights(name) if weights == "offline" else read_weights(cast(str, weights))
         prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
         state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        state = unused_parts(name, layer, options) | state
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0}}
     elif weights == "hub":
         options["pretrained"] = True
@@ -167,6 +170,16 @@ def create_backbone(name: str, input_size: tuple[int, int], weights: str | None,
                 f" model.safetensors of {hub_id}, copy it here and set encoder.weights to its path"
             ) from error
         raise UserError(f"encoder.weights {weights} does not fit {name}: {reason}") from error
+
+
+def unused_parts(name: str, layer: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Return zeros for what follows the used layer: a file that one of our encoders wrote lacks it."""
+    with torch.device("meta"):
+        backbone = timm.create_model(name, **options)
+    full = backbone.state_dict()
+    backbone.prune_intermediate_layers([layer], prune_norm=False, prune_head=True)
+    kept = backbone.state_dict()
+    return {key: torch.zeros(()).expand(value.shape) for key, value in full.items() if key not in kept}
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ TEXT, GRID, RUN = "#010203", "#040506", "#0a0b{:02x}"  # stand-ins that become C
 NUM_COLOURS = 8
 MAX_POINTS = 300  # per line: more than a panel has pixels to show
 LOG_FROM = 20.0  # ours: a curve that spans more than this factor gets a logarithmic axis
+NEAR_SHARES = 0.06  # below this span ticks stand less than 1 % apart
 SIZE = (4.0, 2.35)  # inches, with room for three in a row
 
 Points = Sequence[tuple[float, float]]
@@ -38,7 +39,7 @@ def curves(lines: Sequence[tuple[int, Points]], percent: bool = False, markers: 
     if not percent and min(values) > 0 and max(values) / min(values) > LOG_FROM:
         axes.set_yscale("log")
     elif percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(percents(values))
     else:
         axes.yaxis.set_major_formatter(plain_numbers())
     axes.set_xlim(left=0)
@@ -63,7 +64,7 @@ def trade_off(points: Sequence[tuple[int, str, float, float]], arrows: Sequence[
     for (_, name, psnr, probe), (shift, align) in zip(points, label_places(points), strict=True):
         axes.annotate(name, (psnr, probe), (0, shift), textcoords="offset points", ha="center", va=align, color=TEXT)
     axes.margins(0.2, 0.28)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.yaxis.set_major_formatter(percents([probe for _, _, _, probe in points]))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel("PSNR, dB: more detail →")
     axes.set_ylabel("linear probe: more meaning →")
@@ -104,6 +105,11 @@ def panel(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
         axis.label.set_color(TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure, axes
+
+
+def percents(shares: Sequence[float]) -> PercentFormatter:
+    """Return tick labels in percent, with a decimal where the shares lie near each other."""
+    return PercentFormatter(1.0, decimals=0 if max(shares) - min(shares) > NEAR_SHARES else 1, symbol=" %")
 
 
 def plain_numbers() -> ScalarFormatter:

@@ -91,8 +91,8 @@ def pictures(runs: list[Run], dots: dict[str, str]) -> str:
         strip(f"{dots[name]}{escape(name)}", f"latents, step {steps[name]:,}", three[2]) for name, three in rows.items()
     ]
     return (
-        '<h2>Pictures</h2><p class="note">Validation images through each run at its last picture: the reconstructions of a'
-        " good tokenizer cannot be told from the originals.</p>"
+        '<h2>Pictures</h2><p class="note">Validation images through each run at its last picture: reconstructions of'
+        " a good tokenizer cannot be told from the originals.</p>"
         f'<div class="strips">{"".join(above)}</div>'
         '<h3>What the latents look like</h3><p class="note">Each cell of a latent grid, its three main directions of'
         " variation as red, green and blue. Every run has its own directions: compare the patterns, not the hues.</p>"
@@ -119,11 +119,12 @@ def measures(runs: list[Run], dots: dict[str, str]) -> str:
     names = {name for run in tokenizers(runs) for row in run.rows for name in row}
     titles |= {name: f"{frechet_name(name)} ↓" for name in sorted(names) if name.startswith(("val/rfd_", "val/rfid"))}
     panels = [panel(runs, name, title, chained=True) for name, title in titles.items()]
+    shown = [run for run in tokenizers(runs) if any(run.curve(name) for name in titles)]
     if not any(panels):
         return ""
     return (
         '<h2>Validation</h2><p class="note">Steps count on from run to run: a run begins where the one that it started'
-        f' from ended.</p>{legend(tokenizers(runs), dots)}<div class="panels">{"".join(panels)}</div>'
+        f' from ended.</p>{legend(shown, dots)}<div class="panels">{"".join(panels)}</div>'
     )
 
 
@@ -191,9 +192,9 @@ def commands(runs: list[Run]) -> str:
     if not lines:
         return ""
     return (
-        '<h2>Do it again</h2><p class="note">Each <code>config.yaml</code> is the whole run, layers and defaults resolved.'
-        f" These commands write to <code>{AGAIN}/</code>; files that a config names itself, such as encoder weights, are"
-        f" those of the original runs.</p><pre>{escape(chr(10).join(lines))}</pre>"
+        '<h2>Do it again</h2><p class="note">Each <code>config.yaml</code> is the whole run, layers and defaults'
+        f" resolved. These commands write to <code>{AGAIN}/</code>; files that a config names, such as encoder weights,"
+        f" are those of the original runs.</p><pre>{escape(chr(10).join(lines))}</pre>"
     )
 
 

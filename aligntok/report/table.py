@@ -61,7 +61,7 @@ def table(runs: list[Run], dots: dict[str, str]) -> str:
     shown = columns(runs)
     best = {column.key: best_value(column, runs) for column in shown}
     heads = ["Run", "Stage", "Steps", "Time"] + [f"{c.heading} {'↑' if c.up else '↓'}" for c in shown]
-    head = "".join(f'<th scope="col">{heading(text)}</th>' for text in [*heads, "Trained", "Frozen"])
+    head = "".join(f'<th scope="col">{heading(text)}</th>' for text in [*heads, "Parameters"])
     body = "\n".join(f"<tr>{row(run, shown, best, dots[run.name])}</tr>" for run in runs)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
@@ -93,7 +93,7 @@ def row(run: Run, shown: list[Column], best: dict[str, str | None], dot: str) ->
         written = write(column, run)
         mark = ' class="best"' if written is not None and written == best[column.key] else ""
         text += f"<td{mark}>{measured(column, run, written)}</td>"
-    return text + "".join(f"<td>{parameters(run, trained)}</td>" for trained in (True, False))
+    return f'{text}<td class="parts">{parameters(run)}</td>'
 
 
 def write(column: Column, run: Run) -> str | None:
@@ -120,13 +120,14 @@ def best_value(column: Column, runs: list[Run]) -> str | None:
     return column.write(choose(run.value(column.key) or 0.0 for run in compared))
 
 
-def parameters(run: Run, trained: bool) -> str:
-    """Return the number of trained or frozen parameters, and whose they are."""
-    parts = run.parts(trained)
-    if not run.record.get("parameters"):
-        return DASH
-    names = "".join(f"<small>{escape(part)}</small>" for part in parts)
-    return f"{count(sum(parts.values()))}{names}"
+def parameters(run: Run) -> str:
+    """Return how many parameters are trained and frozen, and whose they are."""
+    lines = []
+    for trained, word in ((True, "trained"), (False, "frozen")):
+        parts = run.parts(trained)
+        if parts:
+            lines.append(f"{count(sum(parts.values()))} {word}<small>{escape(', '.join(parts))}</small>")
+    return "".join(lines) or DASH
 
 
 def count(number: int) -> str:
@@ -151,9 +152,9 @@ def meanings(runs: list[Run]) -> str:
     lines = [(column.heading, column.meaning) for column in columns(runs)]
     lines = [
         ("Stage", "what was trained; “from” names the run whose weights it started with."),
-        ("Steps, Time", "optimizer steps of this run alone, and the seconds of training, validation included."),
+        ("Steps, Time", "optimizer steps of this run alone, and its training time, validation included."),
         *lines,
-        ("Trained, Frozen", "parameters that learn in this stage, and those that stay as they are."),
+        ("Parameters", "how many learn in this stage, how many stay as they are, and in which parts."),
     ]
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text[:1].upper() + text[1:])}</dd>" for name, text in lines)
     return f"<dl>{items}</dl>"

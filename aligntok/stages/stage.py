@@ -91,7 +91,8 @@ class Stage(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Refuse what this stage cannot do right."""
+        """Refuse what this stage cannot do right, and set the modes: Lightning trains in whatever modes the modules came."""
+        self.train()
         if self.trainer.precision == "16-mixed":
             raise UserError("precision 16-mixed is not supported (fp16 gradients underflow in a GAN): use bf16-mixed or 32-true")
         if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:

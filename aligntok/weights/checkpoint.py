@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
@@ -55,7 +56,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError in torch.save
         temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path} ({error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]});"

@@ -1,0 +1,52 @@
+# The words that people and CI use. `make quickstart` and `make test` need nothing but Python >= 3.10; both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/quickstart
+LAST := checkpoints/last.ckpt
+FIT := $(BIN)/aligntok fit --ckpt_path last --config
+
+.PHONY: install format check test test-slow test-gpu bench quickstart clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# Encoder, three stages, control, validation, report; a run that was cut off goes on where it stopped.
+quickstart: install
+	$(FIT) quickstart/encoder.yaml
+	$(FIT) quickstart/stage1.yaml
+	$(FIT) quickstart/control.yaml --init_from $(RUN)/stage1/$(LAST)
+	$(FIT) quickstart/stage2.yaml --init_from $(RUN)/stage1/$(LAST)
+	$(FIT) quickstart/stage3.yaml --init_from $(RUN)/stage2/$(LAST)
+	$(BIN)/aligntok validate --config quickstart/stage3.yaml --ckpt_path $(RUN)/stage3/$(LAST)
+	$(BIN)/aligntok report $(RUN)
+
+format: install
+	$(BIN)/ruff format aligntok tests benchmarks
+	$(BIN)/ruff check --fix aligntok tests benchmarks
+
+check: install
+	$(BIN)/ruff format --check aligntok tests benchmarks
+	$(BIN)/ruff check aligntok tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: install
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: install
+	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: install
+	$(BIN)/pytest -m gpu
+
+# The short benchmarks; benchmarks/README.md lists the long ones.
+bench: install
+	$(BIN)/python benchmarks/data_path.py
+	$(BIN)/python benchmarks/training_step.py
+
+clean:
+	rm -rf runs/quickstart .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

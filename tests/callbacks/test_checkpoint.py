@@ -1,0 +1,97 @@
+"""When a run saves itself, and that nothing half-written replaces a good file."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from aligntok.callbacks import SaveCheckpoint
+from aligntok.errors import UserError
+from aligntok.stages import LatentAlignment
+
+
+class Count(SaveCheckpoint):
+    """Notes which batches, counted from 1 over the run, wrote which files."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.writes = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        save = trainer.save_checkpoint
+        trainer.save_checkpoint = lambda path, *a, **k: (self.writes.append((trainer.fit_loop.total_batch_idx + 1, path.name)), save(path, *a, **k))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        trainer.save_checkpoint = save
+
+
+def fit(tiny, folder, callback, max_steps=5, **options):
+    data = tiny.data(26)  # three steps per epoch
+    stage = tiny.stage(LatentAlignment)
+    trainer = tiny.trainer(folder, max_steps, [callback], **options)
+    trainer.fit(stage, datamodule=data)
+    return trainer
+
+
+def test_saves_when_due_and_at_the_end(tiny, tmp_path):
+    callback = Count(every_n_steps=2, keep_every_n_steps=3)
+    fit(tiny, tmp_path, callback)
+    assert callback.writes == [(2, "last.ckpt"), (3, "step_0000003.ckpt"), (4, "last.ckpt"), (5, "last.ckpt")]
+    steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {"last.ckpt": 5, "step_0000003.ckpt": 3}
+
+
+def test_the_last_step_of_max_epochs_is_saved(tiny, tmp_path):
+    callback = Count(every_n_steps=1000)
+    fit(tiny, tmp_path, callback, max_steps=-1, max_epochs=2)
+    assert callback.writes == [(6, "last.ckpt")]
+
+
+def test_never_in_the_middle_of_an_accumulation(tiny, tmp_path):
+    """There the gradients of the first batches would be lost, and the resumed step be another one."""
+    callback = Count(every_n_steps=1000, keep_every_n_steps=2)
+    fit(tiny, tmp_path, callback, accumulate_grad_batches=2)
+    assert callback.writes == [(4, "step_0000002.ckpt"), (8, "step_0000004.ckpt"), (10, "last.ckpt")]
+
+
+def test_fast_dev_run_writes_nothing(tiny, tmp_path):
+    callback = Count(every_n_steps=1)
+    fit(tiny, tmp_path, callback, fast_dev_run=2)
+    assert callback.writes == []
+
+
+@pytest.mark.parametrize("where", ["torch.save", "os.fsync"])
+def test_a_full_disk_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, where):
+    trainer = fit(tiny, tmp_path, SaveCheckpoint(), max_steps=1)
+    path = tmp_path / "checkpoints/last.ckpt"
+    before = path.read_bytes()
+
+    def full(*args):
+        if where == "torch.save":
+            args[1].write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(UserError, match=r"cannot write .*last\.ckpt \(No space left on device\).*untouched"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]  # no .partial
+
+
+def test_reading_runs_no_code_whatever_is_asked(tiny, tmp_path):
+    trainer = fit(tiny, tmp_path, SaveCheckpoint(), max_steps=1)
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "evil": Touch(str(tmp_path / "ran"))}, path)
+    with pytest.raises(UserError, match="refused"):
+        trainer.strategy.load_checkpoint(path, weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    """Pickles into a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)

@@ -1,0 +1,71 @@
+"""One of two CPU processes (or a single one) that run the real training; test_distributed.py starts them and compares.
+
+Usage: ddp_worker.py OUTPUT_FOLDER, with Lightning's LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+
+from aligntok.callbacks import SaveCheckpoint
+from aligntok.stages import LatentAlignment, PerceptualAlignment
+
+WORLD = int(os.environ["WORLD_SIZE"])
+RANK = int(os.environ["LOCAL_RANK"])
+
+
+def load_tiny():
+    spec = importlib.util.spec_from_file_location("tiny_conftest", Path(__file__).parents[1] / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Tiny
+
+
+class Recorder(SaveCheckpoint):
+    """Keeps the loss terms of each batch, of this rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        scale = trainer.callback_metrics.get("train/gan_adaptive_weight")
+        self.scales.append(None if scale is None else float(scale))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def train(tiny, folder, cls, steps=5, **options):
+    torch.set_num_threads(1)
+    recorder = Recorder()
+    stage = tiny.stage(cls, **{"learning_rate": 0.1, "optimizer": tiny.sgd, **options})
+    parallel = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": WORLD} if WORLD > 1 else {}
+    trainer = tiny.trainer(folder, steps, [recorder], **parallel)
+    start = tiny.copies(stage)
+    trainer.fit(stage, datamodule=tiny.data(calibration_images=37))  # odd: the ranks measure shares of different sizes
+    weights = {name: value.detach().clone() for name, value in [*stage.named_parameters(), *stage.named_buffers()]}
+    change = {name: float((weights[name] - start[name]).abs().max()) for name in weights}
+    return {"weights": weights, "change": change, "global_step": trainer.global_step, "scales": recorder.scales}
+
+
+def main(output):
+    tiny = load_tiny()
+    results = {}
+    gan = {"perceptual": tiny.judge(), "adversarial": tiny.gan(weight=0.5, adaptive=False)}
+    results["stage1"] = train(tiny, output / "stage1", LatentAlignment, **gan)
+    late = tiny.gan(weight={2: 0.0, 3: 0.5}, adaptive=True, discriminator_start=2)  # idle, then alone, then both
+    results["stage2"] = train(tiny, output / "stage2", PerceptualAlignment, adversarial=late)
+
+    bad = tiny.NaNAt(1) if RANK == WORLD - 1 else tiny.NaNAt()  # not finite on one rank only
+    results["nonfinite"] = train(tiny, output / "nonfinite", LatentAlignment, steps=2, perceptual=bad)
+    torch.save(results, output / f"rank{RANK}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""Two processes on gloo are one process with twice the batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "ddp_worker.py"
+
+
+def start(folder, world):
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = {
+            **os.environ,
+            "LOCAL_RANK": str(rank),
+            "NODE_RANK": "0",
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        command = [sys.executable, str(WORKER), str(folder)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return processes
+
+
+def finish(folder, processes):
+    try:
+        texts = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, texts, strict=True):
+        assert process.returncode == 0, text[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(processes))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of one process, then of the two ranks."""
+    root = tmp_path_factory.mktemp("ddp")
+    two = start(root / "two", 2)
+    one = start(root / "one", 1)
+    return [*finish(root / "one", one), *finish(root / "two", two)], root
+
+
+@pytest.mark.parametrize("run", ["stage1", "stage2"])
+def test_two_ranks_equal_one(runs, run):
+    (one, first, second), _ = runs
+    assert one[run]["global_step"] == first[run]["global_step"] == second[run]["global_step"] == 5
+    for name, value in one[run]["weights"].items():
+        torch.testing.assert_close(first[run]["weights"][name], value, rtol=1e-3, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
+        assert torch.equal(first[run]["weights"][name], second[run]["weights"][name]), name
+
+
+@pytest.mark.parametrize("run", ["stage1", "stage2"])
+@pytest.mark.parametrize("part", ["tokenizer.adapter", "tokenizer.decoder", "adversarial"])
+def test_the_runs_learned_far_more_than_the_tolerance(runs, run, part):
+    (one, *_), _ = runs
+    assert max(change for name, change in one[run]["change"].items() if name.startswith(part)) > 2e-3
+
+
+def test_the_adaptive_weight_is_the_same_on_all_ranks_and_that_of_the_whole_batch(runs):
+    (one, first, second), _ = runs
+    assert one["stage2"]["scales"][:3] == [None] * 3  # the generator does not hear the discriminator before step 3
+    assert first["stage2"]["scales"] == second["stage2"]["scales"]
+    scales = [run["stage2"]["scales"][3:] for run in (one, first)]
+    assert len(scales[0]) == 2
+    torch.testing.assert_close(torch.tensor(scales[0]), torch.tensor(scales[1]), rtol=1e-3, atol=0)
+
+
+def test_latent_statistics_are_those_of_all_ranks(runs):
+    (one, *ranks), _ = runs
+    assert not torch.equal(one["stage2"]["weights"]["tokenizer.latent_std"], torch.ones(4, 1, 1))
+    for rank in ranks:
+        for key in ("tokenizer.latent_mean", "tokenizer.latent_std"):
+            torch.testing.assert_close(rank["stage2"]["weights"][key], one["stage2"]["weights"][key], rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(runs):
+    (_, first, second), root = runs
+    for name, value in first["nonfinite"]["weights"].items():
+        assert value.isfinite().all(), name
+        assert torch.equal(value, second["nonfinite"]["weights"][name]), name
+    lines = [line.split(",") for line in (root / "two/nonfinite/nonfinite_steps.csv").read_text().splitlines()]
+    assert sorted(line[:2] for line in lines) == [["1", "0"], ["1", "1"]]  # step, rank
+    images = [set(line[2].split()) for line in lines]
+    assert len(images[0] | images[1]) == 8  # both shares of the batch

@@ -1,0 +1,114 @@
+"""A gradient that is not finite: the step is skipped and written down; too many in a row stop the run."""
+
+import math
+
+import pytest
+import torch
+
+from aligntok.callbacks import SaveCheckpoint
+from aligntok.errors import UserError
+from aligntok.stages import LatentAlignment
+
+
+class Record(SaveCheckpoint):
+    """Keeps weights, optimizer state and image ids around each batch."""
+
+    def __init__(self):
+        super().__init__(every_n_steps=1)
+        self.ids, self.weights, self.adam_steps = [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.ids.append(batch["id"].tolist())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.weights.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+        self.adam_steps.append([float(state["step"]) for state in trainer.optimizers[0].state.values()])
+
+
+def fit(tiny, folder, bad_calls, steps, accumulate=1, **options):
+    record = Record()
+    stage = tiny.stage(LatentAlignment, perceptual=tiny.NaNAt(*bad_calls), adversarial=tiny.gan(weight=0.5), **options)
+    trainer = tiny.trainer(folder, steps, [record], accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
+    try:
+        trainer.fit(stage, datamodule=tiny.data())
+    finally:
+        record.trainer, record.stage = trainer, stage
+    return record
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rows(folder):
+    lines = (folder / "nonfinite_steps.csv").read_text().splitlines()
+    return [(int(step), [int(i) for i in ids.split()]) for step, _, ids in (line.split(",") for line in lines)]
+
+
+def test_a_single_step_is_skipped_and_written_down(tiny, tmp_path):
+    record = fit(tiny, tmp_path, [2], 5)
+    assert not same(record.weights[0], record.weights[1])
+    assert same(record.weights[1], record.weights[2])  # generator and discriminator
+    assert record.adam_steps[2] == record.adam_steps[1]
+    assert not same(record.weights[2], record.weights[3])
+    assert rows(tmp_path) == [(2, record.ids[2])]
+    assert record.trainer.global_step == 5
+    assert record.stage.nonfinite_steps == 0
+
+
+def test_with_accumulation_the_whole_step_is_skipped(tiny, tmp_path):
+    record = fit(tiny, tmp_path, [3], 3, accumulate=2)  # the second half of the second step
+    assert same(record.weights[1], record.weights[3])
+    assert not same(record.weights[3], record.weights[5])
+    assert rows(tmp_path) == [(1, record.ids[2] + record.ids[3])]
+    assert all(p.isfinite().all() for p in record.weights[-1].values())
+
+
+def test_a_good_step_sets_the_count_back(tiny, tmp_path):
+    record = fit(tiny, tmp_path, [0, 1, 3, 4], 6, max_nonfinite_steps=3)
+    assert record.trainer.global_step == 6
+    assert [step for step, _ in rows(tmp_path)] == [0, 1, 3, 4]
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row up to step 4.*nonfinite_steps\.csv.*--ckpt_path last"):
+        fit(tiny, tmp_path, [2, 3, 4], 9, max_nonfinite_steps=3)
+    assert [step for step, _ in rows(tmp_path)] == [2, 3, 4]
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    for tensors in (checkpoint["state_dict"], *checkpoint["optimizer_states"][0]["state"].values()):
+        assert all(bool(value.isfinite().all()) for value in tensors.values())
+    record = fit_on(tiny, tmp_path, 7)
+    assert record.trainer.global_step == 7
+
+
+def fit_on(tiny, folder, steps):
+    record = Record()
+    stage = tiny.stage(LatentAlignment, seed=9, perceptual=tiny.NaNAt(), adversarial=tiny.gan(weight=0.5))
+    trainer = tiny.trainer(folder, steps, [record], gradient_clip_val=1.0)
+    trainer.fit(stage, datamodule=tiny.data(), ckpt_path=str(folder / "checkpoints/last.ckpt"))
+    record.trainer = trainer
+    return record
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_infinite_gradients_count_too(tiny, tmp_path, clip):
+    stage = tiny.stage(learning_rate={0: 1e-3})
+    stage.trainer = tiny.trainer(tmp_path, 1)
+    stage.log_dict = lambda *_, **__: None
+    optimizer = stage.configure_optimizers()["optimizer"]
+    for value in (math.inf, math.nan):
+        weight = stage.tokenizer.decoder.last_layer
+        before = tiny.copies(stage)
+        for parameter in stage.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        weight.grad[0] = value
+        stage.configure_gradient_clipping(optimizer, clip)
+        optimizer.step()
+        assert all(torch.equal(now, before[name]) for name, now in tiny.copies(stage).items())
+    assert stage.nonfinite_steps == 2
+
+
+def test_what_the_guard_cannot_do_right_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="gradient_clip_algorithm"):
+        tiny.trainer(tmp_path, 1, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(tiny.stage(), datamodule=tiny.data())

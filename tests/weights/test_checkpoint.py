@@ -1,0 +1,234 @@
+"""Reading, writing and rebuilding checkpoints."""
+
+import os
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from aligntok.__main__ import main
+from aligntok.callbacks import EMA, SaveCheckpoint
+from aligntok.errors import UserError
+from aligntok.stages import DecoderRefinement, EncoderPretraining, LatentAlignment, PerceptualAlignment
+from aligntok.weights.checkpoint import load_strictly, load_tokenizer, read_checkpoint, tokenizer_state, write_atomically
+
+
+class Touch:
+    """Pickles into a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture(scope="module")
+def stage1(tiny, tmp_path_factory):
+    """A checkpoint of stage 1 with an EMA."""
+    folder = tmp_path_factory.mktemp("stage1")
+    stage = tiny.stage(LatentAlignment, learning_rate=1e-2, adversarial=tiny.gan())
+    tiny.trainer(folder, 2, [EMA(0.5), SaveCheckpoint()]).fit(stage, datamodule=tiny.data())
+    return folder / "checkpoints/last.ckpt"
+
+
+def all_equal(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+
+# init_from
+
+
+@pytest.mark.parametrize("cls", [LatentAlignment, PerceptualAlignment, DecoderRefinement])
+def test_stage_k_loads_into_the_next(tiny, stage1, cls):
+    stage = tiny.stage(cls, seed=3)
+    stage.init_from(stage1)
+    state = torch.load(stage1, weights_only=True)["state_dict"]
+    ours = {key: value for key, value in stage.state_dict().items() if key.startswith("tokenizer")}
+    assert all_equal(ours, {key: value for key, value in state.items() if key.startswith("tokenizer")})
+    if cls is PerceptualAlignment:
+        for part, anchor in zip(("encoder", "adapter"), stage.anchor.network, strict=True):
+            assert all_equal(anchor.state_dict(), getattr(stage.tokenizer, part).state_dict())
+            first, second = next(anchor.parameters()), next(getattr(stage.tokenizer, part).parameters())
+            assert first.data_ptr() != second.data_ptr()
+
+
+def test_wrong_stage(tiny, stage1, tmp_path):
+    checkpoint = torch.load(stage1, weights_only=True)
+    torch.save({**checkpoint, "aligntok_stage": "DecoderRefinement"}, tmp_path / "three.ckpt")
+    message = r"three\.ckpt is of stage DecoderRefinement, but PerceptualAlignment starts from LatentAlignment"
+    with pytest.raises(UserError, match=message):
+        tiny.stage(PerceptualAlignment).init_from(tmp_path / "three.ckpt")
+    pretraining = EncoderPretraining(tiny.encoder(), 10)
+    with pytest.raises(UserError, match="EncoderPretraining starts from no previous stage"):
+        pretraining.init_from(stage1)
+
+
+def test_wrong_shapes_are_named_and_nothing_is_loaded(tiny, stage1):
+    stage = tiny.stage(PerceptualAlignment, tokenizer=tiny.tokenizer(5, latent_dim=6))
+    before = tiny.copies(stage)
+    with pytest.raises(UserError, match=r"(?s)last\.ckpt.*\(4, .*there and \(6, .*here"):
+        stage.init_from(stage1)
+    assert all(torch.equal(value, before[name]) for name, value in tiny.copies(stage).items())
+
+
+def test_load_strictly_names_missing_and_unknown_keys():
+    layer = torch.nn.Linear(2, 3)
+    with pytest.raises(UserError, match="the file .*bias is missing there; other is unknown here"):
+        load_strictly(layer, {"weight": torch.zeros(3, 2), "other": torch.zeros(1)}, "the file")
+
+
+# read_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path, good: None, "there is no checkpoint"),
+        (lambda path, good: path.mkdir(), "it is a folder"),
+        (lambda path, good: path.write_bytes(b""), "no checkpoint, or only half"),
+        (lambda path, good: path.write_bytes(os.urandom(5000)), "no checkpoint, or only half"),
+        (lambda path, good: path.write_bytes(good[: len(good) // 2]), "no checkpoint, or only half"),
+        (lambda path, good: torch.save({"weights": torch.zeros(1)}, path), "no state_dict"),
+        (lambda path, good: torch.save(torch.zeros(1), path), "no state_dict"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, stage1, make, message):
+    path = tmp_path / "x.ckpt"
+    make(path, stage1.read_bytes())
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(path)
+
+
+def test_a_zip_of_something_else(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as file:
+        file.writestr("letter.txt", "dear reader")
+    with pytest.raises(UserError, match="no checkpoint that torch can read"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_pickled_code_is_refused_and_does_not_run(tmp_path, tiny):
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "ran"
+    evil = {"state_dict": {}, "aligntok_stage": "LatentAlignment", "x": Touch(str(trace))}
+    torch.save(evil, path)
+    for read in (read_checkpoint, load_tokenizer, tiny.stage(PerceptualAlignment).init_from):
+        with pytest.raises(UserError, match=r"evil\.ckpt is refused"):
+            read(path)
+    torch.save(evil, path, _use_new_zipfile_serialization=False)  # the format before zip
+    with pytest.raises(UserError):
+        read_checkpoint(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # the file would have run
+
+
+# write_atomically
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos"), SafetensorError("I/O")])
+def test_a_failed_write_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "weights"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(UserError, match="cannot write .*weights"):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "weights"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("weights", "old")]
+
+
+def test_a_complete_write_replaces(tmp_path):
+    path = tmp_path / "new folder" / "weights"
+    for text in ("one", "two"):
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        assert path.read_text() == text
+
+
+# load_tokenizer
+
+SMALL = {"name": "vit_tiny_patch16_224", "model_args": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}}
+LITE0 = {"name": "tf_efficientnet_lite0", "weights": "offline", "model_args": {}}
+
+
+def command_line(folder, stage, encoder, width, *more):
+    """Run two steps of a stage's shipped layers at a small size."""
+    values = {"weights": None, "image_size": 32, "downsampling": 8, **encoder}
+    decoder = {"latent_dim": 4, "width": 8, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "num_groups": 4}
+    parts = {"encoder": values, "adapter": {"width": width, "latent_dim": 4}, "decoder": decoder}
+    trainer = {"max_steps": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0, "accelerator": "cpu"}
+    config = {
+        "layers": ["base.yaml", f"stage/{stage}.yaml", "stage/tokenizer.yaml", "data/digits.yaml"],
+        "model": {"init_args": {"tokenizer": {"init_args": {part: {"init_args": args} for part, args in parts.items()}}}},
+        "data": {"global_batch_size": 4, "calibration_images": 8, "image_size": 32},
+        "trainer": {**trainer, "enable_progress_bar": False},
+    }
+    folder.mkdir()
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(folder / "small.yaml"), "--output", str(folder), *more]) == 0
+    return folder / "checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize(("encoder", "width"), [(SMALL, 16), (LITE0, 40)])
+def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, encoder, width):
+    monkeypatch.chdir(tmp_path)
+    one = command_line(tmp_path / "one", "latent_alignment", encoder, width)
+    two = command_line(tmp_path / "two", "perceptual_alignment", encoder, width, "--init_from", str(one))
+    for folder in ("one", "two"):
+        (tmp_path / folder / "small.yaml").unlink()
+        (tmp_path / folder / "config.yaml").unlink()
+    tokenizer = load_tokenizer(two)
+    assert not tokenizer.training
+    state = torch.load(two, weights_only=True)
+    average = {key: value for key, value in state["state_dict"].items() if key.startswith("tokenizer.")}
+    assert all_equal({f"tokenizer.{key}": value for key, value in tokenizer.state_dict().items()}, average)
+    raw = state["current_model_state"]
+    assert not all_equal(average, {key: raw[key] for key in average})
+    assert not torch.equal(tokenizer.latent_std, torch.ones(4, 1, 1))
+    assert tokenizer.spec.latent_shape == (4, 4, 4)
+    assert tokenizer.fingerprint() == load_tokenizer(two).fingerprint() != load_tokenizer(one).fingerprint()
+    # what no state dict shows: pixel statistics and size of the encoder's input
+    from aligntok.networks import VisionEncoder
+
+    values = {"image_size": 32, "downsampling": 8, "weights": None, **encoder}
+    original = VisionEncoder(**values).eval()
+    original.backbone.load_state_dict(tokenizer.encoder.backbone.state_dict())
+    image = tiny.images(2, size=32)
+    assert torch.equal(original(image), tokenizer.encoder(image))
+
+
+def test_a_checkpoint_without_a_recipe(stage1):
+    with pytest.raises(UserError, match=r"no recipe of a tokenizer.*aligntok fit"):
+        load_tokenizer(stage1)
+
+
+def test_lora_updates_are_merged(tiny, tmp_path):
+    stage = tiny.stage(PerceptualAlignment, lora_rank=2, learning_rate=1e-1)
+    tiny.trainer(tmp_path, 3, [SaveCheckpoint()]).fit(stage, datamodule=tiny.data())
+    path = tmp_path / "checkpoints/last.ckpt"
+    assert not any("lora" in key for key in tokenizer_state(read_checkpoint(path)))
+    third = tiny.stage(DecoderRefinement, seed=4)
+    third.init_from(path)
+    image = tiny.images(3)
+    ours, theirs = third.tokenizer.eval().encode(image), stage.tokenizer.eval().encode(image)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    stage.tokenizer.encoder.backbone.blocks[0].attn.qkv.lora_up.data.zero_()
+    assert (ours - stage.tokenizer.encode(image)).abs().max() > 1e-3  # the update matters
