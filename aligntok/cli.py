@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -35,6 +37,18 @@ Train image tokenizers from pretrained vision encoders, and generators on their 
   aligntok report FOLDER                                         report.html of the runs in a folder
 
 A config is a file, or the name of a shipped one; several --config are layers, later ones win."""
+
+
+VERBS = {
+    "fit": "Train a stage. Ends at trainer.max_steps; --ckpt_path last goes on with a run that was cut off.",
+    "validate": "Measure a checkpoint on the validation images; writes validate.json into --output.",
+    "test": "Measure a checkpoint on the test images (data.test, by default the validation images).",
+    "predict": "Encode the validation images with a checkpoint.",
+}
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
+    """Keeps the lines of a description."""
 
 
 class ConfigLayers(ActionConfigFile):
@@ -69,6 +83,18 @@ class RunCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint's hyperparameters overrule command line and YAML."""
 
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what a dataset of another library says of its files is a user's error too."""
+        try:
+            super().instantiate_classes()
+        except OSError as error:
+            raise UserError(f"{error.strerror or error}: {error.filename or 'see the paths in the config'}") from error
+        except (RuntimeError, ValueError) as error:
+            ours = cause_of_user(error)
+            if ours is None and "Dataset not found" not in str(error):
+                raise
+            raise UserError(str(ours or f"data: {error}")) from error
+
     def before_instantiate_classes(self) -> None:
         """Resolve ``--ckpt_path``, and refuse to write over another run."""
         config = self.config[self.subcommand]
@@ -84,6 +110,11 @@ class RunCLI(LightningCLI):
             raise UserError(
                 f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another folder by --output"
             )
+        stage = locate(config.model.class_path)
+        if self.subcommand == "fit" and getattr(stage, "needs_previous", False):
+            if not config.get("ckpt_path") and not config.init_from:
+                wanted = " or ".join(stage.previous_stages)
+                raise UserError(f"{stage.__name__} starts from {wanted}: add --init_from CHECKPOINT of that stage")
         if config.get("ckpt_path"):
             read_checkpoint(config.ckpt_path)
         elif self.subcommand != "fit" and not config.init_from:
@@ -122,9 +153,6 @@ class RunCLI(LightningCLI):
             if not isinstance(self.model, Stage):
                 raise UserError(f"--init_from has no effect on {type(self.model).__name__}: it is no stage of aligntok")
             self.model.init_from(config.init_from)
-        elif self.subcommand == "fit" and not config.get("ckpt_path") and getattr(self.model, "needs_previous", False):
-            wanted = " or ".join(self.model.previous_stages)
-            raise UserError(f"{type(self.model).__name__} starts from {wanted}: add --init_from CHECKPOINT of that stage")
 
     def after_validate(self) -> None:
         """Keep the measures."""
@@ -162,6 +190,13 @@ class SaveConfig(SaveConfigCallback):
                 path.rename(folder / f"config.{number}.yaml")
             path.write_text(text)
         self.already_saved = True
+
+
+def cause_of_user(error: BaseException | None) -> UserError | None:
+    """Return the user's error that another one came from, if there is any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
 
 
 def expand_layers(name: str, known_keys: set[str]) -> list[str]:
@@ -240,7 +275,11 @@ def run(args: list[str] | None = None) -> RunCLI:
         save_config_callback=SaveConfig,
         seed_everything_default=0,
         parser_class=Parser,
-        parser_kwargs={"description": DESCRIPTION},
+        parser_kwargs={
+            "description": DESCRIPTION,
+            "formatter_class": HelpFormatter,
+            **{verb: {"description": text} for verb, text in VERBS.items()},
+        },
         auto_configure_optimizers=False,
         trainer_defaults={"enable_model_summary": False},
     )

@@ -136,13 +136,15 @@ def fit(*arguments: str, threads: int) -> subprocess.Popen:
 
 
 def wait_for_first_step(process: subprocess.Popen) -> float:
-    """Return the moment at which the run prints its summary; a resume of a run that was complete prints it as well."""
+    """Return the moment at which the run prints its summary, or ends: one that was killed after its last step has none left."""
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith(STARTED):
             return time.monotonic()
-    raise SystemExit(f"the run ended before its first step:\n{''.join(lines)}")
+    if process.wait():
+        raise SystemExit(f"the run ended with {process.returncode} before its first step:\n{''.join(lines)}")
+    return time.monotonic()
 
 
 def prepare(folder: Path, threads: int) -> Path:

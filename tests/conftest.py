@@ -1,4 +1,4 @@
-"""What many tests share: networks of a few thousand parameters, and a real Trainer, data module and checkpoint writer."""
+"""What many tests share: networks of a few thousand parameters, a real Trainer, data module, checkpoint writer."""
 
 import lightning.pytorch as pl
 import pytest
@@ -33,7 +33,9 @@ class Tiny:
     @staticmethod
     def gan(seed=0, norm="group", **options):
         torch.manual_seed(seed + 1000)
-        return AdversarialLoss(PatchDiscriminator(width=8, num_layers=1, norm=norm), **{"discriminator_start": 0, **options})
+        return AdversarialLoss(
+            PatchDiscriminator(width=8, num_layers=1, norm=norm), **{"discriminator_start": 0, **options}
+        )
 
     @staticmethod
     def judge(seed=7):
@@ -52,9 +54,7 @@ class Tiny:
     @staticmethod
     def data(num_images=64, global_batch_size=8, **options):
         options = {"crop": "center", "flip": False, **options}
-        return LatentDataModule(
-            Shapes(num_images, 16), 16, global_batch_size, val=Shapes(8, 16, seed=1), **options
-        )
+        return LatentDataModule(Shapes(num_images, 16), 16, global_batch_size, val=Shapes(8, 16, seed=1), **options)
 
     @staticmethod
     def images(count=8, seed=0, size=16):

@@ -32,7 +32,14 @@ def test_a_single_point_is_a_constant():
 
 @pytest.mark.parametrize(
     ("schedule", "first"),
-    [(0.0, None), (0.5, 0), ({0: 0.0, 9: 0.0}, None), ({4999: 0.0, 5000: 0.5}, 5000), ({0: 0.0, 100: 1.0}, 1), ({50: 1.0}, 0)],
+    [
+        (0.0, None),
+        (0.5, 0),
+        ({0: 0.0, 9: 0.0}, None),
+        ({4999: 0.0, 5000: 0.5}, 5000),
+        ({0: 0.0, 100: 1.0}, 1),
+        ({50: 1.0}, 0),
+    ],
 )
 def test_first_step_that_is_not_zero(schedule, first):
     assert always_zero_until(schedule) == first
@@ -40,7 +47,9 @@ def test_first_step_that_is_not_zero(schedule, first):
     assert (steps[0] if steps else None) == first
 
 
-@pytest.mark.parametrize(("schedule", "message"), [({}, "learning_rate is an empty schedule"), ({-5: 1.0}, "negative step -5")])
+@pytest.mark.parametrize(
+    ("schedule", "message"), [({}, "learning_rate is an empty schedule"), ({-5: 1.0}, "negative step -5")]
+)
 def test_errors_name_the_key(schedule, message):
     with pytest.raises(UserError, match=message):
         check_schedule("learning_rate", schedule)

@@ -83,9 +83,12 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def random_crop(image: Image.Image, size: tuple[int, int], generator: random.Random) -> Image.Image:
     """Scale the image as ``center_crop`` does and cut out ``size`` = (H, W) at a random place."""
-    image = _cover(image, size)
-    left = generator.randint(0, image.width - size[1])
-    return _cut(image, size, left=left, top=generator.randint(0, image.height - size[0]))
+    image = _halve(image, size)
+    width, height = _covering(image, size)
+    left, top = generator.randint(0, width - size[1]), generator.randint(0, height - size[0])
+    x, y = image.width / width, image.height / height  # resize only what the window shows
+    box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
 
 
 def random_resized_crop(
@@ -145,12 +148,22 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
 
 def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize so that the image just covers ``size`` = (H, W): box halvings first, as they are cheap, then bicubic."""
+    image = _halve(image, size)
+    return image.resize(_covering(image, size), Image.Resampling.BICUBIC)
+
+
+def _halve(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Halve the image while both sides stay at least as long as ``size`` = (H, W)."""
     image = to_rgb(image)
-    height, width = size
-    while image.width >= 2 * width and image.height >= 2 * height:
+    while image.width >= 2 * size[1] and image.height >= 2 * size[0]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = max(width / image.width, height / image.height)
-    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    return image
+
+
+def _covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the width and height at which the image just covers ``size`` = (H, W)."""
+    factor = max(size[1] / image.width, size[0] / image.height)
+    return round(image.width * factor), round(image.height * factor)
 
 
 def _cut(image: Image.Image, size: tuple[int, int], left: int, top: int) -> Image.Image:

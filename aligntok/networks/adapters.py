@@ -20,7 +20,7 @@ class LinearAdapter(nn.Module):
 
     def __init__(self, width: int, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
+        self.width, self.latent_dim = width, latent_dim
         self.project = nn.Conv2d(width, latent_dim, 1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -39,6 +39,7 @@ class MLPAdapter(LinearAdapter):
 
     def __init__(self, width: int, latent_dim: int, hidden_width: int) -> None:
         super().__init__(hidden_width, latent_dim)
+        self.width = width
         self.expand = nn.Sequential(nn.Conv2d(width, hidden_width, 1), nn.GELU())
 
     def forward(self, features: Tensor) -> Tensor:

@@ -37,8 +37,9 @@ class Tokenizer(nn.Module):
     them; mean and std are buffers of the tokenizer, 0 and 1 until they are measured, and nobody else scales.
 
     Args:
-        encoder: Image (B, 3, H, W) in [0, 1] to features (B, width, h, w); has ``image_size`` and ``downsampling``.
-        adapter: Features to raw latent (B, latent_dim, h, w); has ``latent_dim``.
+        encoder: Image (B, 3, H, W) in [0, 1] to features (B, width, h, w); has ``width``,
+            ``image_size`` and ``downsampling``.
+        adapter: Features to raw latent (B, latent_dim, h, w); has ``width`` and ``latent_dim``.
         decoder: Raw latent to image, nominally in [0, 1]; has ``latent_dim``, ``downsampling`` and ``last_layer``.
 
     Raises:
@@ -51,9 +52,9 @@ class Tokenizer(nn.Module):
     def __init__(self, encoder: nn.Module, adapter: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
-        for key in ("latent_dim",):
-            if getattr(adapter, key) != getattr(decoder, key):
-                raise UserError(f"adapter.{key} {getattr(adapter, key)} differs from decoder.{key} {getattr(decoder, key)}")
+        for ours, theirs, part, key in ((adapter, encoder, "encoder", "width"), (adapter, decoder, "decoder", "latent_dim")):
+            if getattr(ours, key) != getattr(theirs, key):
+                raise UserError(f"adapter.{key} {getattr(ours, key)} differs from {part}.{key} {getattr(theirs, key)}")
         if encoder.downsampling != decoder.downsampling:
             raise UserError(
                 f"encoder.downsampling {encoder.downsampling} differs from the decoder's upsampling {decoder.downsampling}:"
@@ -94,9 +95,10 @@ class Tokenizer(nn.Module):
         Raises:
             UserError: A channel that does not vary, which no generator could use.
         """
-        if not bool((std > 0).all()):
-            dead = (std <= 0).nonzero().flatten().tolist()
-            raise UserError(f"latent channels {dead} are constant over the measured images: the adapter collapsed")
+        usable = (std > 0) & std.isfinite() & mean.isfinite()
+        if not bool(usable.all()):
+            dead = (~usable).nonzero().flatten().tolist()
+            raise UserError(f"latent channels {dead} are constant over the measured images, or not finite: the adapter collapsed")
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
 
@@ -109,5 +111,5 @@ class Tokenizer(nn.Module):
         for key in sorted(tensors):
             value = tensors[key].detach().cpu().contiguous()
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.view(torch.uint8).numpy().data if value.ndim else repr(value.item()).encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]

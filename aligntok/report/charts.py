@@ -16,6 +16,7 @@ NUM_COLOURS = 8
 MAX_POINTS = 300  # per line: more than a panel has pixels to show
 LOG_FROM = 20.0  # ours: a curve that spans more than this factor gets a logarithmic axis
 NEAR_SHARES = 0.06  # below this span ticks stand less than 1 % apart
+ROUND = [1, 2, 5, 10]  # ticks at 2.5 would be shown rounded
 SIZE = (4.0, 2.35)  # inches, with room for three in a row
 
 Points = Sequence[tuple[float, float]]
@@ -65,7 +66,7 @@ def trade_off(points: Sequence[tuple[int, str, float, float]], arrows: Sequence[
         axes.annotate(name, (psnr, probe), (0, shift), textcoords="offset points", ha="center", va=align, color=TEXT)
     axes.margins(0.2, 0.28)
     axes.yaxis.set_major_formatter(percents([probe for _, _, _, probe in points]))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
     axes.set_xlabel("PSNR, dB: more detail →")
     axes.set_ylabel("linear probe: more meaning →")
     return svg(figure, key)
@@ -103,7 +104,8 @@ def panel(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     axes.tick_params(which="both", length=0, labelcolor=TEXT)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_color(TEXT)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
     return figure, axes
 
 

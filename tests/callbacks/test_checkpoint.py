@@ -20,7 +20,10 @@ class Count(SaveCheckpoint):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         save = trainer.save_checkpoint
-        trainer.save_checkpoint = lambda path, *a, **k: (self.writes.append((trainer.fit_loop.total_batch_idx + 1, path.name)), save(path, *a, **k))
+        trainer.save_checkpoint = lambda path, *a, **k: (
+            self.writes.append((trainer.fit_loop.total_batch_idx + 1, path.name)),
+            save(path, *a, **k),
+        )
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         trainer.save_checkpoint = save
 
@@ -37,7 +40,9 @@ def test_saves_when_due_and_at_the_end(tiny, tmp_path):
     callback = Count(every_n_steps=2, keep_every_n_steps=3)
     fit(tiny, tmp_path, callback)
     assert callback.writes == [(2, "last.ckpt"), (3, "step_0000003.ckpt"), (4, "last.ckpt"), (5, "last.ckpt")]
-    steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "checkpoints").iterdir()}
+    steps = {
+        path.name: torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "checkpoints").iterdir()
+    }
     assert steps == {"last.ckpt": 5, "step_0000003.ckpt": 3}
 
 

@@ -1,8 +1,8 @@
 """The average of the weights: what validation sees and a checkpoint's state_dict holds."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
-import lightning.pytorch as pl
 
 from aligntok.callbacks import EMA, SaveCheckpoint
 from aligntok.networks import VisionEncoder
@@ -51,7 +51,9 @@ def test_checkpoint_and_validation_have_the_average(tiny, tmp_path, accumulate):
 @pytest.mark.parametrize("sanity", [0, 1])
 @pytest.mark.parametrize("cls", [PerceptualAlignment, DecoderRefinement])
 def test_statistics_measured_before_the_first_step_are_in_the_average(tiny, tmp_path, cls, sanity):
-    trainer = tiny.trainer(tmp_path, 2, [EMA(DECAY), SaveCheckpoint()], num_sanity_val_steps=sanity, limit_val_batches=1)
+    trainer = tiny.trainer(
+        tmp_path, 2, [EMA(DECAY), SaveCheckpoint()], num_sanity_val_steps=sanity, limit_val_batches=1
+    )
     stage = tiny.stage(cls, learning_rate=0.0)
     trainer.fit(stage, datamodule=tiny.data())
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)

@@ -30,7 +30,9 @@ def start(folder, world):
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
         command = [sys.executable, str(WORKER), str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     return processes
 
 
@@ -59,7 +61,9 @@ def test_two_ranks_equal_one(runs, run):
     (one, first, second), _ = runs
     assert one[run]["global_step"] == first[run]["global_step"] == second[run]["global_step"] == 5
     for name, value in one[run]["weights"].items():
-        torch.testing.assert_close(first[run]["weights"][name], value, rtol=1e-3, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            first[run]["weights"][name], value, rtol=1e-3, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}"
+        )
         assert torch.equal(first[run]["weights"][name], second[run]["weights"][name]), name
 
 
@@ -84,7 +88,9 @@ def test_latent_statistics_are_those_of_all_ranks(runs):
     assert not torch.equal(one["stage2"]["weights"]["tokenizer.latent_std"], torch.ones(4, 1, 1))
     for rank in ranks:
         for key in ("tokenizer.latent_mean", "tokenizer.latent_std"):
-            torch.testing.assert_close(rank["stage2"]["weights"][key], one["stage2"]["weights"][key], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                rank["stage2"]["weights"][key], one["stage2"]["weights"][key], rtol=1e-6, atol=1e-7
+            )
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(runs):

@@ -72,7 +72,9 @@ def test_a_good_step_sets_the_count_back(tiny, tmp_path):
 
 
 def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(tiny, tmp_path):
-    with pytest.raises(UserError, match=r"not finite in 3 steps in a row up to step 4.*nonfinite_steps\.csv.*--ckpt_path last"):
+    with pytest.raises(
+        UserError, match=r"not finite in 3 steps in a row up to step 4.*nonfinite_steps\.csv.*--ckpt_path last"
+    ):
         fit(tiny, tmp_path, [2, 3, 4], 9, max_nonfinite_steps=3)
     assert [step for step, _ in rows(tmp_path)] == [2, 3, 4]
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
@@ -111,4 +113,6 @@ def test_infinite_gradients_count_too(tiny, tmp_path, clip):
 
 def test_what_the_guard_cannot_do_right_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="gradient_clip_algorithm"):
-        tiny.trainer(tmp_path, 1, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(tiny.stage(), datamodule=tiny.data())
+        tiny.trainer(tmp_path, 1, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(
+            tiny.stage(), datamodule=tiny.data()
+        )

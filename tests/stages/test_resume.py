@@ -28,9 +28,13 @@ def assert_same(ours, theirs, where=""):
         assert ours == theirs, where
 
 
-def fit(tiny, folder, max_steps, cls, seed=0, ckpt_path=None, ema=True, accumulate=1, gan=True, previous=None, **options):
+def fit(
+    tiny, folder, max_steps, cls, seed=0, ckpt_path=None, ema=True, accumulate=1, gan=True, previous=None, **options
+):
     torch.manual_seed(seed)
-    tokenizer = tiny.tokenizer(seed, GaussianAdapter if options.get("kl_weight") else tiny.linear, drop_path_rate=0.3, depth=2)
+    tokenizer = tiny.tokenizer(
+        seed, GaussianAdapter if options.get("kl_weight") else tiny.linear, drop_path_rate=0.3, depth=2
+    )
     adversarial = tiny.gan(seed, weight={4: 0.0, 5: 0.5}, discriminator_start=3) if gan else None
     schedule = {"learning_rate": {0: 0.0, 2: 2e-3, 7: 1e-4}, "adversarial": adversarial}
     stage = tiny.stage(cls, seed, tokenizer, **schedule, **options)
@@ -106,4 +110,6 @@ def test_nothing_that_only_measures_is_saved(tiny, tmp_path):
     _, checkpoint = fit(tiny, tmp_path, CUT, PerceptualAlignment, perceptual=tiny.judge())
     for state in ("state_dict", "current_model_state"):
         assert {key.split(".")[0] for key in checkpoint[state]} == {"tokenizer", "adversarial"}
-    assert all(key.startswith("adversarial.discriminator.") for key in checkpoint["state_dict"] if key.startswith("adv"))
+    assert all(
+        key.startswith("adversarial.discriminator.") for key in checkpoint["state_dict"] if key.startswith("adv")
+    )

@@ -11,7 +11,13 @@ from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SaveCheckpoint
 from aligntok.errors import UserError
 from aligntok.stages import DecoderRefinement, EncoderPretraining, LatentAlignment, PerceptualAlignment
-from aligntok.weights.checkpoint import load_strictly, load_tokenizer, read_checkpoint, tokenizer_state, write_atomically
+from aligntok.weights.checkpoint import (
+    load_strictly,
+    load_tokenizer,
+    read_checkpoint,
+    tokenizer_state,
+    write_atomically,
+)
 
 
 class Touch:
@@ -75,7 +81,7 @@ def test_wrong_shapes_are_named_and_nothing_is_loaded(tiny, stage1):
 
 def test_load_strictly_names_missing_and_unknown_keys():
     layer = torch.nn.Linear(2, 3)
-    with pytest.raises(UserError, match="the file .*bias is missing there; other is unknown here"):
+    with pytest.raises(UserError, match=r"the file .*bias is missing there; other is unknown here"):
         load_strictly(layer, {"weight": torch.zeros(3, 2), "other": torch.zeros(1)}, "the file")
 
 
@@ -128,7 +134,9 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path, tiny):
 # write_atomically
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos"), SafetensorError("I/O")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos"), SafetensorError("I/O")]
+)
 def test_a_failed_write_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "weights"
     path.write_text("old")
@@ -137,7 +145,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, error):
         temporary.write_text("half")
         raise error
 
-    with pytest.raises(UserError, match="cannot write .*weights"):
+    with pytest.raises(UserError, match=r"cannot write .*weights"):
         write_atomically(path, write)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
@@ -177,7 +185,9 @@ def command_line(folder, stage, encoder, width, *more):
     trainer = {"max_steps": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0, "accelerator": "cpu"}
     config = {
         "layers": ["base.yaml", f"stage/{stage}.yaml", "stage/tokenizer.yaml", "data/digits.yaml"],
-        "model": {"init_args": {"tokenizer": {"init_args": {part: {"init_args": args} for part, args in parts.items()}}}},
+        "model": {
+            "init_args": {"tokenizer": {"init_args": {part: {"init_args": args} for part, args in parts.items()}}}
+        },
         "data": {"global_batch_size": 4, "calibration_images": 8, "image_size": 32},
         "trainer": {**trainer, "enable_progress_bar": False},
     }

@@ -1,0 +1,83 @@
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+
+from aligntok.errors import UserError
+from aligntok.losses import LPIPS, FeatureDistance
+from aligntok.losses.perceptual import VGG16_FILE, lpips_weights
+
+
+@pytest.fixture
+def judge(tiny):
+    return FeatureDistance(tiny.encoder(depth=2), layers=[0, 1])
+
+
+def test_zero_for_the_same_image_and_more_for_another(judge, tiny):
+    image, noise = tiny.images(4), torch.randn(4, 3, 16, 16)
+    assert float(judge(image, image)) == 0
+    near, far = (float(judge(image + amount * noise, image)) for amount in (0.01, 0.3))
+    assert 0 < near < far <= 4
+
+
+def test_it_is_the_mean_over_layers_and_cells_of_unit_vectors(judge, tiny):
+    image, other = tiny.images(2), tiny.images(2, seed=1)
+    distances = []
+    for a, b in zip(*(judge.judge.network.intermediates(x, [0, 1]) for x in (image, other)), strict=True):
+        a, b = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
+        distances.append((2 - 2 * (a * b).sum(1)).mean())  # |a - b|^2 of unit vectors
+    torch.testing.assert_close(judge(image, other), torch.stack(distances).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_goes_to_the_image_only(judge, tiny):
+    image, reference = tiny.images(2).requires_grad_(), tiny.images(2, seed=1).requires_grad_()
+    judge(image, reference).backward()
+    assert image.grad.abs().sum() > 0
+    assert reference.grad is None
+    assert all(p.grad is None for p in judge.parameters())
+    assert judge.state_dict() == {}
+
+
+@pytest.mark.parametrize("layers", [[2], [-1]])
+def test_layers_that_are_not_there(tiny, layers):
+    with pytest.raises(UserError, match=r"perceptual layers .*layers 0 to 1"):
+        FeatureDistance(tiny.encoder(depth=2), layers=layers)
+
+
+def test_lpips_without_its_weights_says_which_file_to_put_where(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("ALIGNTOK_HOME", raising=False)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    assert lpips_weights() is None
+    with pytest.raises(UserError, match=rf"{VGG16_FILE} and cannot download it: put the file into .*ALIGNTOK_HOME"):
+        LPIPS().load()
+
+
+def test_lpips_with_a_local_file(monkeypatch, tmp_path, tiny):
+    """Random features are enough to see that all of them are loaded, and where the gradient goes."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in torchvision.models.vgg16().state_dict().items() if k.startswith("features")}
+    state = {
+        k: torch.randn(s) * (2 / s[1:].numel()) ** 0.5 if len(s) > 1 else torch.zeros(s) for k, s in shapes.items()
+    }
+    torch.save(state, tmp_path / VGG16_FILE)
+    monkeypatch.setenv("ALIGNTOK_HOME", str(tmp_path))
+    lpips = LPIPS()
+    image = tiny.images(2, size=32)
+    other = (image + 0.1 * torch.randn_like(image)).requires_grad_()
+    assert float(lpips(image, image)) == 0
+    lpips(other, image).backward()
+    assert float(lpips(other, image)) > 0
+    assert other.grad.abs().sum() > 0
+    assert lpips.state_dict() == {}
+    assert list(lpips.parameters()) == []
+    network = lpips._network[0]
+    assert not network.training
+    weights = {tuple(p.shape): p for p in network.net.parameters()}
+    assert torch.equal(weights[(64, 3, 3, 3)], state["features.0.weight"])
+    assert len(list(network.net.parameters())) == len(state) == 26

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from aligntok.losses import semantic_preservation
+from aligntok.networks import GaussianAdapter
+from aligntok.stages import PerceptualAlignment
+
+
+def test_the_two_distances():
+    latent, anchor = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    assert torch.allclose(semantic_preservation(latent, anchor), (latent - anchor).square().mean())
+    cells = zip(*(x.movedim(1, -1).reshape(-1, 5) for x in (latent, anchor)), strict=True)
+    wanted = torch.stack([1 - a @ b / (a.norm() * b.norm()) for a, b in cells]).mean()
+    torch.testing.assert_close(semantic_preservation(latent, anchor, "cosine"), wanted)
+    torch.testing.assert_close(semantic_preservation(3 * latent, anchor, "cosine"), wanted)  # length does not count
+
+
+def semantic(stage, image):
+    features = stage.tokenizer.encoder(image)
+    latent = stage.tokenizer.normalize(stage.tokenizer.adapter(features))
+    return stage.latent_terms(image, features, latent)["semantic"]
+
+
+@pytest.mark.parametrize("distance", ["l2", "cosine"])
+@pytest.mark.parametrize("before", [False, True])
+def test_zero_at_the_start_of_stage_2_and_not_later(tiny, tmp_path, distance, before):
+    stage = tiny.stage(
+        PerceptualAlignment, semantic_distance=distance, semantic_before_adapter=before, learning_rate=1e-2
+    )
+    image = tiny.images()
+    stage.measure_latents([image])
+    weight, value = semantic(stage, image)
+    assert weight == 1.0
+    assert abs(float(value)) < 1e-6
+    tiny.trainer(tmp_path, 3).fit(stage, datamodule=tiny.data())
+    assert float(semantic(stage.eval(), image)[1]) > 1e-5
+
+
+def test_it_is_in_units_of_the_latents_spread(tiny):
+    """Ten times the adapter, measured again, and the same drift of the encoder: the same loss."""
+    values = []
+    for scale in (1.0, 10.0):
+        tokenizer = tiny.tokenizer()
+        for parameter in tokenizer.adapter.parameters():
+            parameter.data.mul_(scale)
+        stage = tiny.stage(PerceptualAlignment, tokenizer=tokenizer)
+        image = tiny.images(16)
+        stage.measure_latents([image])
+        torch.manual_seed(9)
+        weight = tokenizer.encoder.backbone.blocks[0].mlp.fc2.weight
+        weight.data += 0.1 * torch.randn_like(weight)
+        values.append(semantic(stage, image)[1])
+    assert float(values[0]) > 1e-4
+    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=0)
+
+
+def test_its_gradient_reaches_encoder_and_adapter_but_not_the_anchor(tiny):
+    stage = tiny.stage(PerceptualAlignment)
+    for parameter in stage.tokenizer.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    semantic(stage, tiny.images())[1].backward()
+    assert stage.tokenizer.encoder.backbone.blocks[0].mlp.fc2.weight.grad.abs().sum() > 0
+    assert stage.tokenizer.adapter.project.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in stage.anchor.parameters())
+
+
+def test_the_kl_term_is_per_pixel(tiny):
+    stage = tiny.stage(PerceptualAlignment, tokenizer=tiny.tokenizer(adapter=GaussianAdapter), kl_weight=0.5)
+    features = stage.tokenizer.encoder(tiny.images())
+    torch.manual_seed(0)
+    latent, terms = stage.adapt(features)
+    torch.manual_seed(0)
+    sample, divergence = stage.tokenizer.adapter.sample(features)
+    assert torch.equal(latent, stage.tokenizer.normalize(sample))
+    weight, value = terms["kl"]
+    assert weight == 0.5
+    torch.testing.assert_close(value, divergence.mean() / (3 * 16 * 16))

@@ -1,0 +1,146 @@
+"""The command line: what users type, and what they get for a mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from aligntok.__main__ import main
+from aligntok.cli import configs_first
+
+DEBUG = ("--config", "run/debug.yaml")
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fails(capsys, *args: str) -> str:
+    """Run a command that a user got wrong; return its only line on stderr."""
+    assert main(list(args)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aligntok: error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+    assert len(lines[0]) < 500
+    return lines[0]
+
+
+def encoder_run(*args: str) -> Path:
+    assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG, *args]) == 0
+    return Path("runs/quickstart/encoder")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config", "stage22.yaml"], ["stage22.yaml", "stage2.yaml"]),
+        (["--config", "quickstart/encoder.yaml", "--model.foo", "3"], ["'foo'", "model"]),
+        (["--config", "quickstart/encoder.yaml", "--trainer.max_stepz", "3"], ["trainer.max_stepz"]),
+        (["--config", "quickstart/encoder.yaml", "--trainer.max_steps", "many"], ["trainer.max_steps", "many"]),
+        (["--config", "base.yaml"], ["model", "recipe"]),
+        (["--config", "quickstart/stage2.yaml"], ["LatentAlignment", "--init_from"]),
+        (["--config", "quickstart/stage1.yaml"], ["encoder.safetensors", "no file"]),
+        (["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.name", "vit_tinny_patch16_224"], ["vit_tiny_patch16_224"]),
+        (["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.image_size", "30"], ["30", "not divisible"]),
+        (["--config", "quickstart/encoder.yaml", "--data.image_size", "40"], ["(32, 32)", "(40, 40)"]),
+        (["--config", "quickstart/encoder.yaml", "--trainer.accumulate_grad_batches", "3"], ["global_batch_size 32", "3"]),
+        (["--config", "quickstart/encoder.yaml", "--data.train", "aligntok.data.ImageFolder", "--data.train.root", "nowhere"], ["nowhere"]),
+        (["--config", "quickstart/encoder.yaml", "--ckpt_path", "absent.ckpt"], ["absent.ckpt"]),
+    ],
+)
+def test_a_mistake_is_one_line(args, words, capsys):
+    line = fails(capsys, "fit", *args, *DEBUG)
+    assert all(word in line for word in words), line
+
+
+def test_unknown_key_in_yaml_is_named(capsys, in_folder):
+    (in_folder / "mine.yaml").write_text("model:\n  init_args:\n    learning_rat: 0.1\n")
+    line = fails(capsys, "fit", "--config", "quickstart/encoder.yaml", "--config", "mine.yaml", *DEBUG)
+    assert "'learning_rat' in model" in line
+
+
+def test_yaml_that_is_none(capsys, in_folder):
+    (in_folder / "mine.yaml").write_text("model: [")
+    assert "mine.yaml is no YAML" in fails(capsys, "fit", "--config", "mine.yaml")
+    (in_folder / "mine.yaml").write_text("")
+    assert "empty" in fails(capsys, "fit", "--config", "mine.yaml")
+
+
+def test_command_line_overrules_yaml_in_any_order():
+    args = ["fit", "--output", "x", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml"]
+    assert configs_first(args) == ["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml", "--output", "x"]
+
+
+def test_a_run_is_not_written_over_and_resumes(capsys):
+    run = encoder_run()
+    first = (run / "checkpoints" / "last.ckpt").read_bytes()
+    assert "--ckpt_path last" in fails(capsys, "fit", "--config", "quickstart/encoder.yaml", *DEBUG)
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == first
+    encoder_run("--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    steps = [int(line.split(",")[step_column(run)]) for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(steps)
+    assert max(steps) == 3
+    assert json.loads((run / "run.json").read_text())["steps"] == 4
+    assert yaml.safe_load((run / "config.1.yaml").read_text())["trainer"]["max_steps"] == 2
+
+
+def step_column(run: Path) -> int:
+    return (run / "metrics.csv").read_text().splitlines()[0].split(",").index("step")
+
+
+def test_first_start_with_last_says_that_it_begins(capsys):
+    encoder_run("--ckpt_path", "last")
+    assert "starts from the beginning" in capsys.readouterr().out
+
+
+def test_start_up_block_and_progress(capsys):
+    encoder_run()
+    out = capsys.readouterr().out
+    for words in ("1,437 training images", "360 validation", "10 classes", "32 = devices x accumulated x batch = 1 x 1 x 32",
+                  "44 per epoch, ends at step 2 after 64 images", "precision 32-true", "images/s"):
+        assert words in out, words
+
+
+def test_validate_without_weights_is_refused(capsys):
+    assert "--ckpt_path" in fails(capsys, "validate", "--config", "quickstart/encoder.yaml")
+    assert "last" in fails(capsys, "validate", "--config", "quickstart/encoder.yaml", "--ckpt_path", "last")
+
+
+def test_every_verb_runs_from_the_saved_config():
+    run = encoder_run()
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    for verb in ("validate", "test", "predict"):
+        assert main([verb, "--config", str(run / "config.yaml"), "--ckpt_path", checkpoint]) == 0
+    assert "val/accuracy" in json.loads((run / "validate.json").read_text())["metrics"]
+    assert "test/accuracy" in json.loads((run / "test.json").read_text())["metrics"]
+
+
+def test_a_checkpoint_with_code_is_refused(capsys, in_folder):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (in_folder / "sprung",))
+
+    torch.save({"state_dict": {}, "trap": Trap()}, in_folder / "trap.ckpt")
+    line = fails(capsys, "fit", "--config", "quickstart/encoder.yaml", *DEBUG, "--ckpt_path", "trap.ckpt")
+    assert "refused" in line
+    assert not (in_folder / "sprung").exists()
+
+
+def test_help_reads_like_a_manual(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    for words in ("fit", "validate", "aligntok report", "--config stage1.yaml", "--init_from"):
+        assert words in out
+
+
+def test_no_verb(capsys):
+    assert "fit" in fails(capsys)
