@@ -36,7 +36,11 @@ def silence() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("lightning.pytorch", "lightning.fabric"):  # its tips; warnings stay
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*isinstance\\(treespec, LeafSpec\\).*", ".*in eval mode at the start.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*in eval mode at the start.*",
+    ):
         warnings.filterwarnings("ignore", message)
 
 

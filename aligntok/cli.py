@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with shipped configs, layers of YAML, stages that follow each other, and short errors."""
+"""The command line: LightningCLI with shipped configs, layers of YAML, chained stages and short errors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
@@ -19,13 +20,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
+from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
 from aligntok.data import LatentDataModule
 from aligntok.errors import UserError
 from aligntok.stages import Stage
 from aligntok.weights.checkpoint import read_checkpoint
-from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
 
-CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")  # installed, or a checkout
+CONFIG_FOLDERS = (
+    Path(__file__).parent / "configs",
+    Path(__file__).parent.parent / "configs",
+)  # installed, or a checkout
 LAYERS = "layers"
 DESCRIPTION = """\
 Train image tokenizers from pretrained vision encoders, and generators on their latents.
@@ -51,7 +55,7 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type:
     """Keeps the lines of a description."""
 
 
-class ConfigLayers(ActionConfigFile):
+class ConfigLayers(ActionConfigFile):  # type: ignore[misc]  # jsonargparse's types are not read
     """``--config``: a file here, else a shipped one; its ``layers:``, other configs, come before it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -65,13 +69,17 @@ class RunCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with our ``--config``."""
-        parser = self.parser_class(**{"dump_header": [f"aligntok, lightning.pytorch=={pl.__version__}"], **kwargs})
-        parser.add_argument("-c", "--config", action=ConfigLayers, help="A YAML file or the name of a shipped one; repeatable.")
+        parser = self.parser_class(**{"dump_header": [f"aligntok, lightning=={lightning.__version__}"], **kwargs})
+        parser.add_argument(
+            "-c", "--config", action=ConfigLayers, help="A YAML file or the name of a shipped one; repeatable."
+        )
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what Lightning lacks."""
-        parser.add_argument("--output", type=str, default="runs/default", help="Folder of the run: checkpoints, curves, images.")
+        parser.add_argument(
+            "--output", type=str, default="runs/default", help="Folder of the run: checkpoints, curves, images."
+        )
         parser.add_argument(
             "--init_from",
             type=str | None,
@@ -103,18 +111,20 @@ class RunCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last) if last.is_file() else None
             if config.ckpt_path is None and self.subcommand != "fit":
-                raise UserError(f"--ckpt_path last: there is no {last}. Name a checkpoint, or the run's folder with --output")
+                raise UserError(
+                    f"--ckpt_path last: there is no {last}. Name a checkpoint, or the run's folder with --output"
+                )
             if config.ckpt_path is None:
                 print(f"--ckpt_path last: no {last} yet, the run starts from the beginning", flush=True)
         elif self.subcommand == "fit" and config.get("ckpt_path") is None and last.is_file():
             raise UserError(
-                f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another folder by --output"
+                f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another --output"
             )
-        stage = locate(config.model.class_path)
-        if self.subcommand == "fit" and getattr(stage, "needs_previous", False):
-            if not config.get("ckpt_path") and not config.init_from:
-                wanted = " or ".join(stage.previous_stages)
-                raise UserError(f"{stage.__name__} starts from {wanted}: add --init_from CHECKPOINT of that stage")
+        stage: Any = locate(config.model.class_path)
+        starts = self.subcommand == "fit" and not config.get("ckpt_path") and not config.init_from
+        if starts and getattr(stage, "needs_previous", False):
+            wanted = " or ".join(stage.previous_stages)
+            raise UserError(f"{stage.__name__} starts from {wanted}: add --init_from CHECKPOINT of that stage")
         if config.get("ckpt_path"):
             read_checkpoint(config.ckpt_path)
         elif self.subcommand != "fit" and not config.init_from:
@@ -170,7 +180,9 @@ class RunCLI(LightningCLI):
             values = {name: round(float(value), 6) for name, value in sorted(self.trainer.callback_metrics.items())}
             path = Path(self._get(self.config, "output")) / f"{verb}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"checkpoint": self._get(self.config, "ckpt_path"), "metrics": values}, indent=1))
+            path.write_text(
+                json.dumps({"checkpoint": self._get(self.config, "ckpt_path"), "metrics": values}, indent=1)
+            )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -200,7 +212,7 @@ def cause_of_user(error: BaseException | None) -> UserError | None:
 
 
 def expand_layers(name: str, known_keys: set[str]) -> list[str]:
-    """Return the configs that ``name`` stands for, first to last: paths, or the text of a config without its ``layers:``.
+    """Return the configs that ``name`` stands for: paths, or the text of a config without its ``layers:``.
 
     Args:
         name: A path or the name of a shipped config.
@@ -251,13 +263,16 @@ class Parser(LightningArgumentParser):
 def short_message(message: str) -> str:
     """Return jsonargparse's message in a line or two: the key and the innermost problem."""
     text = " ".join(message.split())
-    unknown = re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|Key '([^']+)' is not expected", text)
+    unknown = re.search(
+        r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|Key '([^']+)' is not expected", text
+    )
     if unknown:
         key = next(name for name in unknown.groups() if name)
         where = [name for name in re.findall(r'Parser key "([\w.]+)"', text[: unknown.start()]) if name != key]
         return f"unknown key '{key}'" + (f" in {'.'.join(where)}" if where else "") + ": see --help, or --print_config"
     if "are required:" in text:
-        return f"{text.replace('fit.', '')}. Add the missing layers (stage, size, data), or start from a recipe such as stage1.yaml"
+        keys = re.sub(r"\b(fit|validate|test|predict)\.", "", text)
+        return f"{keys}. Add the missing layers (stage, size, data), or start from a recipe such as stage1.yaml"
     return text if len(text) < 400 else f"{text[:150]} ... {text[-250:]}"
 
 
@@ -298,4 +313,3 @@ def configs_first(args: list[str]) -> list[str]:
         else:
             others.append(arg)
     return [*args[:1], *configs, *others]
-

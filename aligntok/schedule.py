@@ -10,7 +10,8 @@ from aligntok.errors import UserError
 Schedule = float | dict[int, float]
 """Either a constant, or ``{step: value}`` points joined by straight lines and constant outside them.
 
-``{0: 0.0, 1000: 1e-4}`` is a linear warm-up, ``{4999: 0.0, 5000: 0.5}`` a switch at step 5000. Steps are optimizer steps.
+``{0: 0.0, 1000: 1e-4}`` is a linear warm-up, ``{4999: 0.0, 5000: 0.5}`` a switch at step 5000. Steps are optimizer
+steps.
 """
 
 

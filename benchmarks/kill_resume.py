@@ -2,10 +2,10 @@
 
     python benchmarks/kill_resume.py --trials 20
 
-Stage 2 with a GAN and an EMA, through the command line. The whole process group gets SIGKILL at a random moment between its
-first step and its end, so also while a checkpoint is written or validation runs with the averaged weights; then the run goes
-on by ``--ckpt_path last``. At the end its last checkpoint must equal that of a run which nobody touched: averaged and raw
-weights, optimizer, schedules, EMA, semantic anchor, step, position in the data.
+Stage 2 with a GAN and an EMA, through the command line. The whole process group gets SIGKILL at a random moment between
+its first step and its end, so also while a checkpoint is written or validation runs with the averaged weights; then the
+run goes on by ``--ckpt_path last``. At the end its last checkpoint must equal that of a run which nobody touched:
+averaged and raw weights, optimizer, schedules, EMA, semantic anchor, step, position in the data.
 """
 
 import argparse
@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY = 60, 5
 STARTED = "  stage:"  # first line of the summary that a run prints before its first step
 COMPARED = (
-    "state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "averaging_state", "anchor", "global_step",
-    "LatentDataModule",
-)  # fmt: skip
+    *("state_dict", "current_model_state", "averaging_state", "anchor", "optimizer_states", "lr_schedulers"),
+    *("global_step", "LatentDataModule"),
+)
 ENCODER = {
     "name": "vit_tiny_patch16_224",
     "image_size": 32,
@@ -61,8 +61,12 @@ def main() -> int:
         seconds = ended - began
         reference = load(folder / "reference")
         print(f"reference: {STEPS} steps in {seconds:.1f} s, a checkpoint every {SAVE_EVERY}\n", flush=True)
-        print("| trial | killed after | step | saved step | in a write | resumed run |\n|---|---|---|---|---|---|", flush=True)
-        good = sum(trial(i, config, folder, reference, seconds, moments, args.threads) for i in range(1, args.trials + 1))
+        print(
+            "| trial | killed after | step | saved step | in a write | resumed run |\n" + "|---" * 6 + "|", flush=True
+        )
+        good = 0
+        for number in range(1, args.trials + 1):
+            good += trial(number, config, folder, reference, seconds, moments, args.threads)
     print(f"\n{good}/{args.trials} bit-equal to the uninterrupted run")
     return 0 if good == args.trials else 1
 
@@ -136,7 +140,7 @@ def fit(*arguments: str, threads: int) -> subprocess.Popen:
 
 
 def wait_for_first_step(process: subprocess.Popen) -> float:
-    """Return the moment at which the run prints its summary, or ends: one that was killed after its last step has none left."""
+    """Return the moment of the summary, or of the end: a run that was killed after its last step prints none."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -158,7 +162,7 @@ def prepare(folder: Path, threads: int) -> Path:
         },
     }
     rate = {0: 0.0, 10: 1e-3, STEPS: 1e-4}
-    data = {"global_batch_size": 64, "crop": "random", "flip": True}  # 22 steps an epoch: the run crosses two ends
+    data = {"global_batch_size": 64, "flip": True}  # about 22 steps an epoch: the run crosses two ends
     encoder = {
         "layers": ["base.yaml", "stage/encoder_pretraining.yaml", "data/digits.yaml"],
         "output": str(folder / "encoder"),

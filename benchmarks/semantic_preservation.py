@@ -2,11 +2,11 @@
 
     python benchmarks/semantic_preservation.py --seeds 0 1 2
 
-On procedural shapes (12 classes, 32 px) a small ViT is pretrained on the labels, as a stand-in for a foundation model (on images
-of its own, with a convolutional stem, without which 100,000 images teach a ViT next to nothing here). Then
-stage 1, stage 2 with w_sp of 1, 0.1 and 0, the control (stage 1 for as many more steps), and stage 3 after the w_sp = 1 run.
-After each, PSNR of the reconstructions and a linear probe on the flattened latents, both on images that no stage saw. Runs that
-are in the results file already are not repeated.
+On procedural shapes (12 classes, 32 px) a small ViT is pretrained on the labels, as a stand-in for a foundation
+model: on images of its own, and with a convolutional stem, without which 100,000 images teach a ViT next to nothing
+here. Then stage 1, stage 2 with w_sp of 1, 0.1 and 0, the control (stage 1 for as many more steps), and stage 3 after
+the w_sp = 1 run. After each, PSNR of the reconstructions and a linear probe on the flattened latents, both on images
+that no stage saw. Runs that are in the results file already are not repeated.
 
 Reference:
     AlignTok, arXiv:2509.25162, table of the ablation: without the loss the probe falls from 35 to 9.5 %.
@@ -178,8 +178,8 @@ def report(seeds: list[dict[str, dict[str, float]]], setting: str) -> None:
     gain = mean(FREE, "psnr", seeds) - mean(SEMANTIC, "psnr", seeds)
     control = mean(SEMANTIC, "psnr", seeds) - mean(CONTROL, "psnr", seeds)
     print(
-        f"probe with w_sp=0 is {100 * loss:.0f} % lower than with w_sp=1 (at least a third: {yes(loss >= 1 / 3)}), PSNR higher by"
-        f" {gain:.2f} dB ({yes(gain > 0)}); stage 2 with w_sp=1 is {control:+.2f} dB from the control"
+        f"probe with w_sp=0 is {100 * loss:.0f} % lower than with w_sp=1 (at least a third: {yes(loss >= 1 / 3)}), PSNR"
+        f" higher by {gain:.2f} dB ({yes(gain > 0)}); stage 2 with w_sp=1 is {control:+.2f} dB from the control"
     )
     kept = mean(SEMANTIC, "probe", seeds) / mean("stage 1", "probe", seeds)
     print(f"stage 2 with w_sp=1 keeps {100 * kept:.0f} % of stage 1's probe")

@@ -3,14 +3,15 @@
     python benchmarks/training_step.py --size tiny32
     python benchmarks/training_step.py --size paper256 --batch 1 --rounds 2 --steps 2
 
-Ours is ``PerceptualAlignment`` as it is, with the GAN's adaptive weight and the perceptual term, under gradient clipping and the
-guard against gradients that are not finite. The peer is a LightningModule with manual optimisation around the SAME networks,
-semantic loss and anchor: generator's turn with two extra ``autograd.grad`` at the last layer and a discriminator whose weights
-take gradients that are thrown away, then the discriminator's turn in which the loss module evaluates the perceptual network
-again; neither clipping nor guard. A Lightning Trainer drives both, in alternation, on the same batches. Before that, one step of
-each shows that both give generator and discriminator the same gradients. Peak memory is that of a process which runs only one of
-them. With one thread (``OMP_NUM_THREADS=1``) the seconds are the process's CPU seconds, which other work on the machine hardly
-touches; with more they are those of the wall clock.
+Ours is ``PerceptualAlignment`` as it is, with the GAN's adaptive weight and the perceptual term, under gradient
+clipping and the guard against gradients that are not finite. The peer is a LightningModule with manual optimisation
+around the SAME networks, semantic loss and anchor: a generator's turn with two extra ``autograd.grad`` at the last
+layer and a discriminator whose weights take gradients that are thrown away, then a discriminator's turn in which the
+loss module evaluates the perceptual network again; neither clipping nor guard. A Lightning Trainer drives both, in
+alternation, on the same batches. Before that, one step of each shows that both give generator and discriminator the
+same gradients. Peak memory is that of a process which runs only one of them. With one thread (``OMP_NUM_THREADS=1``)
+the seconds are the process's CPU seconds, which other work on the machine hardly touches; with more they are those of
+the wall clock.
 
 Peer: hustvl/LightningDiT at 2725fed, vavae/ldm/modules/losses/contperceptual.py and vavae/ldm/models/autoencoder.py.
 """
@@ -27,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,12 +66,17 @@ def main() -> None:
     memory = {} if args.no_memory else {way: memory_of(way, args.size, batch) for way in WAYS}
     stage, images = build(args.size, batch)
     modules = {name: make(stage) for name, make in WAYS.items()}
-    print(f"{args.size}, batch {batch}, {torch.get_num_threads()} threads, {args.rounds} x {args.steps} steps, torch {torch.__version__}")
+    print(f"{args.size}, batch {batch}, {torch.get_num_threads()} threads, {args.rounds} x {args.steps} steps")
     compare_gradients(stage, modules, images)
+    put_sections(modules)
     seconds = {name: [] for name in WAYS}
+    sections: dict[str, dict[str, float]] = {name: defaultdict(float) for name in WAYS}
     for number in range(args.rounds):
         for name in list(WAYS)[:: 1 if number % 2 else -1]:
-            seconds[name].append(statistics.median(run(modules[name], images, args.steps + SKIPPED)[SKIPPED:]))
+            times = run(modules[name], images, args.steps + SKIPPED)[SKIPPED:]
+            seconds[name].append(statistics.median(times))
+            for row, value in [*SECONDS.items(), ("all", sum(times))]:
+                sections[name][row] += value / args.steps / args.rounds
     ratios = [peer / ours for ours, peer in zip(seconds["ours"], seconds["two optimizers"], strict=True)]
     ratio = statistics.median(ratios)
     unit = "CPU s" if CLOCK is time.process_time else "s"
@@ -81,7 +88,9 @@ def main() -> None:
           f" at least 1.2: {'yes' if ratio >= 1.2 else 'no'}")  # fmt: skip
     if memory:
         print(f"ratio of the peak memories: {memory['two optimizers'][1] / memory['ours'][1]:.2f}")
-    profile(modules, images, args.steps, args.rounds)
+    print("\n| section (ms per step, exclusive) | ours | two optimizers |\n|---|---|---|")
+    for row in sorted(set().union(*sections.values()), key=lambda row: -sections["ours"][row]):
+        print(f"| {row} | " + " | ".join(f"{1e3 * sections[name][row]:.1f}" for name in WAYS) + " |")
 
 
 # The peer
@@ -96,9 +105,8 @@ class TwoOptimizers(pl.LightningModule):
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        groups = self.stage.parameter_groups()
-        rate = self.stage.learning_rate
-        return [torch.optim.AdamW(parameters, lr=rate, betas=(0.5, 0.9), weight_decay=0.0) for parameters, _ in groups.values()]
+        groups, rate = self.stage.parameter_groups(), self.stage.learning_rate
+        return [torch.optim.AdamW(ps, lr=rate, betas=(0.5, 0.9), weight_decay=0.0) for ps, _ in groups.values()]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         image = batch["image"]
@@ -144,7 +152,7 @@ class TwoOptimizers(pl.LightningModule):
         return rec + adversarial.weight * scale * gan, logs
 
     def discriminator_loss(self, image: Tensor, reconstruction: Tensor, logs: dict[str, Tensor]) -> Tensor:
-        self.reconstruction_loss(image, reconstruction, logs)  # their loss module's forward begins with it in both turns
+        self.reconstruction_loss(image, reconstruction, logs)  # their loss module begins with it, both times
         with section("D forward"):
             real = self.stage.adversarial.discriminator(image)
             fake = self.stage.adversarial.discriminator(reconstruction.detach())
@@ -215,6 +223,8 @@ class Clock(pl.Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
+        if len(self.seconds) == SKIPPED:
+            SECONDS.clear()
         self.began = CLOCK()
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -232,7 +242,7 @@ class FirstGradients(pl.Callback):
         self.gradients.append({n: [None if p.grad is None else p.grad.clone() for p in ps] for n, ps in groups.items()})
 
 
-def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int, *callbacks: pl.Callback) -> list[float]:
+def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int, *extra: pl.Callback) -> list[float]:
     """Train for some steps with a fresh optimizer; return the seconds of each."""
     clock = Clock()
     turns = 2 if isinstance(module, TwoOptimizers) else 1  # Lightning counts the steps of both optimizers
@@ -242,7 +252,7 @@ def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int,
         max_steps=steps * turns,
         max_epochs=-1,
         gradient_clip_val=None if turns == 2 else 1.0,
-        callbacks=[*callbacks, clock],
+        callbacks=[*extra, clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -320,8 +330,8 @@ def timed(name: str | Callable[[], str], function: Callable[..., Any]) -> Callab
     return call
 
 
-def profile(modules: dict[str, Any], images: list[dict[str, Tensor]], steps: int, rounds: int) -> None:
-    """Print where the time of a step goes, in both ways."""
+def put_sections(modules: dict[str, Any]) -> None:
+    """Wrap the parts of a step, in both ways, so that their time is booked in ``SECONDS``."""
     stage: PerceptualAlignment = modules["ours"]
     tokenizer, adversarial = stage.tokenizer, stage.adversarial
     forwards = {
@@ -340,32 +350,12 @@ def profile(modules: dict[str, Any], images: list[dict[str, Tensor]], steps: int
     stage.training_step = timed("rest of the step", stage.training_step)
     modules["two optimizers"].training_step = timed("rest of the step", modules["two optimizers"].training_step)
     stage.configure_gradient_clipping = timed("norms, clipping, guard", stage.configure_gradient_clipping)
-    inner = torch.autograd.grad
-    depth = "adaptive weight"
-    calls = iter(())
+    turns = cycle(["perceptual backward", "D backward to the image"])
 
     def which() -> str:
-        nonlocal calls
-        if STACK[-1] == depth:
-            return depth
-        name = next(calls, None)
-        if name is None:
-            calls = iter(["perceptual backward", "D backward to the image"])
-            name = next(calls)
-        return name
+        return STACK[-1] if STACK[-1] == "adaptive weight" else next(turns)
 
-    torch.autograd.grad = timed(which, inner)
-    results: dict[str, dict[str, float]] = {name: defaultdict(float) for name in modules}
-    for _ in range(rounds):
-        for name, module in modules.items():
-            SECONDS.clear()
-            times = run(module, images, steps)
-            for row, value in [*SECONDS.items(), ("all", sum(times))]:
-                results[name][row] += value / steps / rounds
-    torch.autograd.grad = inner
-    print("\n| section (ms per step, exclusive) | ours | two optimizers |\n|---|---|---|")
-    for row in sorted(set().union(*results.values()), key=lambda row: -results["ours"][row]):
-        print(f"| {row} | " + " | ".join(f"{1e3 * results[name][row]:.1f}" for name in WAYS) + " |")
+    torch.autograd.grad = timed(which, torch.autograd.grad)
 
 
 def quiet() -> None:

@@ -46,11 +46,30 @@ def encoder_run(*args: str) -> Path:
         (["--config", "base.yaml"], ["model", "recipe"]),
         (["--config", "quickstart/stage2.yaml"], ["LatentAlignment", "--init_from"]),
         (["--config", "quickstart/stage1.yaml"], ["encoder.safetensors", "no file"]),
-        (["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.name", "vit_tinny_patch16_224"], ["vit_tiny_patch16_224"]),
-        (["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.image_size", "30"], ["30", "not divisible"]),
+        (
+            ["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.name", "vit_tinny_patch16_224"],
+            ["vit_tiny_patch16_224"],
+        ),
+        (
+            ["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.image_size", "30"],
+            ["30", "not divisible"],
+        ),
         (["--config", "quickstart/encoder.yaml", "--data.image_size", "40"], ["(32, 32)", "(40, 40)"]),
-        (["--config", "quickstart/encoder.yaml", "--trainer.accumulate_grad_batches", "3"], ["global_batch_size 32", "3"]),
-        (["--config", "quickstart/encoder.yaml", "--data.train", "aligntok.data.ImageFolder", "--data.train.root", "nowhere"], ["nowhere"]),
+        (
+            ["--config", "quickstart/encoder.yaml", "--trainer.accumulate_grad_batches", "3"],
+            ["global_batch_size 32", "3"],
+        ),
+        (
+            [
+                "--config",
+                "quickstart/encoder.yaml",
+                "--data.train",
+                "aligntok.data.ImageFolder",
+                "--data.train.root",
+                "nowhere",
+            ],
+            ["nowhere"],
+        ),
         (["--config", "quickstart/encoder.yaml", "--ckpt_path", "absent.ckpt"], ["absent.ckpt"]),
     ],
 )
@@ -103,8 +122,15 @@ def test_first_start_with_last_says_that_it_begins(capsys):
 def test_start_up_block_and_progress(capsys):
     encoder_run()
     out = capsys.readouterr().out
-    for words in ("1,437 training images", "360 validation", "10 classes", "32 = devices x accumulated x batch = 1 x 1 x 32",
-                  "44 per epoch, ends at step 2 after 64 images", "precision 32-true", "images/s"):
+    for words in (
+        "1,437 training images",
+        "360 validation",
+        "10 classes",
+        "32 = devices x accumulated x batch = 1 x 1 x 32",
+        "44 per epoch, ends at step 2 after 64 images",
+        "precision 32-true",
+        "images/s",
+    ):
         assert words in out, words
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,9 @@ def test_quickstart_recipes_run(in_folder):
     assert "val/rfd_digits" in (in_folder / "runs/quickstart/stage3/validate.json").read_text()
     assert main(["report", "runs/quickstart"]) == 0
     assert (in_folder / "runs/quickstart/report.html").is_file()
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, {})
 
 
 def test_photo_recipes_run(in_folder, photo_folder):
@@ -152,8 +156,19 @@ def test_saved_config_is_the_run(in_folder):
     fit("quickstart/encoder.yaml")
     saved = Path("runs/quickstart/encoder/config.yaml")
     assert main(["fit", "--config", str(saved), "--output", "again"]) == 0
-    first, second = (torch.load(p, weights_only=True) for p in (saved.parent / "checkpoints/last.ckpt", "again/checkpoints/last.ckpt"))
+    first, second = (
+        torch.load(p, weights_only=True)
+        for p in (saved.parent / "checkpoints/last.ckpt", "again/checkpoints/last.ckpt")
+    )
     assert all(torch.equal(first["state_dict"][key], second["state_dict"][key]) for key in first["state_dict"])
+
+
+def test_readme_names_only_what_there_is():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name in set(re.findall(r"--config ([\w/.]+\.yaml)", readme)):
+        assert find_config(name)
+    for path in set(re.findall(r"`((?:aligntok|tests|benchmarks)/[\w/]+\.(?:py|md))`", readme)):
+        assert (Path(__file__).parent.parent / path).is_file(), path
 
 
 def test_layers_expand_in_order(tmp_path):

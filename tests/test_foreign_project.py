@@ -1,4 +1,4 @@
-"""Somebody else's Lightning project, in 30 lines: our tokenizer, semantic loss and FID callback without our command line."""
+"""Somebody else's Lightning project, in 30 lines: our tokenizer, semantic loss and FID callback."""
 
 import copy
 

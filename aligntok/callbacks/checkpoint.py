@@ -32,12 +32,14 @@ class SaveCheckpoint(Checkpoint):
     ) -> None:
         """Save when a step that is due is complete."""
         step = trainer.global_step
-        if step == self.seen_step or step == 0 or trainer.fast_dev_run:
+        if step == self.seen_step or step == 0 or getattr(trainer, "fast_dev_run", False):
             return  # in the middle of an accumulation nothing may be saved: its gradients would be lost
         self.seen_step = step
         folder = Path(trainer.default_root_dir) / "checkpoints"
         if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
             trainer.save_checkpoint(folder / f"step_{step:07d}.ckpt", weights_only=False)
-        last_of_run = step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
+        last_of_run = step == trainer.max_steps or (
+            trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        )
         if step % self.every_n_steps == 0 or last_of_run:
             trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)

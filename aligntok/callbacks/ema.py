@@ -16,8 +16,8 @@ class EMA(WeightAveraging):
     """Lightning's weight averaging as an EMA with a warm-up, with buffers copied instead of averaged.
 
     A checkpoint's ``state_dict`` is the average, the raw weights are under ``current_model_state``; validation uses the
-    average. The warm-up makes one ``decay`` right for short and long runs. Buffers that a stage measures before its first step
-    (the latent's statistics) are taken over as they are. The average lives on the device of the model.
+    average. The warm-up makes one ``decay`` right for short and long runs. Buffers that a stage measures before its
+    first step (the latent's statistics) are taken over as they are. The average lives on the device of the model.
 
     Args:
         decay: Share of the old average that stays at each step, in [0, 1).
@@ -45,7 +45,9 @@ class EMA(WeightAveraging):
             for average, current in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
                 average.copy_(current)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the average in training; elsewhere ``state_dict`` already is the average, and there is nothing to do."""
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the average in training; elsewhere ``state_dict`` already is the average."""
         if self._average_model is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -48,7 +48,7 @@ class ReconstructionGrid(pl.Callback):
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw, on the first rank."""
         tokenizer: Any = getattr(module, "tokenizer", None)
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero or not isinstance(tokenizer, Tokenizer) or not hasattr(data, "preview"):
             return
         self.last_step = trainer.global_step
@@ -71,16 +71,21 @@ def picture(image: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:
     colours = interpolate(latent_colours(latent), image.shape[-2:], mode="nearest")
     rows = torch.cat([image, reconstruction, colours]).float().cpu()
     scale = max(1, 64 // image.shape[-1])
-    return make_grid(interpolate(rows, scale_factor=scale, mode="nearest"), nrow=len(image), padding=2, pad_value=1.0)
+    grid: Tensor = make_grid(
+        interpolate(rows, scale_factor=scale, mode="nearest"), nrow=len(image), padding=2, pad_value=1.0
+    )
+    return grid
 
 
 def latent_colours(latent: Tensor) -> Tensor:
-    """Return the first three principal components over all cells of latents (B, C, h, w) as RGB (B, 3, h, w) in [0, 1]."""
+    """Return three principal components over all cells of latents (B, C, h, w), as RGB (B, 3, h, w) in [0, 1]."""
     cells = latent.float().movedim(1, -1).flatten(0, 2)
     cells = cells - cells.mean(0)
     _, _, directions = torch.linalg.svd(cells, full_matrices=False)
-    directions = directions[:3] * directions[:3].sum(1, keepdim=True).sign()  # a fixed sign: colours stay over the steps
-    components = cells @ directions.T
+    directions = (
+        directions[:3] * directions[:3].sum(1, keepdim=True).sign()
+    )  # a fixed sign: colours stay over the steps
+    components: Tensor = cells @ directions.T
     low, high = components.quantile(0.02, 0), components.quantile(0.98, 0)
     components = ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
     if components.shape[1] < 3:

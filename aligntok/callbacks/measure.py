@@ -12,7 +12,14 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from aligntok.errors import UserError
 from aligntok.losses.perceptual import LPIPS, lpips_weights
-from aligntok.metrics import FeatureStatistics, FrechetDistance, InceptionFeatures, flatten_latent, linear_probe, pool_latent
+from aligntok.metrics import (
+    FeatureStatistics,
+    FrechetDistance,
+    InceptionFeatures,
+    flatten_latent,
+    linear_probe,
+    pool_latent,
+)
 
 Batch = dict[str, Any]
 Outputs = dict[str, Tensor]
@@ -21,8 +28,8 @@ Outputs = dict[str, Tensor]
 class Measurement(pl.Callback):
     """Base: the same three moments in validation and test, never in Lightning's sanity check.
 
-    The module's ``validation_step`` returns a dict with ``reconstruction`` (B, 3, H, W) in [0, 1] and ``latent`` (B, C, h, w);
-    a module that returns something else is not measured.
+    The module's ``validation_step`` returns a dict with ``reconstruction`` (B, 3, H, W) in [0, 1] and ``latent`` (B,
+    C, h, w); a module that returns something else is not measured.
     """
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -113,14 +120,14 @@ class ReconstructionQuality(Measurement):
 
 
 class ReconstructionFID(Measurement):
-    """Fréchet distance between images and their reconstructions: ``rfid``, or ``rfd_<feature>`` where it is not Inception's.
+    """Fréchet distance of reconstructions: ``rfid``, or ``rfd_<feature>`` where the features are not Inception's.
 
     The statistics of the real images are computed once and kept in a file, with a hash of the images and their crop.
 
     Args:
         features: Inception by default; or any module with ``name``, ``num_features`` and images in [0, 1] to (B, D).
-        reference: File of the real images' statistics: read if it is there (a wrong source is an error), else written. By
-            default a file in the run's folder that carries the hash in its name.
+        reference: File of the real images' statistics: read if it is there (a wrong source is an error), else
+            written. By default a file in the run's folder that carries the hash in its name.
     """
 
     def __init__(self, features: nn.Module | None = None, reference: str | None = None) -> None:
@@ -138,18 +145,20 @@ class ReconstructionFID(Measurement):
             return
         split = "test" if trainer.testing else "val"
         limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if limit != 1.0 or not hasattr(data, "fingerprint"):
             return  # a part of the images, or images that we know nothing of: nothing to keep
         self.source = data.fingerprint(split)
-        default = Path(trainer.default_root_dir) / "reference" / f"{self.metric.features.name}_{self.source}.safetensors"
+        default = (
+            Path(trainer.default_root_dir) / "reference" / f"{self.metric.features.name}_{self.source}.safetensors"
+        )
         self.path = Path(self.reference) if self.reference else default
         if not self.path.is_file():
             return
         statistics = FeatureStatistics.load(self.path)
         if statistics.source != self.source:
             raise UserError(
-                f"reference {self.path} is of images {statistics.source}, these are {self.source}: other files or another crop."
+                f"reference {self.path} is of images {statistics.source}, these are {self.source}: other files or crop."
                 " Name another reference file; it will be written"
             )
         self.metric.set_reference(statistics)
@@ -189,9 +198,11 @@ class LinearProbe(Measurement):
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Encode the training images."""
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "calibration_dataloader"):
-            raise UserError("LinearProbe needs training images: use aligntok's LatentDataModule, or remove the callback")
+            raise UserError(
+                "LinearProbe needs training images: use aligntok's LatentDataModule, or remove the callback"
+            )
         tokenizer: Any = getattr(module, "tokenizer", None)
         self.train: list[tuple[Tensor, ...]] = []
         self.test: list[tuple[Tensor, ...]] = []
@@ -208,7 +219,7 @@ class LinearProbe(Measurement):
         """Return both accuracies."""
         latents, labels = gather(self.train, module)
         test_latents, test_labels = gather(self.test, module)
-        if labels.unique().numel() < 2:
+        if bool((labels == labels[0]).all()):
             return {}
         results = {}
         for name, view in (("probe", flatten_latent), ("probe_pooled", pool_latent)):

@@ -14,14 +14,14 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
-from aligntok.weights.checkpoint import write_atomically
+from aligntok.weights.checkpoint import write_text
 
 SMOOTHING = 0.98  # of the step time shown
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with images per second over all ranks and the time left; a line now and then where no terminal is."""
+    """Lightning's bar with images per second over all ranks and the time left; without a terminal, lines."""
 
     def __init__(self, refresh_rate: int = 10) -> None:
         self.terminal = sys.stdout.isatty()
@@ -37,7 +37,9 @@ class ProgressBar(TQDMProgressBar):
         self.started = time.perf_counter()
         super().on_train_batch_start(trainer, *args)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
         """Average the time of a step, from the end of one batch to the end of the next."""
         now = time.perf_counter()
         self.images_per_batch = len(batch["image"]) * trainer.world_size if isinstance(batch, dict) else 0
@@ -75,7 +77,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class RunRecord(pl.Callback):
-    """Prints what the run will be, and keeps what it was in ``run.json``: stage, steps, seconds, parameters, measures."""
+    """Prints what the run will be, and keeps what it was in ``run.json``: steps, seconds, parameters, measures."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -90,7 +92,7 @@ class RunRecord(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record."""
         self.seconds += time.perf_counter() - self.began
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         record = {
             "stage": type(pl_module).__name__,
@@ -99,8 +101,7 @@ class RunRecord(pl.Callback):
             "parameters": {part: list(counts) for part, counts in parameters_of(pl_module).items()},
             "metrics": {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())},
         }
-        text = json.dumps(record, indent=1)
-        write_atomically(Path(trainer.default_root_dir) / "run.json", lambda path: path.write_text(text) and None)
+        write_text(Path(trainer.default_root_dir) / "run.json", json.dumps(record, indent=1))
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the training time over resumes."""
@@ -117,7 +118,9 @@ def summary(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     data: Any = getattr(trainer, "datamodule", None)
     if hasattr(data, "num_images"):
         count, batch = data.num_images("train"), data.global_batch_size
-        lines.append(("data", f"{count:,} training images, {data.num_images('val'):,} validation, {len(data.classes)} classes"))
+        lines.append(
+            ("data", f"{count:,} training images, {data.num_images('val'):,} validation, {len(data.classes)} classes")
+        )
         parts = f"{trainer.world_size} x {data.accumulation} x {data.batch_size}"
         lines.append(("global batch", f"{batch} = devices x accumulated x batch = {parts}"))
         lines.append(("steps", f"{count // batch} per epoch" + end_of(trainer, batch)))

@@ -77,8 +77,8 @@ class AdversarialLoss(nn.Module):
 
         Args:
             image: Real, (B, 3, H, W) in [0, 1].
-            reconstruction: A LEAF that requires grad, cut off from the decoder, (B, 3, H, W): both players' losses hang on
-                the same pass, and what each of them sends back is picked by the caller.
+            reconstruction: A LEAF that requires grad, cut off from the decoder, (B, 3, H, W): both players' losses
+                hang on the same pass, and what each of them sends back is picked by the caller.
         """
         real = self.discriminator(image).float()
         fake = self.discriminator(reconstruction).float()
@@ -104,14 +104,18 @@ class AdversarialLoss(nn.Module):
         """
         if not self.adaptive:
             return rec_grad.new_ones(())
-        norms = []
+        norms: list[Tensor] = []
         for gradient in (rec_grad, adv_grad):
-            at_layer = torch.autograd.grad(reconstruction, last_layer, gradient.to(reconstruction), retain_graph=True)[0].float()
+            (at_layer,) = torch.autograd.grad(
+                reconstruction, last_layer, gradient.to(reconstruction), retain_graph=True
+            )
+            at_layer = at_layer.float()
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(at_layer)  # the sum: a common factor cancels in the ratio, up to the eps
                 at_layer = at_layer / dist.get_world_size()
             norms.append(at_layer.norm())
-        return (norms[0] / (norms[1] + ADAPTIVE_EPS)).clamp(0, self.max_adaptive_weight)
+        ratio = norms[0] / (norms[1] + ADAPTIVE_EPS)
+        return ratio.clamp(0, self.max_adaptive_weight)
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:

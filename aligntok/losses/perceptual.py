@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ def lpips_weights() -> Path | None:
 class LPIPS(nn.Module):
     """LPIPS with VGG-16, torchmetrics' implementation, as a mean over the batch.
 
-    The VGG weights are looked for in ``$ALIGNTOK_HOME``, then in torch's cache, then downloaded, all at the first use, so
-    that a stage can be built where there is no network.
+    The VGG weights are looked for in ``$ALIGNTOK_HOME``, then in torch's cache, then downloaded, all at the first
+    use, so that a stage can be built where there is no network.
 
     Raises:
         UserError: The weights are nowhere and cannot be downloaded; says which file to put where.
@@ -48,7 +49,6 @@ class LPIPS(nn.Module):
         distance: Tensor = self._network[0].to(image.device)(image.float() * 2 - 1, reference.float() * 2 - 1)
         return distance.mean()
 
-
     def load(self) -> None:
         """Get the weights now; a stage calls this before the first step, so that a missing file stops it early."""
         if not self._network:
@@ -61,7 +61,7 @@ def load_lpips() -> nn.Module:
     from torchvision.models import vgg16
 
     path = lpips_weights()
-    network: nn.Module = _LPIPS(net="vgg", pnet_rand=True)
+    network: Any = _LPIPS(net="vgg", pnet_rand=True)
     try:
         state = torch.load(path, weights_only=True) if path else vgg16(weights="DEFAULT").state_dict()
     except OSError as error:
@@ -72,11 +72,11 @@ def load_lpips() -> nn.Module:
     # torchmetrics cuts VGG's `features` into slices and keeps each layer's number in its name
     ours = network.net.state_dict()
     network.net.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in ours})
-    return network.eval().requires_grad_(False)
+    return cast(nn.Module, network.eval().requires_grad_(False))
 
 
 class FeatureDistance(nn.Module):
-    """LPIPS-like distance in any timm backbone: squared distance of unit-length features, averaged over cells and layers.
+    """LPIPS-like distance in any timm backbone: squared distance of unit-length features, a mean over cells and layers.
 
     For machines where LPIPS' VGG cannot be had, and to use the frozen encoder itself as the judge.
 
@@ -89,7 +89,9 @@ class FeatureDistance(nn.Module):
         super().__init__()
         self.layers = layers or [encoder.layer]
         if min(self.layers) < 0 or max(self.layers) > encoder.layer:
-            raise UserError(f"perceptual layers {self.layers}: {encoder.name} has layers 0 to {encoder.layer}, the used one")
+            raise UserError(
+                f"perceptual layers {self.layers}: {encoder.name} has layers 0 to {encoder.layer}, the used one"
+            )
         self.judge = Frozen(encoder)
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:

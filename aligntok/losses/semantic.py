@@ -1,7 +1,8 @@
 """Semantic preservation: keep the latent where the pretrained encoder put it.
 
 Reference:
-    AlignTok, arXiv:2509.25162, section 3: L_sp between the current latent and that of a frozen snapshot of encoder and adapter.
+    AlignTok, arXiv:2509.25162, section 3: L_sp between the current latent and that of a frozen snapshot of encoder
+    and adapter.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ Distance = Literal["l2", "cosine"]
 def semantic_preservation(latent: Tensor, anchor: Tensor, distance: Distance = "l2") -> Tensor:
     """Return the mean distance () between the current latent and the frozen snapshot's.
 
-    The paper does not say in which unit its l2 is taken. Ours: both latents are normalised by the snapshot's own mean and
-    standard deviation per channel, so that the loss is the mean squared drift in units of the latent's variance, and
-    ``w_sp`` means the same for every encoder, adapter and latent size.
+    The paper does not say in which unit its l2 is taken. Ours: both latents are normalised by the snapshot's own mean
+    and standard deviation per channel, so that the loss is the mean squared drift in units of the latent's variance,
+    and ``w_sp`` means the same for every encoder, adapter and latent size.
 
     Args:
         latent: Normalised latent of the network in training, (B, C, h, w).

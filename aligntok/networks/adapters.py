@@ -64,7 +64,7 @@ class GaussianAdapter(LinearAdapter):
         self.project_log_variance = nn.Conv2d(width, latent_dim, 1)
 
     def sample(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a sample (B, latent_dim, h, w) of the posterior, and its KL divergence from N(0, 1), summed, per image."""
+        """Return a sample (B, latent_dim, h, w) of the posterior and its KL divergence from N(0, 1), a sum (B,)."""
         mean = self(features)
         log_variance = self.project_log_variance(features).clamp(*self.LOG_VARIANCE_RANGE)
         latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)

@@ -1,7 +1,8 @@
 """Pretrained vision encoders: any timm backbone as a feature map on the wanted grid.
 
 Reference:
-    AlignTok, arXiv:2509.25162, section 3: DINOv2-L/14 sees the image at 224 px so that a 256 px image gives 16x16 tokens.
+    AlignTok, arXiv:2509.25162, section 3: DINOv2-L/14 sees the image at 224 px so that a 256 px image gives 16x16
+    tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ LITE0_MEAN, LITE0_STD = 127 / 255, 128 / 255  # its published preprocessing is (
 class VisionEncoder(nn.Module):
     """A timm backbone that turns an image into a feature map ``downsampling`` times smaller.
 
-    The image is resized to the size at which the backbone's own stride gives the wanted grid (256 px and downsampling 16
-    with a patch-14 backbone: 224 px, 16x16) and normalised with the backbone's own pixel statistics. Class and register
-    tokens are dropped; what follows the used layer in the backbone is removed.
+    The image is resized to the size at which the backbone's own stride gives the wanted grid (256 px and downsampling
+    16 with a patch-14 backbone: 224 px, 16x16) and normalised with the backbone's own pixel statistics. Class and
+    register tokens are dropped; what follows the used layer in the backbone is removed.
 
     Args:
         name: timm model name, e.g. ``vit_large_patch14_dinov2.lvd142m``, ``vit_base_patch16_siglip_256.v2_webli``.
         image_size: Height and width of the images that will come, in pixels; one number for a square.
         downsampling: Image pixels per cell of the feature map, f.
         weights: ``hub`` (timm's download), a local .safetensors or .pth file of the backbone, ``offline`` (the
-            EfficientNet-Lite0 of the extra ``aligntok[offline]``, for ``name: tf_efficientnet_lite0``), or null: random.
+            EfficientNet-Lite0 of the extra ``aligntok[offline]``, for ``name: tf_efficientnet_lite0``), or null:
+            random.
         layer: Index among the backbone's intermediate features; by default the deepest that gives the grid.
         model_args: More arguments for ``timm.create_model``, such as ``{embed_dim: 128, depth: 4}``.
         checkpoint_activations: Trade time for memory in training: recompute the blocks in the backward pass.
@@ -42,6 +44,10 @@ class VisionEncoder(nn.Module):
     Raises:
         UserError: Unknown name, weights that are missing or do not fit, a grid that the backbone cannot give.
     """
+
+    backbone: Any  # a timm model: its methods are not in the type of a module
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -85,7 +91,12 @@ class VisionEncoder(nn.Module):
                 " set the same image_size for data and encoder"
             )
         features = self.backbone.forward_intermediates(
-            self.preprocess(image), indices=layers, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+            self.preprocess(image),
+            indices=layers,
+            norm=True,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
         )
         return cast(list[Tensor], features)
 
@@ -131,7 +142,7 @@ def choose_layer(name: str, downsampling: int, layer: int | None, model_args: di
     if len(set(strides)) == 1:
         return strides[-1], len(strides) - 1
     raise UserError(
-        f"encoder {name} has no feature map {downsampling} times smaller than the image, only {sorted(set(strides))} times:"
+        f"encoder {name} has no feature map {downsampling} times smaller than the image, only {sorted(set(strides))}:"
         " choose another downsampling or encoder, or name the layer"
     )
 
@@ -145,7 +156,7 @@ def create_backbone(
     options: dict[str, Any] = {"num_classes": 0, **model_args}
     if weights not in (None, "hub"):
         classifier = timm.get_pretrained_cfg_value(name, "classifier") or "head"
-        state = offline_weights(name) if weights == "offline" else read_weights(cast(str, weights))
+        state = offline_weights(name) if weights == "offline" else read_weights(weights)
         prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
         state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
         state = unused_parts(name, layer, options) | state
@@ -154,11 +165,11 @@ def create_backbone(
         options["pretrained"] = True
     try:
         try:
-            return timm.create_model(name, img_size=input_size, **options)
+            return cast(nn.Module, timm.create_model(name, img_size=input_size, **options))
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            return timm.create_model(name, **options)  # convolutional: takes any size
+            return cast(nn.Module, timm.create_model(name, **options))  # convolutional: takes any size
     except Exception as error:
         if weights is None:
             raise
@@ -166,8 +177,8 @@ def create_backbone(
         if weights == "hub":
             hub_id = timm.get_pretrained_cfg_value(name, "hf_hub_id") or "timm/" + name
             raise UserError(
-                f"cannot get the weights of {name} from the hub ({type(error).__name__}). Where there is internet, download"
-                f" model.safetensors of {hub_id}, copy it here and set encoder.weights to its path"
+                f"cannot get the weights of {name} from the hub ({type(error).__name__}). Where there is internet,"
+                f" download model.safetensors of {hub_id}, copy it here and set encoder.weights to its path"
             ) from error
         raise UserError(f"encoder.weights {weights} does not fit {name}: {reason}") from error
 
@@ -185,13 +196,15 @@ def unused_parts(name: str, layer: int, options: dict[str, Any]) -> dict[str, Te
 def read_weights(path: str) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors or .pth file without executing anything that the file brings."""
     if not Path(path).is_file():
-        raise UserError(f"encoder.weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'")
+        raise UserError(
+            f"encoder.weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'"
+        )
     try:
         state = timm.models.load_state_dict(path, weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own kind
         raise UserError(
-            f"encoder.weights {path} holds no plain weights ({type(error).__name__}): give a .safetensors file, or a .pth"
-            " with tensors only"
+            f"encoder.weights {path} holds no plain weights ({type(error).__name__}): give a .safetensors file, or"
+            " a .pth with tensors only"
         ) from error
     return cast(dict[str, Tensor], state)
 

@@ -47,7 +47,9 @@ def add_lora(network: nn.Module, rank: int) -> None:
     if rank < 1:
         raise UserError(f"lora_rank {rank}: give at least 1, or null to train the encoder itself")
     if not any(type(module) is nn.Linear for module in network.modules()):
-        raise UserError("lora_rank has no effect: the encoder has no linear layers (a convolutional one?); set it to null")
+        raise UserError(
+            "lora_rank has no effect: the encoder has no linear layers (a convolutional one?); set it to null"
+        )
     network.requires_grad_(False)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,28 +46,34 @@ class Tokenizer(nn.Module):
         UserError: Parts that do not fit each other; both values are named.
     """
 
+    encoder: Any  # any module with the attributes above
+    adapter: Any
+    decoder: Any
     latent_mean: Tensor
     latent_std: Tensor
 
     def __init__(self, encoder: nn.Module, adapter: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
-        for ours, theirs, part, key in ((adapter, encoder, "encoder", "width"), (adapter, decoder, "decoder", "latent_dim")):
+        for ours, theirs, part, key in (
+            (adapter, encoder, "encoder", "width"),
+            (adapter, decoder, "decoder", "latent_dim"),
+        ):
             if getattr(ours, key) != getattr(theirs, key):
                 raise UserError(f"adapter.{key} {getattr(ours, key)} differs from {part}.{key} {getattr(theirs, key)}")
         if encoder.downsampling != decoder.downsampling:
             raise UserError(
-                f"encoder.downsampling {encoder.downsampling} differs from the decoder's upsampling {decoder.downsampling}:"
+                f"encoder.downsampling {encoder.downsampling} differs from decoder.downsampling {decoder.downsampling}:"
                 " change the number of decoder levels (2 per level) or the encoder's downsampling"
             )
-        latent_dim: int = adapter.latent_dim  # type: ignore[assignment]
+        latent_dim = int(self.adapter.latent_dim)
         self.register_buffer("latent_mean", torch.zeros(latent_dim, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_dim, 1, 1))
 
     @property
     def spec(self) -> TokenizerSpec:
         """What generators, caches and callbacks need to know."""
-        size, factor = pair(self.encoder.image_size), int(self.encoder.downsampling)  # type: ignore[arg-type]
+        size, factor = pair(self.encoder.image_size), int(self.encoder.downsampling)
         shape = (int(self.latent_mean.shape[0]), size[0] // factor, size[1] // factor)
         return TokenizerSpec("continuous", shape, size, factor)
 
@@ -98,7 +104,9 @@ class Tokenizer(nn.Module):
         usable = (std > 0) & std.isfinite() & mean.isfinite()
         if not bool(usable.all()):
             dead = (~usable).nonzero().flatten().tolist()
-            raise UserError(f"latent channels {dead} are constant over the measured images, or not finite: the adapter collapsed")
+            raise UserError(
+                f"latent channels {dead} are constant over the measured images, or not finite: the adapter collapsed"
+            )
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
 
@@ -106,7 +114,9 @@ class Tokenizer(nn.Module):
         """Return a hash of all weights and buffers that shape the latent: equal hash, equal latents."""
         digest = hashlib.sha256(repr(self.spec).encode())
         latent_parts = {"encoder": self.encoder, "adapter": self.adapter}
-        tensors = {f"{part}.{key}": value for part, net in latent_parts.items() for key, value in net.state_dict().items()}
+        tensors = {
+            f"{part}.{key}": value for part, net in latent_parts.items() for key, value in net.state_dict().items()
+        }
         tensors |= {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
         for key in sorted(tensors):
             value = tensors[key].detach().cpu().contiguous()

@@ -5,4 +5,11 @@ from aligntok.stages.pretraining import EncoderPretraining
 from aligntok.stages.stage import Stage
 from aligntok.stages.tokenizer_stage import TokenizerStage
 
-__all__ = ["DecoderRefinement", "EncoderPretraining", "LatentAlignment", "PerceptualAlignment", "Stage", "TokenizerStage"]
+__all__ = [
+    "DecoderRefinement",
+    "EncoderPretraining",
+    "LatentAlignment",
+    "PerceptualAlignment",
+    "Stage",
+    "TokenizerStage",
+]

@@ -25,7 +25,7 @@ from aligntok.weights.checkpoint import load_strictly, part_of, tokenizer_state
 
 
 class LatentAlignment(TokenizerStage):
-    """Stage 1: adapter and decoder learn to reconstruct from the frozen encoder, so that the latent keeps its semantics."""
+    """Stage 1: adapter and decoder learn to reconstruct from the frozen encoder; the latent keeps its semantics."""
 
     trains = ("adapter", "decoder")
     previous_stages = ("LatentAlignment",)  # to train it for longer
@@ -34,9 +34,10 @@ class LatentAlignment(TokenizerStage):
 class PerceptualAlignment(TokenizerStage):
     """Stage 2: everything learns and the latent picks up detail, held near its stage-1 place by the semantic loss.
 
-    The loss gains ``semantic_weight`` times the distance between the latent and that of a frozen snapshot of the stage-1
-    encoder and adapter on the same image. Both latents are measured in units of the snapshot's standard deviation per channel
-    (taken before the first step), because an l2 has no meaning without a unit; features are compared as the encoder gives them.
+    The loss gains ``semantic_weight`` times the distance between the latent and that of a frozen snapshot of the
+    stage-1 encoder and adapter on the same image. Both latents are measured in units of the snapshot's standard
+    deviation per channel (taken before the first step), because an l2 has no meaning without a unit; features are
+    compared as the encoder gives them.
 
     Args:
         tokenizer: As for every tokenizer stage.
@@ -99,7 +100,7 @@ class PerceptualAlignment(TokenizerStage):
             anchor = self.tokenizer.normalize(self.anchor.network[1](anchor_features))
         pair = (features, anchor_features) if self.semantic_before_adapter else (latent, anchor)
         weight = value_at(self.semantic_weight, self.global_step)
-        return {"semantic": (weight, semantic_preservation(*pair, self.semantic_distance))}
+        return {"semantic": (weight, semantic_preservation(pair[0], pair[1], self.semantic_distance))}
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Take stage 1's tokenizer, and the snapshot of its encoder and adapter."""

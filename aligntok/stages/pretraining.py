@@ -20,8 +20,8 @@ from aligntok.weights.checkpoint import write_atomically
 class EncoderPretraining(Stage):
     """Trains an encoder to name the class of an image from the mean of its features.
 
-    At the end it writes the backbone to ``encoder.safetensors`` in the run's folder: the tokenizer stages load that file with
-    ``encoder.weights``, as they load DINOv2.
+    At the end it writes the backbone to ``encoder.safetensors`` in the run's folder: the tokenizer stages load that
+    file with ``encoder.weights``, as they load DINOv2.
 
     Args:
         encoder: A small ``VisionEncoder``, ``weights: null``.
@@ -54,7 +54,9 @@ class EncoderPretraining(Stage):
         """Return the cross-entropy of one batch."""
         logits = self(batch["image"])
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy(logits, batch["label"])}, batch_size=len(logits))
+        self.log_dict(
+            {"train/loss": loss.detach(), "train/accuracy": accuracy(logits, batch["label"])}, batch_size=len(logits)
+        )
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -74,9 +76,13 @@ class EncoderPretraining(Stage):
 
     def on_fit_end(self) -> None:
         """Write the backbone's weights."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            state = {key: value.detach().cpu().contiguous() for key, value in self.encoder.backbone.state_dict().items()}
-            write_atomically(Path(self.trainer.default_root_dir) / "encoder.safetensors", lambda path: save_file(state, path))
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            state = {
+                key: value.detach().cpu().contiguous() for key, value in self.encoder.backbone.state_dict().items()
+            }
+            write_atomically(
+                Path(self.trainer.default_root_dir) / "encoder.safetensors", lambda path: save_file(state, path)
+            )
 
 
 def accuracy(logits: Tensor, label: Tensor) -> Tensor:

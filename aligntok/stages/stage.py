@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class Stage(pl.LightningModule):
     Args:
         learning_rate: Over the optimizer steps; absolute, never rescaled by batch or devices.
         optimizer: Built with the parameter groups; its own ``lr`` is not used.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run; single ones are skipped.
+        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run; single ones are
+            skipped.
     """
 
     previous_stages: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ class Stage(pl.LightningModule):
     # What a stage says of itself
 
     def parameter_groups(self) -> dict[str, tuple[list[nn.Parameter], Schedule]]:
-        """Return the groups of the optimizer: name to parameters and learning rate. By default all that require grad."""
+        """Return the optimizer's groups: name to parameters and learning rate. By default all that require grad."""
         return {"model": ([p for p in self.parameters() if p.requires_grad], self.learning_rate)}
 
     def idle_groups(self) -> Sequence[str]:
@@ -87,16 +89,21 @@ class Stage(pl.LightningModule):
         optimizer = self.optimizer([{"params": p, "lr": 1.0, "name": name} for name, (p, _) in groups.items()])
         for group in optimizer.param_groups:  # the base of LambdaLR: its factor is then the rate itself
             group["lr"] = 1.0
-        rates = [lambda step, s=schedule: value_at(s, step) for _, schedule in groups.values()]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}}
+        rates: list[Callable[[int], float]] = [partial(value_at, schedule) for _, schedule in groups.values()]
+        scheduler: Any = {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_fit_start(self) -> None:
-        """Refuse what this stage cannot do right, and set the modes: Lightning trains in whatever modes the modules came."""
+        """Refuse what cannot go right, and set the modes: Lightning trains in whatever modes the modules came."""
         self.train()
         if self.trainer.precision == "16-mixed":
-            raise UserError("precision 16-mixed is not supported (fp16 gradients underflow in a GAN): use bf16-mixed or 32-true")
+            raise UserError(
+                "precision 16-mixed is not supported (fp16 gradients underflow in a GAN): use bf16-mixed or 32-true"
+            )
         if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            raise UserError("trainer.gradient_clip_algorithm value is not supported: gradients are clipped by their norm, remove it")
+            raise UserError(
+                "trainer.gradient_clip_algorithm value is not supported: gradients are clipped by their norm, remove it"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make all random numbers of a step a function of (seed, step, rank), so that a resumed run is the same run."""
@@ -144,8 +151,8 @@ class Stage(pl.LightningModule):
         rank_zero_warn(f"step {self.global_step}: gradient not finite, step skipped; its image ids are in {path}")
         if self.nonfinite_steps >= self.max_nonfinite_steps:
             raise UserError(
-                f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to step {self.global_step}; image ids"
-                f" in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate"
+                f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {self.global_step}; image"
+                f" ids in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate"
             )
 
     # Checkpoints
@@ -159,8 +166,8 @@ class Stage(pl.LightningModule):
         stage = checkpoint.get(STAGE_KEY, type(self).__name__)
         if stage != type(self).__name__:
             raise UserError(
-                f"--ckpt_path is of stage {stage}, this run is {type(self).__name__}: --ckpt_path goes on with the same stage,"
-                " --init_from starts the next one"
+                f"--ckpt_path is of stage {stage}, this run is {type(self).__name__}: --ckpt_path goes on with the same"
+                " stage, --init_from starts the next one"
             )
         self.resumed = True
 

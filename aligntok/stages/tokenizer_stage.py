@@ -1,10 +1,10 @@
 """What the tokenizer stages share: frozen parts, the reconstruction losses and the adversarial step.
 
 The step: ONE optimizer with a group for the generator and one for the discriminator, under automatic optimisation. The
-reconstruction is cut off from the decoder; the gradients of the reconstruction terms and of the adversarial term at the cut
-are taken once each. Through the decoder's last layer they give the adaptive weight, and their weighted sum is what goes on
-into the decoder. The same discriminator pass serves its own loss. One backward, one step: accumulation, mixed precision,
-clipping, DDP without unused parameters, and one honest ``global_step`` come from Lightning.
+reconstruction is cut off from the decoder; the gradients of the reconstruction terms and of the adversarial term at
+the cut are taken once each. Through the decoder's last layer they give the adaptive weight, and their weighted sum is
+what goes on into the decoder. The same discriminator pass serves its own loss. One backward, one step: accumulation,
+mixed precision, clipping, DDP without unused parameters, and one honest ``global_step`` come from Lightning.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class TokenizerStage(Stage):
     """Trains some parts of a tokenizer to reconstruct images; a stage says which, and adds its terms.
 
     Batches are dicts with ``image`` (B, 3, H, W) in [0, 1]. The loss is
-    ``L1 + perceptual_weight * perceptual + adversarial.weight * adaptive weight * adversarial`` (AlignTok, section 3; weights
-    as in VA-VAE), each a mean over pixels or images, plus the stage's own terms.
+    ``L1 + perceptual_weight * perceptual + adversarial.weight * adaptive weight * adversarial`` (AlignTok, section 3;
+    weights as in VA-VAE), each a mean over pixels or images, plus the stage's own terms.
 
     Args:
         tokenizer: Encoder, adapter, decoder.
@@ -45,7 +45,8 @@ class TokenizerStage(Stage):
         perceptual_weight: Over the steps.
         adversarial: Discriminator and its weight, or null for none.
         discriminator_learning_rate: By default the tokenizer's.
-        kl_weight: Of the KL divergence, averaged over the image's pixels; needs a ``GaussianAdapter``. For the ablation.
+        kl_weight: Of the KL divergence, averaged over the image's pixels; needs a ``GaussianAdapter``. For the
+            ablation.
         optimizer: Built with both groups.
         max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
     """
@@ -70,11 +71,13 @@ class TokenizerStage(Stage):
     ) -> None:
         super().__init__(learning_rate, optimizer, max_nonfinite_steps)
         self.tokenizer = tokenizer
-        self.perceptual = perceptual
+        self.perceptual: Any = perceptual
         self.perceptual_weight = check_schedule("perceptual_weight", perceptual_weight)
         self.adversarial = adversarial
         if discriminator_learning_rate is not None and adversarial is None:
-            raise UserError("discriminator_learning_rate has no effect without adversarial: remove it or add a discriminator")
+            raise UserError(
+                "discriminator_learning_rate has no effect without adversarial: remove it or add a discriminator"
+            )
         if discriminator_learning_rate is None:
             discriminator_learning_rate = self.learning_rate
         self.discriminator_learning_rate = check_schedule("discriminator_learning_rate", discriminator_learning_rate)
@@ -99,7 +102,10 @@ class TokenizerStage(Stage):
         """Return the generator's parameters and, if there is one, the discriminator's."""
         groups = {"generator": ([p for p in self.tokenizer.parameters() if p.requires_grad], self.learning_rate)}
         if self.adversarial is not None:
-            groups["discriminator"] = (list(self.adversarial.discriminator.parameters()), self.discriminator_learning_rate)
+            groups["discriminator"] = (
+                list(self.adversarial.discriminator.parameters()),
+                self.discriminator_learning_rate,
+            )
         return groups
 
     def idle_groups(self) -> Sequence[str]:
@@ -188,7 +194,9 @@ class TokenizerStage(Stage):
         if not weight:
             return zero, zero, terms.discriminator
         (adversarial_gradient,) = torch.autograd.grad(terms.generator, cut, retain_graph=True)
-        scale = adversarial.adaptive_weight(reconstruction, gradient, adversarial_gradient, self.tokenizer.decoder.last_layer)
+        scale = adversarial.adaptive_weight(
+            reconstruction, gradient, adversarial_gradient, self.tokenizer.decoder.last_layer
+        )
         logs |= {"gan_generator": terms.generator.detach(), "gan_adaptive_weight": scale}
         return weight * scale * adversarial_gradient, (weight * scale * terms.generator).detach(), terms.discriminator
 
@@ -224,13 +232,13 @@ class TokenizerStage(Stage):
         super().on_fit_start()
         if not self.measures_latents or self.resumed:
             return
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "calibration_dataloader"):
             self.measure_latents(batch["image"] for batch in data.calibration_dataloader())
         elif bool((self.tokenizer.latent_std == 1).all()):
             raise UserError(
-                f"{type(self).__name__} needs the statistics of the latents: call stage.measure_latents(images) before fit,"
-                " or use aligntok's LatentDataModule"
+                f"{type(self).__name__} needs the statistics of the latents: call stage.measure_latents(images) before"
+                " fit, or use aligntok's LatentDataModule"
             )
 
     @torch.no_grad()
@@ -277,6 +285,6 @@ def check_range(image: Tensor) -> None:
     """Refuse images that are not floats in [0, 1]."""
     if not image.is_floating_point() or image.amin() < 0 or image.amax() > 1:
         raise UserError(
-            f"images must be floats in [0, 1], got {image.dtype} from {image.amin().item():.3g} to {image.amax().item():.3g}:"
-            " divide bytes by 255, undo a mean/std normalisation"
+            f"images must be floats in [0, 1], got {image.dtype} from {image.amin().item():.3g} to"
+            f" {image.amax().item():.3g}: divide bytes by 255, undo a mean/std normalisation"
         )

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: nothing that a file brings is executed, nothing half-written replaces a good file."""
+"""Reading and writing checkpoints: no file is executed, nothing half-written replaces a good file."""
 
 from __future__ import annotations
 
@@ -28,15 +28,21 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}" + (": it is a folder, name the file in it" if path.is_dir() else ""))
+        raise UserError(
+            f"there is no checkpoint {path}" + (": it is a folder, name the file in it" if path.is_dir() else "")
+        )
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than tensors and plain values, and loading it would run code") from error
+        raise UserError(
+            f"{path} is refused: it holds more than tensors and plain values, and loading it would run code"
+        ) from error
     except (RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"{path} is no checkpoint that torch can read ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(
+            f"{path} is no checkpoint that torch can read ({' '.join(str(error).split())[:120]})"
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} is no training checkpoint: it has no state_dict")
     return cast(dict[str, Any], checkpoint)
@@ -67,6 +73,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_atomically(path, write)
+
+
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the entries under ``prefix.`` without it."""
     return {key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")}
@@ -95,7 +110,9 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
     problems = shapes + [f"{key} is missing there" for key in missing] + [f"{key} is unknown here" for key in extra]
     if problems:
         more = f", and {len(problems) - 2} more" if len(problems) > 2 else ""
-        raise UserError(f"{what} does not fit this network: {'; '.join(problems[:2])}{more}. Use the same sizes in both configs")
+        raise UserError(
+            f"{what} does not fit this network: {'; '.join(problems[:2])}{more}. Use the same sizes in both configs"
+        )
     module.load_state_dict(state)
 
 

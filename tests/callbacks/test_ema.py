@@ -64,6 +64,20 @@ def test_statistics_measured_before_the_first_step_are_in_the_average(tiny, tmp_
         torch.testing.assert_close(std, latent.transpose(0, 1).flatten(1).std(1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_validation_before_the_first_step_has_the_measured_statistics(tiny, tmp_path):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            seen.append(pl_module.tokenizer.latent_std.clone())
+
+    stage = tiny.stage(DecoderRefinement)
+    options = {"num_sanity_val_steps": 1, "limit_val_batches": 1}
+    tiny.trainer(tmp_path, 1, [EMA(DECAY), Watch()], **options).fit(stage, datamodule=tiny.data())
+    assert torch.equal(seen[0], stage.tokenizer.latent_std)
+    assert not torch.equal(seen[0], torch.ones(4, 1, 1))
+
+
 def tiny_batches(tiny):
     data = tiny.data()
     data.setup()
