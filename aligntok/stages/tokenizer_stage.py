@@ -91,8 +91,15 @@ class TokenizerStage(Stage):
                 getattr(tokenizer, part).requires_grad_(False)
 
     def train(self, mode: bool = True) -> TokenizerStage:
-        """Set the mode, but leave the frozen parts in eval mode."""
+        """Set the mode, but leave the frozen parts in eval mode, and the batch norms of a pretrained encoder always.
+
+        Their running statistics belong to the pretrained features: with those of a batch, the latents of stage 2 would jump
+        away from the anchor before the first step, and depend on the batch size of a device.
+        """
         super().train(mode)
+        for module in self.tokenizer.encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for part in PARTS:
             if part not in self.trains:
                 getattr(self.tokenizer, part).eval()

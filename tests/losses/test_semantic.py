@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from aligntok.losses import semantic_preservation
-from aligntok.networks import GaussianAdapter
+from aligntok.networks import ConvDecoder, GaussianAdapter, LinearAdapter, Tokenizer, VisionEncoder
 from aligntok.stages import PerceptualAlignment
 
 
@@ -34,6 +34,22 @@ def test_zero_at_the_start_of_stage_2_and_not_later(tiny, tmp_path, distance, be
     assert abs(float(value)) < 1e-6
     tiny.trainer(tmp_path, 3).fit(stage, datamodule=tiny.data())
     assert float(semantic(stage.eval(), image)[1]) > 1e-5
+
+
+@pytest.mark.parametrize("distance", ["l2", "cosine"])
+def test_zero_at_the_start_also_with_batch_norm(tiny, distance):
+    """In train mode a batch's own statistics would move every latent away from the anchor at once."""
+    encoder = VisionEncoder("tf_efficientnet_lite0", 32, 16, weights="offline")
+    decoder = ConvDecoder(latent_dim=4, width=8, multipliers=[1, 1, 1, 1, 1], num_blocks=1, num_groups=4)
+    tokenizer = Tokenizer(encoder, LinearAdapter(encoder.width, 4), decoder)
+    stage = tiny.stage(PerceptualAlignment, tokenizer=tokenizer, semantic_distance=distance)
+    image = tiny.images(size=32)
+    stage.measure_latents([image])
+    stage.train()
+    before = tiny.copies(encoder)
+    assert abs(float(semantic(stage, image)[1].detach())) < 1e-6
+    assert all(torch.equal(value, before[name]) for name, value in tiny.copies(encoder).items())
+    assert encoder.backbone.training
 
 
 def test_it_is_in_units_of_the_latents_spread(tiny):
