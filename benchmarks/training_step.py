@@ -17,6 +17,7 @@ Peer: hustvl/LightningDiT at 2725fed, vavae/ldm/modules/losses/contperceptual.py
 """
 
 import argparse
+import gc
 import logging
 import resource
 import statistics
@@ -64,6 +65,8 @@ def main() -> None:
         print(f"{before:.3f} {peak():.3f}")
         return
     memory = {} if args.no_memory else {way: memory_of(way, args.size, batch) for way in WAYS}
+    for way, (before, most) in memory.items():
+        print(f"{way}: peak memory {most:.2f} GB, {before:.2f} GB of it before the first step", flush=True)
     stage, images = build(args.size, batch)
     modules = {name: make(stage) for name, make in WAYS.items()}
     print(f"{args.size}, batch {batch}, {torch.get_num_threads()} threads, {args.rounds} x {args.steps} steps")
@@ -232,14 +235,17 @@ class Clock(pl.Callback):
 
 
 class FirstGradients(pl.Callback):
-    """Copies the gradients after each backward, before clipping."""
+    """Copies each group's gradients after the backward that is the last to concern it, before clipping."""
 
     def __init__(self, stage: PerceptualAlignment) -> None:
-        self.stage, self.gradients = stage, []
+        self.stage, self.gradients = stage, {}
 
     def on_after_backward(self, *args: Any) -> None:
-        groups = {name: parameters for name, (parameters, _) in self.stage.parameter_groups().items()}
-        self.gradients.append({n: [None if p.grad is None else p.grad.clone() for p in ps] for n, ps in groups.items()})
+        for name, (parameters, _) in self.stage.parameter_groups().items():
+            if (
+                name == "discriminator" or name not in self.gradients
+            ):  # the peer's second backward is the discriminator's
+                self.gradients[name] = [None if p.grad is None else p.grad.clone() for p in parameters]
 
 
 def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int, *extra: pl.Callback) -> list[float]:
@@ -261,6 +267,9 @@ def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int,
     )
     trainer.fit(module, DataLoader(images, batch_size=None))
     module.zero_grad()
+    module.trainer = None  # with it goes the optimizer's state
+    del trainer
+    gc.collect()
     return clock.seconds
 
 
@@ -273,9 +282,8 @@ def compare_gradients(stage: PerceptualAlignment, modules: dict[str, Any], image
         run(module, images, 1, callback)
         found[name] = callback.gradients
     stage.learning_rate = stage.discriminator_learning_rate = rate
-    ours, (generator_turn, discriminator_turn) = found["ours"][0], found["two optimizers"]
-    for group, theirs in (("generator", generator_turn), ("discriminator", discriminator_turn)):
-        pairs = list(zip(ours[group], theirs[group], strict=True))
+    for group in ("generator", "discriminator"):
+        pairs = list(zip(*(gradients[group] for gradients in found.values()), strict=True))
         assert all((a is None) == (b is None) for a, b in pairs)
         gap = sum((a - b).double().square().sum() for a, b in pairs if a is not None).sqrt()
         norm = sum(b.double().square().sum() for _, b in pairs if b is not None).sqrt()

@@ -64,7 +64,7 @@ class EncoderPretraining(Stage):
         logits = self(batch["image"])
         prefix = "test" if self.trainer.testing else "val"
         logs = {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy(logits, batch["label"])}
-        self.log_dict({f"{prefix}/{k}": v for k, v in logs.items()}, batch_size=len(logits), sync_dist=True)
+        self.log_mean({f"{prefix}/{name}": value for name, value in logs.items()}, len(logits))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure on the test images what validation measures."""

@@ -155,6 +155,11 @@ class Stage(pl.LightningModule):
                 f" ids in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate"
             )
 
+    def log_mean(self, values: dict[str, Tensor], count: int) -> None:
+        """Log means () over ``count`` images so that the epoch's value is the mean over all images of all ranks."""
+        weight: Any = float(count)  # as an integer, Lightning rounds the count's mean over ranks: 18.5 becomes 18
+        self.log_dict(values, batch_size=weight, sync_dist=True, on_step=False, on_epoch=True)
+
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -93,8 +93,8 @@ class TokenizerStage(Stage):
     def train(self, mode: bool = True) -> TokenizerStage:
         """Set the mode, but leave the frozen parts in eval mode, and the batch norms of a pretrained encoder always.
 
-        Their running statistics belong to the pretrained features: with those of a batch, the latents of stage 2 would jump
-        away from the anchor before the first step, and depend on the batch size of a device.
+        Their running statistics belong to the pretrained features: with those of a batch, the latents of stage 2 would
+        jump away from the anchor before the first step, and depend on the batch size of a device.
         """
         super().train(mode)
         for module in self.tokenizer.encoder.modules():
@@ -216,7 +216,7 @@ class TokenizerStage(Stage):
         terms = self.reconstruction_terms(batch["image"], reconstruction.float())
         prefix = "test" if self.trainer.testing else "val"
         logs = {f"{prefix}/{name}": value for name, (_, value) in terms.items()}
-        self.log_dict(logs, batch_size=len(latent), sync_dist=True)
+        self.log_mean(logs, len(latent))
         return {"latent": latent, "reconstruction": reconstruction}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
