@@ -39,7 +39,7 @@ def check_schedule(name: str, schedule: Schedule) -> Schedule:
     return schedule
 
 
-def always_zero_until(schedule: Schedule) -> int | None:
+def first_nonzero_step(schedule: Schedule) -> int | None:
     """Return the first step at which ``schedule`` is not zero, or ``None`` if it never is."""
     if not isinstance(schedule, dict):
         return 0 if schedule != 0 else None

@@ -3,7 +3,7 @@ import pytest
 from aligntok.errors import UserError
 from aligntok.losses import AdversarialLoss
 from aligntok.networks import PatchDiscriminator
-from aligntok.schedule import always_zero_until, check_schedule, value_at
+from aligntok.schedule import check_schedule, first_nonzero_step, value_at
 from aligntok.stages import LatentAlignment
 
 
@@ -42,7 +42,7 @@ def test_a_single_point_is_a_constant():
     ],
 )
 def test_first_step_that_is_not_zero(schedule, first):
-    assert always_zero_until(schedule) == first
+    assert first_nonzero_step(schedule) == first
     steps = [step for step in range(6000) if value_at(schedule, step)]
     assert (steps[0] if steps else None) == first
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.schedule import Schedule, always_zero_until, check_schedule, value_at
+from aligntok.schedule import Schedule, check_schedule, first_nonzero_step, value_at
 
 ADAPTIVE_EPS = 1e-4  # in the denominator of the adaptive weight, as in VQGAN and VA-VAE
 
@@ -61,7 +61,7 @@ class AdversarialLoss(nn.Module):
         self.weight = check_schedule("adversarial.weight", weight)
         self.adaptive, self.max_adaptive_weight = adaptive, max_adaptive_weight
         if discriminator_start is None:
-            discriminator_start = max(0, (always_zero_until(weight) or 0) - self.WARMUP)
+            discriminator_start = max(0, (first_nonzero_step(weight) or 0) - self.WARMUP)
         self.discriminator_start = discriminator_start
 
     def active(self, step: int) -> bool:

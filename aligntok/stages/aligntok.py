@@ -95,11 +95,13 @@ class PerceptualAlignment(TokenizerStage):
 
     def latent_terms(self, image: Tensor, features: Tensor, latent: Tensor) -> Terms:
         """Return the semantic preservation loss."""
+        weight = value_at(self.semantic_weight, self.global_step)
+        if not weight:
+            return {}
         with torch.no_grad():
             anchor_features = self.anchor.network[0](image)
             anchor = self.tokenizer.normalize(self.anchor.network[1](anchor_features))
         pair = (features, anchor_features) if self.semantic_before_adapter else (latent, anchor)
-        weight = value_at(self.semantic_weight, self.global_step)
         return {"semantic": (weight, semantic_preservation(pair[0], pair[1], self.semantic_distance))}
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -55,7 +55,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         UserError: The disk is full or not writable; what was at ``path`` before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")  # one name: a killed process's rest is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
