@@ -7,11 +7,11 @@ Ours is ``PerceptualAlignment`` as it is, with the GAN's adaptive weight and the
 clipping and the guard against gradients that are not finite. The peer is a LightningModule with manual optimisation
 around the SAME networks, semantic loss and anchor: a generator's turn with two extra ``autograd.grad`` at the last
 layer and a discriminator whose weights take gradients that are thrown away, then a discriminator's turn in which the
-loss module evaluates the perceptual network again; neither clipping nor guard. A Lightning Trainer drives both, in
-alternation, on the same batches. Before that, one step of each shows that both give generator and discriminator the
-same gradients. Peak memory is that of a process which runs only one of them. With one thread (``OMP_NUM_THREADS=1``)
-the seconds are the process's CPU seconds, which other work on the machine hardly touches; with more they are those of
-the wall clock.
+loss module evaluates the perceptual network again; neither clipping nor guard, and torch's default AdamW where our
+configs say ``fused``. A Lightning Trainer drives both, in alternation, on the same batches. Before that, one step of
+each shows that both give generator and discriminator the same gradients. Peak memory is that of a process which runs
+only one of them. With one thread (``OMP_NUM_THREADS=1``) the seconds are the process's CPU seconds, which other work
+on the machine hardly touches; with more they are those of the wall clock.
 
 Peer: hustvl/LightningDiT at 2725fed, vavae/ldm/modules/losses/contperceptual.py and vavae/ldm/models/autoencoder.py.
 """
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=None, help="images; by default 32 for tiny32, 1 for paper256")
     parser.add_argument("--rounds", type=int, default=8, help="alternations")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each way in a round")
+    parser.add_argument("--fused_peer", action="store_true", help="give the peer our fused optimizer too")
     parser.add_argument("--only", choices=list(WAYS), help="run one way and print its peak memory")
     parser.add_argument("--no_memory", action="store_true", help="leave out the two processes that measure memory")
     args = parser.parse_args()
@@ -70,6 +71,7 @@ def main() -> None:
     stage, images = build(args.size, batch)
     modules = {name: make(stage) for name, make in WAYS.items()}
     print(f"{args.size}, batch {batch}, {torch.get_num_threads()} threads, {args.rounds} x {args.steps} steps")
+    modules["two optimizers"].fused = args.fused_peer or None
     compare_gradients(stage, modules, images)
     put_sections(modules)
     seconds = {name: [] for name in WAYS}
@@ -106,10 +108,12 @@ class TwoOptimizers(pl.LightningModule):
         super().__init__()
         self.stage = stage
         self.automatic_optimization = False
+        self.fused: bool | None = None  # torch's default, as theirs
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         groups, rate = self.stage.parameter_groups(), self.stage.learning_rate
-        return [torch.optim.AdamW(ps, lr=rate, betas=(0.5, 0.9), weight_decay=0.0) for ps, _ in groups.values()]
+        options = {"lr": rate, "betas": (0.5, 0.9), "weight_decay": 0.0, "fused": self.fused}
+        return [torch.optim.AdamW(parameters, **options) for parameters, _ in groups.values()]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         image = batch["image"]
@@ -208,7 +212,7 @@ def paper256() -> tuple[PerceptualAlignment, int]:
 
 
 def alignment(tokenizer: Tokenizer, perceptual: nn.Module, discriminator: nn.Module) -> PerceptualAlignment:
-    optimizer = partial(torch.optim.AdamW, betas=(0.5, 0.9), weight_decay=0.0)
+    optimizer = partial(torch.optim.AdamW, betas=(0.5, 0.9), weight_decay=0.0, fused=True)  # as in our configs
     adversarial = AdversarialLoss(discriminator, weight=0.5)
     return PerceptualAlignment(tokenizer, 1e-4, perceptual=perceptual, adversarial=adversarial, optimizer=optimizer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -121,19 +122,20 @@ class Stage(pl.LightningModule):
     ) -> None:
         """Measure each group's gradient, clip it by its own norm, and skip the step where it is not finite."""
         idle = self.idle_groups()
-        norms = {}
+        norms: dict[str, float] = {}
         for group in optimizer.param_groups:
             parameters = group["params"]
             if group["name"] in idle:
                 set_no_gradient(parameters)  # the optimizer then leaves weights and state alone
                 continue
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norms[group["name"]] = norm = torch.nn.utils.get_total_norm(gradients)
-            if gradient_clip_val:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norms[group["name"]] = float(norm)
+            if gradient_clip_val and norms[group["name"]] > gradient_clip_val:  # else nothing to do
                 torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
         self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
         ids, self.batch_ids = self.batch_ids, []
-        if all(bool(norm.isfinite()) for norm in norms.values()):
+        if all(math.isfinite(norm) for norm in norms.values()):
             self.nonfinite_steps = 0
             return
         for group in optimizer.param_groups:
