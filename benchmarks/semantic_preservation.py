@@ -3,10 +3,11 @@
     python benchmarks/semantic_preservation.py --seeds 0 1 2
 
 On procedural shapes (12 classes, 32 px) a small ViT is pretrained on the labels, as a stand-in for a foundation
-model: on images of its own, and with a convolutional stem, without which 100,000 images teach a ViT next to nothing
-here. Then stage 1, stage 2 with w_sp of 1, 0.1 and 0, the control (stage 1 for as many more steps), and stage 3 after
-the w_sp = 1 run. After each, PSNR of the reconstructions and a linear probe on the flattened latents, both on images
-that no stage saw. Runs that are in the results file already are not repeated.
+model: on images of its own, with a convolutional stem (a plain patch embedding names 19 % after 1,500 steps, the stem
+53 % after 400), and not to the end, because an encoder that only knows the class (96 % after 1,500 steps) leaves
+nothing to decode. Then stage 1, stage 2 with w_sp of 1, 0.1 and 0, the control (stage 1 for as many more steps), and
+stage 3 after the w_sp = 1 run. After each, PSNR of the reconstructions and a linear probe on the flattened latents,
+both on images that no stage saw. Runs that are in the results file already are not repeated.
 
 Reference:
     AlignTok, arXiv:2509.25162, table of the ablation: without the loss the probe falls from 35 to 9.5 %.
@@ -52,8 +53,8 @@ SEMANTIC, FREE, CONTROL = "stage 2, w_sp = 1", "stage 2, w_sp = 0", "control: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="of each tokenizer stage")
-    parser.add_argument("--pretraining_steps", type=int, default=1500, help="of the encoder")
+    parser.add_argument("--steps", type=int, default=250, help="of each tokenizer stage")
+    parser.add_argument("--pretraining_steps", type=int, default=400, help="of the encoder")
     parser.add_argument("--latent_dim", type=int, default=8)
     parser.add_argument("--results", type=Path, default=Path("runs/semantic_preservation.json"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -7,7 +7,7 @@ Ours is ``PerceptualAlignment`` as it is, with the GAN's adaptive weight and the
 clipping and the guard against gradients that are not finite. The peer is a LightningModule with manual optimisation
 around the SAME networks, semantic loss and anchor: a generator's turn with two extra ``autograd.grad`` at the last
 layer and a discriminator whose weights take gradients that are thrown away, then a discriminator's turn in which the
-loss module evaluates the perceptual network again; neither clipping nor guard, and torch's default AdamW where our
+loss module evaluates the perceptual network again; no guard, and torch's default AdamW where our
 configs say ``fused``. A Lightning Trainer drives both, in alternation, on the same batches. Before that, one step of
 each shows that both give generator and discriminator the same gradients. Peak memory is that of a process which runs
 only one of them. With one thread (``OMP_NUM_THREADS=1``) the seconds are the process's CPU seconds, which other work
@@ -261,7 +261,7 @@ def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int,
         devices=1,
         max_steps=steps * turns,
         max_epochs=-1,
-        gradient_clip_val=None if turns == 2 else 1.0,
+        gradient_clip_val=None,  # theirs has none: the same work on both sides
         callbacks=[*extra, clock],
         logger=False,
         enable_checkpointing=False,
