@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -24,7 +25,7 @@ from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
 from aligntok.data import LatentDataModule
 from aligntok.errors import UserError
 from aligntok.stages import Stage
-from aligntok.weights.checkpoint import read_checkpoint
+from aligntok.weights.checkpoint import read_checkpoint, write_text
 
 CONFIG_FOLDERS = (
     Path(__file__).parent / "configs",
@@ -174,15 +175,10 @@ class RunCLI(LightningCLI):
 
     def keep_measures(self, verb: str) -> None:
         """Write the measures to ``validate.json`` or ``test.json`` in the output folder."""
-        import json
-
         if self.trainer.is_global_zero:
             values = {name: round(float(value), 6) for name, value in sorted(self.trainer.callback_metrics.items())}
-            path = Path(self._get(self.config, "output")) / f"{verb}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                json.dumps({"checkpoint": self._get(self.config, "ckpt_path"), "metrics": values}, indent=1)
-            )
+            record = {"checkpoint": self._get(self.config, "ckpt_path"), "metrics": values}
+            write_text(Path(self._get(self.config, "output")) / f"{verb}.json", json.dumps(record, indent=1))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -195,12 +191,11 @@ class SaveConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         path = folder / self.config_filename
         if trainer.is_global_zero and not self.already_saved:
-            folder.mkdir(parents=True, exist_ok=True)
             text = self.parser.dump(self.config, skip_none=False)
             if path.is_file() and path.read_text() != text:
                 number = len(list(folder.glob("config.*.yaml"))) + 1
                 path.rename(folder / f"config.{number}.yaml")
-            path.write_text(text)
+            write_text(path, text)
         self.already_saved = True
 
 
