@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,11 @@ from aligntok.errors import UserError
 from aligntok.networks.lora import merge_lora
 from aligntok.networks.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from aligntok.networks.dit import DiT
+
 STAGE_KEY = "aligntok_stage"
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -128,12 +132,37 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         UserError: The file is no such checkpoint.
     """
     checkpoint = read_checkpoint(path)
-    recipe = checkpoint.get("hyper_parameters", {}).get("tokenizer")
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path} holds no recipe of a tokenizer: it was not written by `aligntok fit`")
-    tokenizer = build(without_encoder_weights(recipe))
+    recipe = recipe_of(checkpoint, "tokenizer", path)
+    if "encoder" not in recipe["init_args"]:  # a generator's checkpoint: it names the tokenizer's
+        return build(recipe, Tokenizer)
+    tokenizer = build(without_encoder_weights(recipe), Tokenizer)
     load_strictly(tokenizer, tokenizer_state(checkpoint), str(path))
     return tokenizer.eval()
+
+
+def load_network(path: str | Path) -> DiT:
+    """Rebuild the network of a generator's checkpoint, with its EMA weights where the run kept an EMA, in eval mode.
+
+    Args:
+        path: A checkpoint that ``aligntok fit`` wrote.
+
+    Raises:
+        UserError: The file is no such checkpoint.
+    """
+    from aligntok.networks.dit import DiT
+
+    checkpoint = read_checkpoint(path)
+    network = build(recipe_of(checkpoint, "network", path), DiT)
+    load_strictly(network, part_of(checkpoint["state_dict"], "network"), str(path))
+    return network.eval()
+
+
+def recipe_of(checkpoint: dict[str, Any], part: str, path: str | Path) -> dict[str, Any]:
+    """Return the class path and arguments that a part of the checkpoint's stage was built with."""
+    recipe = checkpoint.get("hyper_parameters", {}).get(part)
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} holds no recipe of a {part}: it was not written by `aligntok fit`")
+    return recipe
 
 
 def without_encoder_weights(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -143,10 +172,10 @@ def without_encoder_weights(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "init_args": {**recipe["init_args"], "encoder": plain}}
 
 
-def build(recipe: dict[str, Any]) -> Tokenizer:
-    """Build a tokenizer from its class paths; only subclasses of the annotated types are accepted."""
+def build(recipe: dict[str, Any], kind: type[Module]) -> Module:
+    """Build a module from its class paths; only subclasses of the annotated types are accepted."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("tokenizer", type=Tokenizer)
-    return cast(Tokenizer, parser.instantiate_classes(parser.parse_object({"tokenizer": recipe})).tokenizer)
+    parser.add_argument("module", type=kind)
+    return cast(Module, parser.instantiate_classes(parser.parse_object({"module": recipe})).module)
