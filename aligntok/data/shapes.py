@@ -31,12 +31,15 @@ class Shapes(Dataset[tuple[Image.Image, int]]):
         num_images: Number of images.
         image_size: Side in pixels, or (H, W).
         seed: Another seed draws other images, e.g. for a validation set.
+        plain: Leave out textures, distractors and noise: scenes that a small tokenizer can reconstruct.
 
     Raises:
         UserError: If an argument is out of range.
     """
 
-    def __init__(self, num_images: int = 6000, image_size: int | tuple[int, int] = 32, seed: int = 0) -> None:
+    def __init__(
+        self, num_images: int = 6000, image_size: int | tuple[int, int] = 32, seed: int = 0, plain: bool = False
+    ) -> None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if num_images < 1:
             raise UserError(f"num_images={num_images}: give at least 1")
@@ -47,6 +50,7 @@ class Shapes(Dataset[tuple[Image.Image, int]]):
         self.num_images = num_images
         self.image_size = (height, width)
         self.seed = seed
+        self.plain = plain
         self.classes = list(FIGURES)
 
     def __len__(self) -> int:
@@ -58,19 +62,23 @@ class Shapes(Dataset[tuple[Image.Image, int]]):
         index %= self.num_images
         label = index % len(self.classes)
         rng = np.random.default_rng([self.seed, index])
-        return Image.fromarray(draw_scene(self.classes[label], self.image_size, rng)), label
+        return Image.fromarray(draw_scene(self.classes[label], self.image_size, rng, self.plain)), label
 
     def __repr__(self) -> str:
-        return f"Shapes(num_images={self.num_images}, image_size={self.image_size}, seed={self.seed})"
+        plain = ", plain=True" if self.plain else ""
+        return f"Shapes(num_images={self.num_images}, image_size={self.image_size}, seed={self.seed}{plain})"
 
 
-def draw_scene(name: str, image_size: tuple[int, int], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def draw_scene(
+    name: str, image_size: tuple[int, int], rng: np.random.Generator, plain: bool = False
+) -> npt.NDArray[np.uint8]:
     """Draw one figure on its ground.
 
     Args:
         name: One of the keys of ``FIGURES``.
         image_size: (H, W) in pixels.
         rng: Draws all that is random. The number of draws before the noise does not depend on the size.
+        plain: One colour for the figure, one for the ground, and nothing else.
 
     Returns:
         RGB image, (H, W, 3).
@@ -87,16 +95,20 @@ def draw_scene(name: str, image_size: tuple[int, int], rng: np.random.Generator)
     centre = rng.uniform(-1, 1, 2) * (half - radius)
     angle = rng.uniform(0, 2 * math.pi)
 
-    canvas = _texture(x, y, side, ground_colour, rng)
-    num_under, num_over = rng.integers([0, 0], [6, 2])
+    def fill(colour: Array) -> Array:
+        return np.broadcast_to(colour, (height, width, 3)).copy() if plain else _texture(x, y, side, colour, rng)
+
+    canvas = fill(ground_colour)
+    num_under, num_over = (0, 0) if plain else rng.integers([0, 0], [6, 2])
     for _ in range(num_under):
         _add_distractor(canvas, x, y, side, half, rng)
     u, v = _rotate(x - np.float32(centre[0]), y - np.float32(centre[1]), angle)
     distance = FIGURES[name](u / np.float32(radius), v / np.float32(radius))
-    _paint(canvas, _coverage(distance, radius * side), _texture(x, y, side, figure_colour, rng))
+    _paint(canvas, _coverage(distance, radius * side), fill(figure_colour))
     for _ in range(num_over):
         _add_distractor(canvas, x, y, side, half, rng)
-    canvas += rng.uniform(0, 0.06) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    if not plain:
+        canvas += rng.uniform(0, 0.06) * rng.standard_normal(canvas.shape, dtype=np.float32)
     np.clip(canvas, 0, 1, out=canvas)
     return (canvas * 255 + 0.5).astype(np.uint8)
 

@@ -159,3 +159,10 @@ def test_repr_names_all_that_determines_the_data():
 def test_wrong_argument_is_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Shapes(**wrong)
+
+
+def test_plain_scenes_hold_two_colours_and_the_figure():
+    for index in range(12):
+        image = pixels(Shapes(plain=True, image_size=64), index)
+        _, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
+        assert np.sort(counts)[-2:].sum() > 0.85 * 64 * 64  # the rest is the figure's antialiased edge
