@@ -9,7 +9,8 @@ HEAVY = ("lightning", "pytorch_lightning", "jsonargparse", "tensorboard", "sklea
 
 
 @pytest.mark.parametrize(
-    "module", ["aligntok", "aligntok.networks", "aligntok.losses", "aligntok.metrics", "aligntok.schedule"]
+    "module",
+    ["aligntok", "aligntok.networks", "aligntok.losses", "aligntok.metrics", "aligntok.flow", "aligntok.schedule"],
 )
 def test_lifts_out_without_lightning(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"

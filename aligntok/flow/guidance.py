@@ -1,0 +1,109 @@
+"""Guidance: what turns the velocity of a class into one that gives better samples of it."""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from aligntok.errors import UserError
+from aligntok.flow.samplers import Velocity
+
+
+class VelocityNetwork(Protocol):
+    """What guidance needs of a network, ``aligntok.networks.DiT`` for one."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+
+    @property
+    def null_label(self) -> int | None:
+        """Label of "no class"; None in a network that was not trained with one."""
+
+    def __call__(self, latent: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Return the velocity (B, C, h, w) of latents (B, C, h, w) at times (B,) for labels (B,)."""
+
+
+class Guidance:
+    """Push the velocity of a class away from a worse one: ``guide + scale * (conditional - guide)``.
+
+    The worse one is the null class of the same network (classifier-free guidance), or a guide network, smaller or
+    trained less, with the same label (autoguidance). LightningDiT's published numbers are at ``channels=3`` with scale
+    6.7 to 10; with all channels the best scale is far lower.
+
+    Args:
+        scale: 1 is no guidance, 0 the guide alone.
+        start: Time from which samples are guided; before it, in the noise, only the conditional velocity is computed.
+        end: Time from which they are no longer guided; 1 guides to the last step.
+        channels: Guide the first channels only, this many; None guides all.
+
+    Raises:
+        UserError: If an argument is out of range.
+
+    Reference:
+        Ho and Salimans, arXiv:2207.12598; interval: Kynkäänniemi et al., arXiv:2404.07724; autoguidance: Karras et al.,
+        Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507.
+    """
+
+    def __init__(self, scale: float = 1.0, start: float = 0.0, end: float = 1.0, channels: int | None = None) -> None:
+        if not 0 <= scale < math.inf:
+            raise UserError(f"scale={scale}: give a number of at least 0; 1 is no guidance")
+        if not 0 <= start < end <= 1:
+            raise UserError(f"start={start}, end={end}: give 0 <= start < end <= 1; t = 0 is noise, t = 1 is data")
+        if channels is not None and channels < 1:
+            raise UserError(f"channels={channels}: give at least 1, or null to guide all")
+        self.scale, self.start, self.end, self.channels = scale, start, end, channels
+
+    def velocity(
+        self, network: VelocityNetwork, label: Tensor, guide_network: VelocityNetwork | None = None
+    ) -> Velocity:
+        """Return the guided velocity of the given labels, for a sampler.
+
+        At a time in the interval the network is called once, with 2B samples (with a guide network: each once, with
+        B); outside, or with scale 1, once with B.
+
+        Args:
+            network: Its velocity is guided.
+            label: (B,) int64, of the batch that will be sampled.
+            guide_network: Takes the place of the null class.
+
+        Raises:
+            UserError: If there is neither a null class nor a guide network, or `channels` exceeds the latent's.
+        """
+        if self.channels is not None and self.channels > network.latent_shape[0]:
+            raise UserError(f"channels={self.channels}: the latent has {network.latent_shape[0]} channels")
+        null_label = network.null_label
+        if self.scale != 1 and guide_network is None and null_label is None:
+            raise UserError(
+                f"scale={self.scale}: the network has no null class to guide with: give a guide network, set scale to "
+                "1, or train with null_class=true"
+            )
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            inside = self._inside(t)
+            if len(inside) == 0:
+                return network(x, t, label)
+            if guide_network is None:
+                assert null_label is not None
+                null = torch.full_like(label[inside], null_label)
+                both = network(torch.cat([x, x[inside]]), torch.cat([t, t[inside]]), torch.cat([label, null]))
+                conditional, guide = both.to(x.dtype).tensor_split([len(x)])
+            else:
+                conditional = network(x, t, label).to(x.dtype)
+                guide = guide_network(x[inside], t[inside], label[inside]).to(x.dtype)
+            result = conditional.clone()
+            guided_part = guide + self.scale * (conditional[inside] - guide)
+            result[inside, : self.channels] = guided_part[:, : self.channels]
+            return result
+
+        return guided
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """Return the indices of the samples to guide."""
+        if self.scale == 1:
+            return t.new_empty(0, dtype=torch.long)
+        inside = t >= self.start
+        if self.end < 1:
+            inside &= t < self.end
+        return inside.nonzero().flatten()
