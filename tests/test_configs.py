@@ -15,7 +15,7 @@ from aligntok.__main__ import main
 from aligntok.cli import expand_layers, find_config, shipped_configs
 from aligntok.data import Shapes
 from aligntok.losses.perceptual import VGG16_FILE
-from aligntok.metrics import InceptionFeatures, frechet
+from aligntok.metrics import InceptionFeatures, inception
 from aligntok.weights.checkpoint import load_tokenizer
 
 RECIPES = [name for name in shipped_configs() if "output" in yaml.safe_load(find_config(name).read_text())]
@@ -88,7 +88,7 @@ def judge_weights(tmp_path, monkeypatch):
     home.mkdir()
     vgg = torchvision.models.vgg16().features.state_dict()
     torch.save({f"features.{key}": value for key, value in vgg.items()}, home / VGG16_FILE)
-    network = frechet.FeatureExtractorInceptionV3
+    network = inception.FeatureExtractorInceptionV3
     with monkeypatch.context() as patch:
         patch.setattr(network, "load_state_dict", lambda self, state: None)
         torch.save({}, home / "empty.pth")

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from aligntok.networks.encoders import VisionEncoder
 
 
 class EncoderFeatures(nn.Module):
-    """A vision encoder's features, averaged over the grid.
+    """One vector of a vision encoder for an image: the mean over its grid, or its class token.
+
+    FD-DINOv2 as published takes the class token of ``vit_large_patch14_dinov2.lvd142m`` at 224 px (dgm-eval), that is
+    ``pool: class`` with an encoder of downsampling 16 for images of 256 px. Here tensors are resized (bicubic, antialias)
+    and timm interpolates the positions, there PIL and DINOv2's own code do: compare numbers of one tool only.
 
     Args:
         encoder: Any ``VisionEncoder``.
-        name: What the metric is called after (``val/rfd_<name>``); by default the encoder's own name.
+        name: What the metric is called after (``val/rfd_<name>``); by default the encoder's own name, with ``_class``
+            for the class token.
+        pool: ``mean`` or ``class``.
+
+    Reference:
+        Stein et al., Exposing flaws of generative model evaluation metrics, arXiv:2306.04675.
     """
 
-    def __init__(self, encoder: VisionEncoder, name: str | None = None) -> None:
+    def __init__(
+        self, encoder: VisionEncoder, name: str | None = None, pool: Literal["mean", "class"] = "mean"
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.name = name or encoder.name.split(".")[0]
+        self.pool = pool
+        self.name = name or encoder.name.split(".")[0] + ("_class" if pool == "class" else "")
         self.num_features = encoder.width
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return features (B, num_features) of an image (B, 3, H, W) in [0, 1]."""
-        return self.encoder(image).mean((-2, -1))  # type: ignore[no-any-return]
+        """Return features (B, num_features) of an image (B, 3, H, W) in [0, 1].
+
+        Raises:
+            UserError: The class token of an encoder that has none.
+        """
+        return self.encoder.class_token(image) if self.pool == "class" else self.encoder(image).mean((-2, -1))

@@ -4,96 +4,20 @@ Reference:
     Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, arXiv:1706.08500.
 """
 
-import http.client
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from aligntok.errors import UserError
+from aligntok.metrics.reference import FeatureStatistics
 
-
-@dataclass(frozen=True, eq=False)
-class FeatureStatistics:
-    """Mean and covariance of the features of a set of images: all that a Fréchet distance needs to know of it.
-
-    Attributes:
-        mean: (D,) float64.
-        cov: (D, D) float64, with the divisor ``count - 1`` like ``numpy.cov``.
-        count: Number of images measured.
-        source: Id of what was measured (hash of the image list and transform, say); "" when nobody said.
-        features: Id of the feature network, its ``name``.
-
-    Raises:
-        UserError: The shapes do not fit together.
-    """
-
-    mean: Tensor
-    cov: Tensor
-    count: int
-    source: str
-    features: str
-
-    def __post_init__(self) -> None:
-        if self.mean.dim() != 1 or self.cov.shape != (len(self.mean), len(self.mean)):
-            raise UserError(
-                f"feature statistics need a mean of shape (D,) and a covariance of shape (D, D), got "
-                f"{tuple(self.mean.shape)} and {tuple(self.cov.shape)}: measure them again with `reference()`"
-            )
-        object.__setattr__(self, "mean", self.mean.detach().to("cpu", torch.float64))
-        object.__setattr__(self, "cov", self.cov.detach().to("cpu", torch.float64))
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file; a reader sees the old file or the whole new one, never a part."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"count": str(self.count), "source": self.source, "features": self.features}
-        tensors = {"mean": self.mean.contiguous(), "cov": self.cov.contiguous()}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(safetensors_bytes(tensors, metadata))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FeatureStatistics":
-        """Read what ``save`` wrote.
-
-        Raises:
-            UserError: No such file, not a safetensors file, an entry missing, or shapes that do not fit.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"reference statistics not found: {path} (write them with `FeatureStatistics.save`)")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} is not a safetensors file ({error}): give a file that `FeatureStatistics.save` wrote"
-            ) from error
-        missing = [key for key in ("mean", "cov") if key not in tensors]
-        missing += [key for key in ("count", "source", "features") if key not in metadata]
-        if missing or not metadata["count"].isdecimal():
-            problem = f"lacks {', '.join(missing)}" if missing else f"has count {metadata['count']!r}"
-            raise UserError(f"{path} {problem}: give a file that `FeatureStatistics.save` wrote")
-        mean, cov, count = tensors["mean"], tensors["cov"], int(metadata["count"])
-        try:
-            return cls(mean, cov, count, source=metadata["source"], features=metadata["features"])
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+T = TypeVar("T")
 
 
 class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchmetrics ships no types that mypy may read
@@ -139,17 +63,18 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
 
     @property
     def metric_name(self) -> str:
-        """``fid`` for Inception features, ``fd_<name>`` for others: only the first may be compared with papers."""
-        name = self.features.name
-        return "fid" if name == "inception" else f"fd_{name}"
+        """``fid`` and ``sfid`` for Inception's features, ``fd_<name>`` for others, which papers hardly report."""
+        name = str(self.features.name)
+        return {"inception": "fid", "inception_spatial": "sfid"}.get(name, f"fd_{name}")
 
-    def update(self, image: Tensor, real: bool) -> None:
+    def update(self, image: Tensor, real: bool, features: Tensor | None = None) -> None:
         """Add images to one of the two sets.
 
         Args:
             image: (B, 3, H, W), any float dtype, in [0, 1]. Generated images may overshoot, they are clamped. B may be
                 0: a rank whose last batch is padding only.
             real: Whether they belong to the reference set.
+            features: What ``extract`` gave for these images, (B, D), where it was needed elsewhere too.
 
         Raises:
             UserError: Integer or NaN images, another shape, a range that is not [0, 1], features of another shape than
@@ -160,12 +85,10 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
                 "real images given to FrechetDistance while reference statistics are set, which replace them: "
                 "leave out these updates, or reset() a metric that was made with reset_real_features=True"
             )
-        self._check(image, real)
+        self.check(image, real)
         if len(image) == 0:
             return
-        pixels = image.float().clamp(0, 1).mul(255).round().div(255)
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            features = self.features(pixels)
+        features = extract(self.features, image) if features is None else features
         if features.shape != (len(image), self.features.num_features):
             raise UserError(
                 f"feature network {self.features.name!r} gave {tuple(features.shape)} for {len(image)} images, "
@@ -198,7 +121,7 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
         Every rank must do so.
 
         Raises:
-            UserError: They are of another feature network or dimension, or of fewer than 2 images.
+            UserError: They are of another feature network or dimension, or of 1 image.
         """
         if statistics.features != self.features.name or len(statistics.mean) != self.features.num_features:
             raise UserError(
@@ -206,10 +129,8 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
                 f"{statistics.features!r} with {len(statistics.mean)} dimensions, this metric uses "
                 f"{self.features.name!r} with {self.features.num_features}: measure the reference with the same network"
             )
-        if statistics.count < 2:
-            raise UserError(
-                f"the reference statistics are of {statistics.count} image(s), a covariance needs 2 or more"
-            )
+        if statistics.count == 1:
+            raise UserError("the reference statistics are of 1 image, a covariance needs 2 or more")
         for name in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
             setattr(self, name, torch.zeros_like(getattr(self, name)))
         self._reference = statistics
@@ -283,8 +204,12 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
         return FeatureStatistics(mean, cov, count, source="", features=str(self.features.name))
 
     @staticmethod
-    def _check(image: Tensor, real: bool) -> None:
-        """Refuse what is surely no image in [0, 1], but not an overshooting decoder."""
+    def check(image: Tensor, real: bool) -> None:
+        """Refuse what is surely no image in [0, 1], but not an overshooting decoder.
+
+        Raises:
+            UserError: As in ``update``.
+        """
         if not image.is_floating_point():
             raise UserError(f"FrechetDistance takes float images in [0, 1], got {image.dtype}: divide uint8 by 255")
         if image.dim() != 4 or image.shape[1] != 3:
@@ -302,83 +227,11 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
             )
 
 
-class InceptionFeatures(nn.Module):
-    """Pool-3 features of the Inception network of 2015 that every published FID uses.
-
-    torch-fidelity's port: the weights converted from TensorFlow, the resize to 299 of TensorFlow 1 (bilinear, no
-    half-pixel centres, no antialias), (x - 128) / 128. So numbers compare with those of torch-fidelity and the ADM
-    evaluator, not with torchmetrics' own default, which resizes with antialias.
-
-    The weights are looked for at first use: ``weights``, then ``$ALIGNTOK_HOME``, then the checkpoint folder of
-    ``torch.hub``; then they are downloaded into the first of these
-    folders that is set. They belong to no ``state_dict``.
-
-    Args:
-        weights: Path of ``weights-inception-2015-12-05-6726825d.pth``.
-    """
-
-    FILE: str = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-    SHA256_PREFIX = "6726825d"  # torch.hub's naming convention, name-<hash>.pth
-
-    def __init__(self, weights: str | None = None) -> None:
-        super().__init__()
-        self.name = "inception"
-        self.num_features = 2048
-        self.weights = weights
-        self._network: tuple[nn.Module, ...] = ()
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits.
-
-        Raises:
-            UserError: The weights are nowhere and cannot be downloaded, or the file is not what it should be.
-        """
-        if not self._network:
-            self._network = (self._load(self._find()),)
-        network = self._network[0]
-        if next(network.parameters()).device != image.device:
-            network.to(image.device)
-        features: Tensor = network(image.float().clamp(0, 1).mul(255).round().byte())[0]
-        return features
-
-    def _find(self) -> Path:
-        """Return the path of the weights, downloaded when they are nowhere."""
-        if self.weights is not None:
-            path = Path(self.weights).expanduser()
-            if not path.is_file():
-                raise UserError(f"Inception weights not found: {path} (argument `weights`); it should be {self.FILE}")
-            return path
-        home = os.environ.get("ALIGNTOK_HOME")
-        folders = [Path(home).expanduser()] if home else []
-        folders.append(Path(torch.hub.get_dir()) / "checkpoints")
-        for folder in folders:
-            if (folder / self.FILE).is_file():
-                return folder / self.FILE
-        path = folders[0] / self.FILE
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), self.SHA256_PREFIX, progress=False)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise UserError(
-                f"FID needs {self.FILE} (95 MB), which is in none of {', '.join(map(str, folders))} and could not be "
-                f"downloaded ({error}). Copy it into one of these folders from a machine with internet (the folder of "
-                "$ALIGNTOK_HOME is looked at first), give its path as `weights`, or choose other features"
-            ) from error
-        return path
-
-    @staticmethod
-    def _load(path: Path) -> nn.Module:
-        """Build the network with the weights of ``path``."""
-        try:
-            # torch-fidelity unpickles without restriction: a file that passes here has nothing to run there.
-            torch.load(path, map_location="cpu", weights_only=True)
-            network: nn.Module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
-        except Exception as error:  # whatever unpickling or strict loading makes of a wrong file
-            raise UserError(
-                f"{path} does not hold the Inception weights ({type(error).__name__}: {str(error)[:200]}): delete it, "
-                f"and put {InceptionFeatures.FILE} there"
-            ) from error
-        return network
+def extract(network: Callable[[Tensor], T], image: Tensor) -> T:
+    """Apply a feature network to images (B, 3, H, W) as PNG files would hold them, in float32 and without gradients."""
+    pixels = image.float().clamp(0, 1).mul(255).round().div(255)
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        return network(pixels)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:

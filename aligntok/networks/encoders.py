@@ -84,6 +84,21 @@ class VisionEncoder(nn.Module):
 
     def intermediates(self, image: Tensor, layers: list[int]) -> list[Tensor]:
         """Return the feature maps (B, channels, h, w) of the given layers for an image (B, 3, H, W) in [0, 1]."""
+        return cast(list[Tensor], self._run(image, layers))
+
+    def class_token(self, image: Tensor) -> Tensor:
+        """Return the class token (B, width) at the used layer for an image (B, 3, H, W) in [0, 1].
+
+        Raises:
+            UserError: The backbone has none.
+        """
+        if getattr(self.backbone, "cls_token", None) is None:
+            raise UserError(f"encoder {self.name} has no class token: take the mean over its grid")
+        ((_, prefix),) = self._run(image, [self.layer], return_prefix_tokens=True)
+        return cast(Tensor, prefix[:, 0])
+
+    def _run(self, image: Tensor, layers: list[int], **options: Any) -> list[Any]:
+        """Return what the backbone gives at the layers."""
         if image.shape[-2:] != self.image_size:
             got = tuple(image.shape[-2:])
             raise UserError(
@@ -97,8 +112,9 @@ class VisionEncoder(nn.Module):
             stop_early=True,
             output_fmt="NCHW",
             intermediates_only=True,
+            **options,
         )
-        return cast(list[Tensor], features)
+        return cast(list[Any], features)
 
     def preprocess(self, image: Tensor) -> Tensor:
         """Return the image (B, 3, H, W) in [0, 1] as the backbone wants it: its size, its pixel statistics."""

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 
 from aligntok.errors import UserError
-from aligntok.metrics import frechet
-from aligntok.metrics.frechet import FeatureStatistics, FrechetDistance, InceptionFeatures, frechet_distance
+from aligntok.metrics import inception
+from aligntok.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
+from aligntok.metrics.inception import InceptionFeatures
 
 
 class Pixels(nn.Module):
@@ -322,7 +323,7 @@ def test_inception_looks_for_its_weights_late_and_says_where(tmp_path, monkeypat
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(frechet.torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(inception.torch.hub, "download_url_to_file", offline)
     metric = FrechetDistance(InceptionFeatures())
     assert metric.metric_name == "fid"
     with pytest.raises(UserError, match=r"weights-inception-2015-12-05-6726825d\.pth.*home.*hub.*no route to host"):
@@ -335,12 +336,12 @@ def test_inception_looks_for_its_weights_late_and_says_where(tmp_path, monkeypat
 
 
 def test_inception_runs_with_weights_from_home(tmp_path, monkeypatch):
-    class Untrained(frechet.FeatureExtractorInceptionV3):
+    class Untrained(inception.FeatureExtractorInceptionV3):
         def load_state_dict(self, state_dict, **kwargs):
             return super().load_state_dict(self.state_dict() | state_dict)
 
     monkeypatch.setenv("ALIGNTOK_HOME", str(tmp_path))
-    monkeypatch.setattr(frechet, "FeatureExtractorInceptionV3", Untrained)
+    monkeypatch.setattr(inception, "FeatureExtractorInceptionV3", Untrained)
     torch.save({"fc.bias": torch.zeros(1008)}, tmp_path / InceptionFeatures.FILE)
     features = InceptionFeatures()
     assert features(REAL[:2]).shape == (2, 2048)

@@ -1,0 +1,66 @@
+"""Features that are kept until the end of a measurement."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from aligntok.errors import UserError
+
+
+class Collected:
+    """Features of images with ids and labels, brought together from all ranks in the order of the ids.
+
+    Args:
+        width: Dimensions of the features that are kept; 0 keeps ids and labels only.
+        limit: Keep those of at most so many images, a uniform choice by a hash of their ids.
+    """
+
+    def __init__(self, width: int, limit: int | None = None) -> None:
+        self.width, self.limit = width, limit
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.parts = []
+
+    def add(self, id: Tensor, label: Tensor | None, features: Tensor) -> None:
+        """Add the features (B, D) of images with ids (B,) and, where they are known, labels (B,)."""
+        label = torch.full_like(id, -1) if label is None else label
+        keys = torch.stack([id, label], dim=1).to(features.device, torch.int64)
+        self.parts.append((keys, features[:, : self.width].float()))
+        if self.limit is not None and sum(len(keys) for keys, _ in self.parts) > 2 * self.limit:
+            self.parts = [self.chosen(*map(torch.cat, zip(*self.parts, strict=True)))]
+
+    def gather(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids (N,), labels (N,) and features (N, width) of all ranks.
+
+        Raises:
+            UserError: An id occurs twice.
+        """
+        empty = torch.empty(0, 2, dtype=torch.int64, device=device), torch.empty(0, self.width, device=device)
+        keys, features = (torch.cat(column) for column in zip(empty, *self.parts, strict=True))
+        if dist.is_initialized():
+            keys = torch.cat(gather_all_tensors(keys))
+            features = torch.cat(gather_all_tensors(features)) if self.width else features.new_empty(len(keys), 0)
+        keys, features = self.chosen(keys, features)
+        order = keys[:, 0].argsort()
+        ids, labels = keys[order].unbind(dim=1)
+        twice = ids[1:][ids[1:] == ids[:-1]]
+        if len(twice):
+            raise UserError(
+                f"image {twice[0].item()} was measured twice (and {len(twice) - 1} others): each image needs an id of "
+                "its own, and reset() before the next set"
+            )
+        return ids, labels, features[order]
+
+    def chosen(self, keys: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return at most ``limit`` rows, the same whatever part of the others is there too."""
+        if self.limit is None or len(keys) <= self.limit:
+            return keys, features
+        hashed = keys[:, 0] + 1
+        for factor in (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85):  # multipliers of Vigna, arXiv:1402.6246
+            hashed = hashed * factor
+            hashed = hashed ^ (hashed >> 32)
+        rows = hashed.argsort()[: self.limit]
+        return keys[rows], features[rows]
