@@ -3,6 +3,7 @@
 from aligntok.networks.adapters import GaussianAdapter, LinearAdapter, MLPAdapter
 from aligntok.networks.conv_decoder import ConvDecoder
 from aligntok.networks.discriminators import BlurDiscriminator, PatchDiscriminator
+from aligntok.networks.dit import DiT, WideHead
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
@@ -11,6 +12,7 @@ from aligntok.networks.transformer_decoder import TransformerDecoder
 __all__ = [
     "BlurDiscriminator",
     "ConvDecoder",
+    "DiT",
     "Frozen",
     "GaussianAdapter",
     "LinearAdapter",
@@ -20,4 +22,5 @@ __all__ = [
     "TokenizerSpec",
     "TransformerDecoder",
     "VisionEncoder",
+    "WideHead",
 ]

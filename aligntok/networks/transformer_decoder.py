@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError
+from aligntok.networks.positions import sincos_positions
 
 INIT_STD = 0.02  # ViT-MAE's initializer_range
-MAX_PERIOD = 10_000  # slowest wave of the position table, arXiv:1706.03762 section 3.5
 
 
 class TransformerDecoder(nn.Module):
@@ -111,30 +111,6 @@ class TransformerDecoder(nn.Module):
         p = self.downsampling
         image = rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
         return (image + 1) / 2
-
-
-def sincos_positions(h: int, w: int, width: int) -> Tensor:
-    """Return the fixed two-dimensional position table of a grid.
-
-    The first half of the channels encodes the column, the second half the row, each as all sines, then all cosines, of
-    the integer coordinate times MAX_PERIOD^(-k / (width / 4)).
-
-    Args:
-        h: Rows of the grid.
-        w: Columns of the grid.
-        width: Channels, a multiple of 4.
-
-    Returns:
-        Table (h * w, width) in raster order, float32.
-
-    Reference:
-        He et al., arXiv:2111.06377, with frequencies of Vaswani et al., arXiv:1706.03762, section 3.5.
-    """
-    num_frequencies = width // 4
-    frequencies = MAX_PERIOD ** (-torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (columns, rows)]
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,0 +1,309 @@
+"""Diffusion transformer: the velocity from noise to latent, given the time and a class.
+
+Yao et al., Reconstruction vs. Generation (LightningDiT), arXiv:2501.01423, section 4; after Peebles and Xie, DiT,
+arXiv:2212.09748. The wide head is that of Zheng et al., RAE, arXiv:2510.11690, section 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aligntok.errors import UserError
+from aligntok.networks.layers import Attention, SwiGLU
+from aligntok.networks.positions import grid_coordinates, rotary_table, sincos_positions, wave_frequencies
+
+INIT_STD = 0.02  # of label table and time embedding, arXiv:2212.09748
+NUM_TIME_FEATURES = 256  # arXiv:2212.09748
+NORM_EPS = 1e-6  # arXiv:2501.01423
+
+
+@dataclass(frozen=True)
+class WideHead:
+    """Size of a wide and shallow head behind the blocks, for latents of many channels; RAE's is 2048, 2, 16.
+
+    Args:
+        width: Channels of a token in the head.
+        depth: Blocks of the head.
+        num_heads: Their attention heads.
+
+    Reference:
+        Zheng et al., RAE, arXiv:2510.11690, section 5.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+
+
+class DiT(nn.Module):
+    """Predict the velocity of a latent at a time of the way from noise (t = 0) to data (t = 1).
+
+    LightningDiT's sizes are in ``configs/size/dit_*.yaml``. With a wide head the blocks of `width` only make the
+    condition, one per token, of the head's blocks, which read the latent anew. RAE's own network differs from that in
+    two details that we leave out: random Fourier features of the time, and a second SiLU on the condition.
+
+    Args:
+        latent_shape: (C, h, w) of a latent.
+        num_classes: Classes 0 .. num_classes - 1.
+        width: Channels of a token.
+        depth: Number of blocks.
+        num_heads: Attention heads; `width` is a multiple of 4 times this.
+        patch_size: Side of the square of latent positions that makes one token.
+        qk_norm: Normalise queries and keys; stabler in long runs (arXiv:2302.05442).
+        null_class: One more class, `num_classes`, that means no class.
+        wide_head: RAE's wide head.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        compile_blocks: Compile each block with ``torch.compile`` when it first runs.
+
+    Attributes:
+        null_label: The label that means no class, or None.
+
+    Raises:
+        UserError: If an argument does not fit the others.
+
+    Reference:
+        Yao et al., arXiv:2501.01423, section 4.
+    """
+
+    positions: Tensor
+    rotary: Tensor
+    wide_rotary: Tensor
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int, int],
+        num_classes: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int = 1,
+        qk_norm: bool = False,
+        null_class: bool = True,
+        wide_head: WideHead | None = None,
+        gradient_checkpointing: bool = False,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(latent_shape, patch_size, num_classes)
+        for key, size in {"": WideHead(width, depth, num_heads), "wide_head.": wide_head}.items():
+            if size is not None:
+                _check_transformer(key, size)
+        self.latent_shape = channels, h, w = (latent_shape[0], latent_shape[1], latent_shape[2])
+        self.num_classes, self.width, self.patch_size = num_classes, width, patch_size
+        self.null_label = num_classes if null_class else None
+        self.gradient_checkpointing = gradient_checkpointing
+        self.grid = (h // patch_size, w // patch_size)
+        patch_channels = channels * patch_size**2
+
+        self.embed_latent = nn.Linear(patch_channels, width)
+        self.embed_time = TimeEmbedding(width)
+        self.embed_label = nn.Embedding(num_classes + null_class, width)
+        self.register_buffer("positions", sincos_positions(*self.grid, width), persistent=False)
+        self.register_buffer("rotary", self._rotary(width // num_heads), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, num_heads, qk_norm) for _ in range(depth))
+        self.wide_head = wide_head
+        if wide_head is not None:
+            self.embed_wide = nn.Linear(patch_channels, wide_head.width)
+            self.embed_condition = nn.Linear(width, wide_head.width)
+            self.register_buffer("wide_rotary", self._rotary(wide_head.width // wide_head.num_heads), persistent=False)
+            self.wide_blocks = nn.ModuleList(
+                Block(wide_head.width, wide_head.num_heads, qk_norm) for _ in range(wide_head.depth)
+            )
+        self.head = Head(width if wide_head is None else wide_head.width, patch_channels)
+        self._init_weights()
+        if compile_blocks:
+            for block in self._all_blocks():
+                block.compile()  # in place: the names in the state dict stay
+
+    def forward(self, latent: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            latent: Points on the way from noise to normalised latents, (B, C, h, w).
+            t: Their times in [0, 1], (B,).
+            label: Classes, (B,) int64; ``null_label`` for none.
+
+        Returns:
+            Velocity (B, C, h, w).
+
+        Raises:
+            UserError: A latent of another shape; a label out of range, where labels are on the CPU (elsewhere that
+                would wait for the device: see ``check_labels``).
+        """
+        return self.forward_with_tokens(latent, t, label, block=len(self.blocks))[0]
+
+    def forward_with_tokens(self, latent: Tensor, t: Tensor, label: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Predict the velocity, and give the tokens behind a block, to align them with features (REPA).
+
+        Args:
+            latent: As in ``forward``.
+            t: As in ``forward``.
+            label: As in ``forward``.
+            block: 1 .. depth; a wide head's blocks do not count.
+
+        Returns:
+            Velocity (B, C, h, w) and tokens (B, N, width) in raster order, N = h * w / patch_size^2.
+
+        Raises:
+            UserError: As in ``forward``; no such block.
+        """
+        self._check_input(latent, label)
+        if not 1 <= block <= len(self.blocks):
+            raise UserError(f"block={block}: give a block from 1 to depth={len(self.blocks)}")
+        (h, w), p = self.grid, self.patch_size
+        patches = rearrange(latent, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=p, p2=p)
+        time = self.embed_time(t)[:, None]
+        condition = F.silu(time + self.embed_label(label)[:, None])  # (B, 1, width): one for all tokens
+        x = self.embed_latent(patches) + self.positions
+        for number, layer in enumerate(self.blocks, start=1):
+            x = self._run(layer, x, condition, self.rotary)
+            if number == block:
+                tokens = x
+        if self.wide_head is not None:
+            condition = F.silu(self.embed_condition(F.silu(time + x)))  # (B, N, wide width): one per token
+            x = self.embed_wide(patches)
+            for layer in self.wide_blocks:
+                x = self._run(layer, x, condition, self.wide_rotary)
+        velocity = rearrange(self.head(x, condition), "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
+        return velocity, tokens
+
+    def check_labels(self, label: Tensor) -> None:
+        """Raise a ``UserError`` if a label (B,) is none of this network's classes; waits for a GPU."""
+        count = self.embed_label.num_embeddings
+        if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < count:
+            wrong = int(label.min()) if label.min() < 0 else int(label.max())
+            null = "no null class" if self.null_label is None else f"null class {self.null_label}"
+            raise UserError(
+                f"label {wrong} is none of the network's classes 0..{self.num_classes - 1} ({null}): set num_classes to"
+                " the number of classes in the data"
+            )
+
+    def _check_input(self, latent: Tensor, label: Tensor) -> None:
+        if latent.ndim != 4 or latent.shape[1:] != self.latent_shape:
+            raise UserError(
+                f"latent has shape {tuple(latent.shape)}, the network needs (B, *{self.latent_shape}): set latent_shape"
+                " to what the tokenizer gives"
+            )
+        if label.device.type == "cpu":
+            self.check_labels(label)
+
+    def _run(self, block: nn.Module, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, condition, rotary, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, condition, rotary)
+        return x
+
+    def _rotary(self, head_dim: int) -> Tensor:
+        return rotary_table(grid_coordinates(*self.grid), head_dim)
+
+    def _all_blocks(self) -> list[Block]:
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def _init_weights(self) -> None:
+        """Start as DiT does: every block is the identity, the velocity is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in (self.embed_label, self.embed_time.proj_in, self.embed_time.proj_out):
+            nn.init.normal_(module.weight, std=INIT_STD)
+        for module in (*(block.modulation for block in self._all_blocks()), self.head.modulation, self.head.proj):
+            nn.init.zeros_(module.weight)
+
+
+class TimeEmbedding(nn.Module):
+    """Time in [0, 1], (B,), to (B, width): cosines and sines of the time itself, then an MLP."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(NUM_TIME_FEATURES, width)
+        self.proj_out = nn.Linear(width, width)
+        self.register_buffer("frequencies", wave_frequencies(NUM_TIME_FEATURES // 2).float(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed."""
+        hidden: Tensor = self.proj_in(self.features(t).to(self.proj_in.weight.dtype))
+        embedding: Tensor = self.proj_out(F.silu(hidden))
+        return embedding
+
+    def features(self, t: Tensor) -> Tensor:
+        """Return all cosines, then all sines, (B, NUM_TIME_FEATURES) float32."""
+        angles = t.float()[:, None] * self.frequencies.float()
+        return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+class Block(nn.Module):
+    """Attention and gated MLP, each with shift, scale and gate from the condition (adaLN-zero)."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 6 * width)
+        self.norm_attention = ModulatedNorm(width)
+        self.attention = Attention(width, num_heads, qk_norm, NORM_EPS)
+        self.norm_mlp = ModulatedNorm(width)
+        self.mlp = SwiGLU(width, width * 8 // 3)  # as many weights as an MLP of hidden width 4 * width
+
+    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
+        """Map tokens (B, N, width), with a condition (B, 1, width) or (B, N, width)."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition).chunk(6, dim=-1)
+        x = x + gate * self.attention(self.norm_attention(x, shift, scale), rotary)
+        y: Tensor = x + gate_mlp * self.mlp(self.norm_mlp(x, shift_mlp, scale_mlp))
+        return y
+
+
+class Head(nn.Module):
+    """Last layer: from tokens to patches, norm with shift and scale from the condition."""
+
+    def __init__(self, width: int, patch_channels: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.norm = ModulatedNorm(width)
+        self.proj = nn.Linear(width, patch_channels)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map tokens (B, N, width), with a condition (B, 1, width) or (B, N, width), to (B, N, patch_channels)."""
+        patches: Tensor = self.proj(self.norm(x, *self.modulation(condition).chunk(2, dim=-1)))
+        return patches
+
+
+class ModulatedNorm(nn.Module):
+    """RMSNorm with a gain, then scale and shift, as one: norm(x) * gain * (1 + scale) + shift."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Normalise (B, N, width); scale and shift are (B, 1, width) or (B, N, width)."""
+        normed = F.rms_norm(x, self.weight.shape, eps=NORM_EPS)  # float32 inside, whatever the dtype
+        return torch.addcmul(shift, normed, torch.addcmul(self.weight, self.weight, scale))
+
+
+def _check_sizes(latent_shape: tuple[int, int, int], patch_size: int, num_classes: int) -> None:
+    for key, value in {"patch_size": patch_size, "num_classes": num_classes}.items():
+        if value < 1:
+            raise UserError(f"{key}={value}: give at least 1")
+    if len(latent_shape) != 3 or any(n < 1 for n in latent_shape) or any(n % patch_size for n in latent_shape[1:]):
+        raise UserError(
+            f"latent_shape={list(latent_shape)}: give channels, height and width, the last two multiples of"
+            f" patch_size={patch_size}"
+        )
+
+
+def _check_transformer(key: str, size: WideHead) -> None:
+    if size.depth < 1 or size.num_heads < 1:
+        raise UserError(f"{key}depth={size.depth}, {key}num_heads={size.num_heads}: give at least 1")
+    if size.width < 1 or size.width % (4 * size.num_heads):
+        raise UserError(
+            f"{key}width={size.width}: give a multiple of 4 * num_heads={4 * size.num_heads}, as half of a head turns"
+            " with the row and half with the column, in pairs"
+        )
