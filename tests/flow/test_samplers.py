@@ -115,6 +115,15 @@ def test_adaptive_keeps_its_tolerance():
     assert calls[0] < calls[-1] < 100
 
 
+def test_adaptive_takes_back_a_step_that_was_too_long():
+    """A bump at t = 0.5, with nothing before it that would announce it, of integral 1."""
+    field = Recorder(lambda x, t: (((t - 0.5) / 0.04).cosh() ** -2 / 0.08).view(-1, 1, 1, 1).expand_as(x))
+    result = Adaptive()(field, torch.zeros(1, 1, 1, 1, dtype=torch.float64)).item()
+    assert result == pytest.approx(1, abs=2e-3)
+    times = torch.cat(field.times)
+    assert (times[1:] < times[:-1] - 0.1).any()
+
+
 def test_adaptive_gives_each_sample_its_own_steps(mixture):
     field = Recorder(mixture)
     Adaptive()(field, randn(16, 2, 3, 2))
@@ -142,6 +151,12 @@ def test_the_state_stays_float32_under_autocast(sampler):
     assert field.dtypes == {torch.float32}
     assert result.dtype == torch.float32
     assert not result.requires_grad
+
+
+@pytest.mark.parametrize("sampler", [Euler(7), Heun(7), Adaptive()], ids=lambda sampler: type(sampler).__name__)
+def test_a_bfloat16_velocity_is_added_up_in_float32(sampler):
+    result = sampler(lambda x, t: torch.ones_like(x, dtype=torch.bfloat16), torch.zeros(2, 1, 2, 2))
+    assert_close(result, torch.ones(2, 1, 2, 2), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_steps", [0, -3, 2.5, None])
