@@ -25,10 +25,27 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint with tensors and plain values only.
+    """Load a training checkpoint with tensors and plain values only.
 
     Raises:
         UserError: There is no such file, it is no checkpoint, or it holds pickled code.
+    """
+    checkpoint = read_file(path, map_location)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is no training checkpoint: it has no state_dict")
+    return cast(dict[str, Any], checkpoint)
+
+
+def read_file(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """Load what ``torch.save`` wrote, tensors and plain values only.
+
+    Args:
+        path: The file.
+        map_location: Where the tensors go.
+        mmap: Read a tensor's numbers from the file when they are used: what is not used costs no memory.
+
+    Raises:
+        UserError: There is no such file, torch cannot read it, or it holds pickled code.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,18 +55,16 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is refused: it holds more than tensors and plain values, and loading it would run code"
+            f"{path} is refused: it holds more than tensors and plain values, and loading it would run code. If you"
+            " trust it, torch.load it with weights_only=False elsewhere and torch.save its tensors alone"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
         raise UserError(
             f"{path} is no checkpoint that torch can read ({' '.join(str(error).split())[:120]})"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is no training checkpoint: it has no state_dict")
-    return cast(dict[str, Any], checkpoint)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -104,7 +119,12 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
         state: Its full state dict.
         what: The file or the part, for the message.
     """
-    ours = module.state_dict()
+    check_fits(module.state_dict(), state, what, "Use the same sizes in both configs")
+    module.load_state_dict(state)
+
+
+def check_fits(ours: dict[str, Tensor], state: dict[str, Tensor], what: str, remedy: str) -> None:
+    """Raise a ``UserError`` that names what is missing, unknown or of another shape in ``state``."""
     shapes = [
         f"{key} is {tuple(state[key].shape)} there and {tuple(value.shape)} here"
         for key, value in ours.items()
@@ -114,10 +134,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
     problems = shapes + [f"{key} is missing there" for key in missing] + [f"{key} is unknown here" for key in extra]
     if problems:
         more = f", and {len(problems) - 2} more" if len(problems) > 2 else ""
-        raise UserError(
-            f"{what} does not fit this network: {'; '.join(problems[:2])}{more}. Use the same sizes in both configs"
-        )
-    module.load_state_dict(state)
+        raise UserError(f"{what} does not fit this network: {'; '.join(problems[:2])}{more}. {remedy}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
