@@ -219,7 +219,7 @@ class AdmFile:
                     image = torch.frombuffer(data, dtype=torch.uint8).view(shape)
                 except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                     raise UserError(f"{self.path} is damaged at image {start} ({error}): copy it again") from error
-                yield image.permute(0, 3, 1, 2).float() / 255
+                yield image.permute(0, 3, 1, 2).contiguous().float() / 255
 
     def _open(self) -> tuple[Any, tuple[int, ...]]:
         """Return ``arr_0`` as a stream at its first byte, and its shape."""

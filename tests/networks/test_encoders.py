@@ -112,8 +112,9 @@ def test_cells_are_in_reading_order():
 def test_features_are_the_normalised_patch_tokens_of_timm():
     encoder = build("vit_small_patch14_reg4_dinov2").eval()
     image = images(32, 32)
-    tokens = encoder.backbone.forward_features(encoder.preprocess(image))[:, encoder.backbone.num_prefix_tokens :]
-    torch.testing.assert_close(encoder(image).flatten(2).mT, tokens)
+    tokens = encoder.backbone.forward_features(encoder.preprocess(image))
+    torch.testing.assert_close(encoder(image).flatten(2).mT, tokens[:, encoder.backbone.num_prefix_tokens :])
+    torch.testing.assert_close(encoder.class_token(image), tokens[:, 0])
 
 
 def test_an_earlier_layer_is_that_layer_of_the_whole_backbone():
