@@ -13,8 +13,8 @@ class EncoderFeatures(nn.Module):
     """One vector of a vision encoder for an image: the mean over its grid, or its class token.
 
     FD-DINOv2 as published takes the class token of ``vit_large_patch14_dinov2.lvd142m`` at 224 px (dgm-eval), that is
-    ``pool: class`` with an encoder of downsampling 16 for images of 256 px. Here tensors are resized (bicubic, antialias)
-    and timm interpolates the positions, there PIL and DINOv2's own code do: compare numbers of one tool only.
+    ``pool: class`` with an encoder of downsampling 16 for images of 256 px. Here tensors are resized (bicubic,
+    antialias) and timm interpolates the positions, there PIL and DINOv2's code do: compare numbers of one tool only.
 
     Args:
         encoder: Any ``VisionEncoder``.

@@ -228,5 +228,5 @@ class AdmFile:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran_order, dtype = read(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
-            raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
+            raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3) in C order")
         return file, shape

@@ -171,6 +171,7 @@ def test_saved_reference_gives_the_same_values(tmp_path):
     assert feed(metrics, FAKE, IDS).compute() == pytest.approx(expected.compute(), rel=1e-6)
     metrics.reset()
     assert feed(metrics, FAKE, IDS).compute() == pytest.approx(expected.compute(), rel=1e-6)
+    assert (metrics.given.image_size, metrics.given.spatial.features) == ((8, 8), "inception_spatial")
     plain = FeatureStatistics.load(path)  # the older class reads it, and the newer one its files
     assert (plain.count, plain.source) == (150, "val")
     plain.save(path)
@@ -219,6 +220,7 @@ def test_file_of_images_only(tmp_path):
     [
         ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "not uint8"),
         ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"\(2, 3, 8, 8\)"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8, order="F")}, "in C order"),
         ({"mu": np.zeros(12)}, "no mu and sigma|no mu_s"),
         ({"mu": np.zeros(9), "sigma": np.eye(9), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}, "no images `arr_0`"),
         ({"mu": np.zeros(12), "sigma": np.eye(12)}, "no mu_s and sigma_s"),
