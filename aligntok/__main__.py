@@ -19,10 +19,13 @@ def main(args: list[str] | None = None) -> int:
 
             report_command(arguments[1:])
             return 0
-        from aligntok.cli import run
+        from aligntok.cli import repair_command, run
 
         silence()
-        run(args)
+        if arguments[:1] == ["repair"]:
+            repair_command(arguments[1:])
+        else:
+            run(args)
     except UserError as error:
         print(f"aligntok: error: {last_message(error)}", file=sys.stderr)
         return 2

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from aligntok.data import images
-from aligntok.data.dataset import ImageDataset, Transform, collate
+from aligntok.data.batches import Batch, BatchDataset, batch_source
+from aligntok.data.dataset import WHOLE_RANGE, Crop, ImageDataset, evaluation_crop, training_crop
+from aligntok.data.latents import LatentShards
+from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader, Walk
 from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
-from aligntok.data.sources import Indices, Item, length, reduced, source_id, split_holdout, spread_over
+from aligntok.data.sources import Indices, crop_id, length, reduced, source_id, split_holdout, spread_over
 from aligntok.errors import UserError
 from aligntok.networks.encoders import pair
+from aligntok.networks.tokenizer import Tokenizer
 
-Batch = dict[str, Tensor]
-WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
+Source = Dataset[Any]
+Split = Literal["train", "val", "test"]
 
 
 class LatentDataModule(pl.LightningDataModule):
-    """Images (later also cached latents and tokens) as batches for every stage.
+    """Images, or latents that were cached, as batches for every stage.
 
-    A batch is a dict: ``image`` (B, 3, H, W) in [0, 1], ``label`` (B,), ``id`` (B,): the image's index in its source.
-    Loaders give bytes, which become floats on the device (``on_after_batch_transfer``), a quarter of the traffic.
+    A batch is a dict: ``label`` (B,), ``id`` (B,), the index in its source, and ``image`` (B, 3, H, W) in [0, 1] or
+    ``latent`` (B, C, h, w), or both. Loaders give bytes and bfloat16, which become floats on the device
+    (``on_after_batch_transfer``), a fraction of the traffic.
 
     The order of training images is a function of (seed, epoch), and augmentation one of (seed, epoch, index): a resumed
     run goes on with the very next image, with any number of workers and ranks. Evaluation sees each image once, in
     order.
 
     Args:
-        train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset.
-        image_size: Height and width that the network gets, in pixels; one number for a square.
+        train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset; or
+            ``LatentShards``.
+        image_size: Height and width that the network gets, in pixels; one number for a square. Cached latents need
+            none.
         global_batch_size: Images per optimizer step, over all ranks and accumulated batches. Adding devices or
             ``accumulate_grad_batches`` makes the batch on a device smaller, never the recipe different.
         val: For validation; by default the held-out share of ``train``.
@@ -46,11 +48,14 @@ class LatentDataModule(pl.LightningDataModule):
         crop: In training: ``random`` (resize the shorter side, crop anywhere), ``random_resized`` (also scale and
             aspect), or ``center``. Evaluation always takes ADM's centre crop.
         crop_scale: Range of the area that ``random_resized`` keeps, as a share of the image's.
-        flip: Mirror half of the training images.
-        num_workers: Processes per rank that read images; 0 reads in the training process.
+        flip: Mirror half of the training images; of cached latents, take those of the mirrored image.
+        num_workers: Processes per rank that read images, or threads that gather latents; 0 does it in the training
+            process.
         seed: Of order and augmentation.
         on_bad_image: ``skip`` (name, count and skip; more than 1 % is an error) or ``raise``.
         calibration_images: At most so many training images serve to measure latents and to fit the linear probe.
+        predict: What ``aligntok predict`` walks over: ``train``, ``val`` or ``test``, as evaluation sees them, or a
+            source of its own.
 
     Raises:
         UserError: In ``setup``: no folder, no readable image, a batch size that does not divide.
@@ -59,47 +64,86 @@ class LatentDataModule(pl.LightningDataModule):
     def __init__(
         self,
         train: Dataset,  # type: ignore[type-arg]  # jsonargparse takes any subclass of the bare class
-        image_size: int | tuple[int, int],
-        global_batch_size: int,
+        image_size: int | tuple[int, int] | None = None,
+        global_batch_size: int = 0,
         val: Dataset | None = None,  # type: ignore[type-arg]
         test: Dataset | None = None,  # type: ignore[type-arg]
         holdout: float = 0.1,
-        crop: Literal["random", "random_resized", "center"] = "random",
+        crop: Crop = "random",
         crop_scale: tuple[float, float] = WHOLE_RANGE,
         flip: bool = True,
         num_workers: int = 0,
         seed: int = 0,
         on_bad_image: Literal["skip", "raise"] = "skip",
         calibration_images: int = 10_000,
+        predict: Dataset | Split = "val",  # type: ignore[type-arg]
     ) -> None:
         super().__init__()
+        if global_batch_size < 1:
+            raise UserError(
+                f"data.global_batch_size {global_batch_size}: give the images per optimizer step, or a layer that does,"
+                " such as data/imagenet.yaml"
+            )
         if tuple(crop_scale) != WHOLE_RANGE and crop != "random_resized":
             raise UserError(f"data.crop_scale {crop_scale} has no effect on data.crop {crop}: leave it out")
-        self.given: tuple[Dataset[Item], Dataset[Item] | None, Dataset[Item] | None] = (train, val, test)
-        self.image_size = pair(image_size)
+        self.given: tuple[Source, Source | None, Source | None] = (train, val, test)
+        self.predict: Source | Split = predict
+        self.image_size = None if image_size is None else pair(image_size)
         self.global_batch_size, self.holdout = global_batch_size, holdout
         self.crop, self.crop_scale, self.flip = crop, crop_scale, flip
         self.num_workers, self.seed, self.on_bad_image = num_workers, seed, on_bad_image
         self.calibration_images = calibration_images
-        self.sources: dict[str, Dataset[Item]] = {}
-        self.datasets: dict[str, ImageDataset] = {}
+        self.sources: dict[str, Source] = {}
+        self.datasets: dict[str, ImageDataset | BatchDataset] = {}
         self.position = Position()
+        self.walked: Sequence[Sequence[int]] | None = None
 
     # What others ask
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes of the training images; empty if the source does not name any."""
-        return [str(name) for name in getattr(self.sources["train"], "classes", [])]
+        source = self.sources["train" if "train" in self.sources else "predict"]
+        return [str(name) for name in getattr(source, "classes", [])]
 
     def num_images(self, split: str) -> int:
-        """Return the number of images of ``train``, ``val`` or ``test``."""
+        """Return the number of images of ``train``, ``val``, ``test`` or ``predict``."""
         return length(self.sources[split])
 
     def fingerprint(self, split: str) -> str:
         """Return a hash of the images that evaluation sees: their source and their crop."""
-        text = f"{source_id(self.sources[split])} center crop {self.image_size}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        source = self.sources[split]
+        return source_id(source) if batch_source(source) else crop_id(source, self.size)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the training data are cached latents."""
+        return isinstance(batch_source(self.sources["train"]), LatentShards)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether training and validation batches hold images."""
+        sources = (batch_source(self.sources[split]) for split in ("train", "val"))
+        return all(source.images is not None for source in sources if isinstance(source, LatentShards))
+
+    def check_latents(
+        self, latent_shape: tuple[int, ...], tokenizer: Tokenizer | None, key: str = "model.network.latent_shape"
+    ) -> None:
+        """Raise a ``UserError`` where cached latents are not those of a model; images are always right.
+
+        Args:
+            latent_shape: (C, h, w) of the model.
+            tokenizer: Of the model, if it has one.
+            key: Config key of the shape.
+        """
+        for split in ("train", "val", "test"):
+            source = batch_source(self.sources[split])
+            if isinstance(source, LatentShards):
+                source.check_latents(latent_shape, tokenizer, f"data.{split}", key)
+
+    def walk(self, batches: Sequence[Sequence[int]]) -> None:
+        """Let prediction see exactly these batches of ids on this rank; call it before its loader is made."""
+        self.walked = batches
 
     @property
     def batch_size(self) -> int:
@@ -131,54 +175,76 @@ class LatentDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the sources, once; a new trainer's run begins at the first image."""
-        if not self.datasets:
-            self.open()
-        self.check_counts()
+        on_its_own = stage == "predict" and not isinstance(self.predict, str)
+        if not on_its_own:
+            if "train" not in self.sources:
+                train, val, test = self.given
+                if val is None:
+                    train, val = split_holdout(train, self.holdout)
+                self.sources = {"train": train, "val": val, "test": val if test is None else test}
+                for split in self.sources:
+                    self.open(split)
+            self.check_counts()
+        if stage in ("predict", None) and "predict" not in self.sources:
+            self.sources["predict"] = self.sources[self.predict] if isinstance(self.predict, str) else self.predict
+            self.open("predict")
         if stage == "fit" and self.trainer and self.trainer.fit_loop.total_batch_idx < 0:
             self.load_state_dict({"epoch": 0, "image": 0})  # before that of a checkpoint, if there is one
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Loader:
         """Shuffled and augmented, from wherever the run stands."""
         dataset, batch = self.datasets["train"], self.batch_size
         sampler = ShuffledSampler(
             len(dataset), self.global_batch_size, batch, self.rank, self.world_size, self.seed, self.position
         )
+        loading = self.loading(dataset)
         return TrainLoader(
-            dataset, batch_size=batch, sampler=sampler, persistent_workers=self.num_workers > 0, **self.loading
+            dataset, batch_size=batch, sampler=sampler, persistent_workers=loading["num_workers"] > 0, **loading
         )
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> Loader:
         """Each validation image once."""
         return self.in_order(self.datasets["val"])
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> Loader:
         """Each test image once."""
         return self.in_order(self.datasets["test"])
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The validation images."""
-        return self.val_dataloader()
+    def predict_dataloader(self) -> Loader | Walk:
+        """Each image of ``predict`` once, or the batches that a callback asked for by ``walk``."""
+        dataset = self.datasets["predict"]
+        if self.walked is None:
+            return self.in_order(dataset)
+        batches: Any = self.walked
+        return Walk(Loader(dataset, batch_sampler=batches, **self.loading(dataset)))
 
     def calibration_dataloader(self) -> Iterator[Batch]:
         """Yield batches of ``calibration_images`` training images, always the same, with the crop of evaluation."""
         chosen = shuffled(self.num_images("train"), self.seed, -1)[: self.calibration_images]
-        dataset = ImageDataset(self.sources["train"], self.center_crop, self.seed, False, self.on_bad_image)
-        for batch in self.in_order(dataset, sorted(chosen)):
+        for batch in self.in_order(self.dataset("train"), sorted(chosen)):
             yield self.on_after_batch_transfer(batch, 0)
 
     def preview(self, count: int) -> Tensor:
         """Return up to ``count`` validation images from all over the set, (count, 3, H, W) in [0, 1]."""
-        dataset = ImageDataset(self.sources["val"], self.center_crop, self.seed, True, self.on_bad_image)
-        batch = collate([dataset[index] for index in spread_over(len(dataset), count)])
-        assert batch is not None  # a bad image is replaced
-        return self.on_after_batch_transfer(batch, 0)["image"]
+        batch = self.read("val", spread_over(self.num_images("val"), count), replace_bad=True)
+        if "image" not in batch:
+            raise UserError("data.val gives latents alone, but images are to be shown: add images to its init_args")
+        return batch["image"]
+
+    def read(self, split: str, ids: Sequence[int], replace_bad: bool = False) -> Batch:
+        """Return a batch of the images ``ids``, as evaluation sees them."""
+        dataset: Any = self.dataset(split, replace_bad=replace_bad)
+        batch = dataset.collate(dataset.__getitems__(ids))
+        return self.on_after_batch_transfer(batch, 0)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Turn bytes into floats in [0, 1], on the device."""
-        image = batch["image"]
-        if image.dtype == torch.uint8:
-            image = image.to(torch.float32, memory_format=torch.contiguous_format) / 255
-        return {**batch, "image": image}
+        """Turn images into floats in [0, 1], and latents into fp32, on the device."""
+        batch = dict(batch)
+        if "image" in batch and batch["image"].dtype == torch.uint8:
+            batch["image"] = batch["image"].to(torch.float32, memory_format=torch.contiguous_format) / 255
+        if "latent" in batch:
+            batch["latent"] = batch["latent"].float()
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """Return where the next image of the run is."""
@@ -190,30 +256,46 @@ class LatentDataModule(pl.LightningDataModule):
 
     # Parts
 
-    def open(self) -> None:
-        """Open the sources.
+    def open(self, split: str) -> None:
+        """Open a source.
 
         Raises:
-            UserError: One of them is missing, empty or unreadable, or the classes have different numbers.
+            UserError: It is missing, empty or unreadable, or its classes have other numbers than those of training.
         """
-        train, val, test = self.given
-        if val is None:
-            train, val = split_holdout(train, self.holdout)
-        self.sources = {"train": train, "val": val, "test": val if test is None else test}
-        for split, source in self.sources.items():
-            if not length(source):
-                raise UserError(f"data.{split} holds no image: give another dataset, or other arguments")
+        if not length(self.sources[split]):
+            raise UserError(f"data.{split} holds no image: give another dataset, or other arguments")
+        if split != "predict":
             self.check_classes(split)
-            training = split == "train"
-            if training and self.crop == "random":
-                source = reduced(source, max(self.image_size))
-            transform = self.train_transform() if training else self.center_crop
-            dataset = ImageDataset(source, transform, self.seed, training, self.on_bad_image)
+        dataset = self.dataset(split, training=split == "train")
+        if isinstance(dataset, ImageDataset):
             try:
                 dataset.check_readable()
             except UserError as error:
                 raise UserError(f"data.{split}: {error}") from error
-            self.datasets[split] = dataset
+        self.datasets[split] = dataset
+
+    def dataset(self, split: str, training: bool = False, replace_bad: bool = False) -> ImageDataset | BatchDataset:
+        """Return the items of a source: augmented for training, else as evaluation sees them."""
+        source = self.sources[split]
+        batches = batch_source(source)
+        if batches is not None:
+            flip = training and self.flip
+            if flip and not batches.has_mirrored:
+                raise UserError(f"data.flip, but {batches} has no mirrored latents: set data.flip false, or write some")
+            return BatchDataset(source, self.seed, flip, 0 if batches.needs_processes else self.num_workers)
+        if not training:
+            return ImageDataset(source, evaluation_crop(self.size), self.seed, replace_bad, self.on_bad_image)
+        if self.crop == "random":
+            source = reduced(source, max(self.size))
+        transform = training_crop(self.crop, self.size, self.crop_scale, self.flip)
+        return ImageDataset(source, transform, self.seed, True, self.on_bad_image)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        if self.image_size is None:
+            raise UserError("data.image_size is missing: images need it, only cached latents do not")
+        return self.image_size
 
     def check_counts(self) -> None:
         """Raise a ``UserError`` where the images do not fill a step, or not every device has one to evaluate."""
@@ -239,72 +321,15 @@ class LatentDataModule(pl.LightningDataModule):
                     " both the same class folders; empty ones count"
                 )
 
-    def train_transform(self) -> Transform:
-        """Return crop and flip for training."""
-        crops: dict[str, Callable[..., Image.Image]] = {
-            "random": images.random_crop,
-            "random_resized": partial(images.random_resized_crop, scale=self.crop_scale),
-        }
-        crop = crops.get(self.crop)
-        size, flip = self.image_size, self.flip
-
-        def transform(image: Image.Image, generator: random.Random) -> Image.Image:
-            image = crop(image, size, generator) if crop else images.center_crop(image, size)
-            return images.random_flip(image, generator) if flip else image
-
-        return transform
-
-    def center_crop(self, image: Image.Image, generator: random.Random) -> Image.Image:
-        """ADM's centre crop."""
-        return images.center_crop(image, self.image_size)
-
-    def in_order(self, dataset: ImageDataset, indices: Sequence[int] | Indices | None = None) -> DataLoader[Any]:
+    def in_order(self, dataset: ImageDataset | BatchDataset, indices: Sequence[int] | Indices | None = None) -> Loader:
         """Return a loader of each image once over all ranks, equally many batches on each."""
         indices = range(len(dataset)) if indices is None else indices
         sampler = InOrderSampler(indices, self.rank, self.world_size)
         batch_size = even_batch_size(len(indices), self.world_size, self.batch_size)
-        return EvaluationLoader(dataset, batch_size=batch_size, sampler=sampler, **self.loading)
+        return EvaluationLoader(dataset, batch_size=batch_size, sampler=sampler, **self.loading(dataset))
 
-    @property
-    def loading(self) -> dict[str, Any]:
-        """How every loader reads."""
+    def loading(self, dataset: ImageDataset | BatchDataset) -> dict[str, Any]:
+        """Return how a loader reads."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {"num_workers": self.num_workers, "collate_fn": collate, "pin_memory": on_gpu}
-
-
-class TrainLoader(DataLoader[Any]):
-    """Batches from wherever the run stands; a pass has as many as an epoch, and may run into the next one.
-
-    The position is kept by the data module, and counts batches handed out, not those that workers have read ahead.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Begin at the first ``next``: Lightning asks for an iterator before it restores a checkpoint."""
-        if not isinstance(self.sampler, ShuffledSampler):  # Lightning's overfit_batches puts in its own
-            yield from super().__iter__()
-            return
-        # workers go on reading where the last pass ended: no wait at the start of an epoch
-        batches = super().__iter__() if self._iterator is None else self._iterator
-        for _ in range(len(self)):
-            batch = next(batches)
-            self.sampler.advance()
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing; that there is this method tells Lightning that a run can resume in mid-epoch."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing."""
-
-
-class EvaluationLoader(DataLoader[Any]):
-    """Leaves out a batch without any readable image."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches."""
-        for batch in super().__iter__():
-            if batch is not None:
-                yield batch
-            elif isinstance(self.sampler, InOrderSampler) and self.sampler.num_replicas > 1:
-                raise UserError("no image of a whole evaluation batch can be read: remove the files named above")
+        processes = 0 if isinstance(dataset, BatchDataset) and dataset.num_threads else self.num_workers
+        return {"num_workers": processes, "collate_fn": dataset.collate, "pin_memory": on_gpu}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +14,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligntok.data.images import to_rgb
+from aligntok.data.images import center_crop, random_crop, random_flip, random_resized_crop, to_rgb
 from aligntok.data.sampler import Key
 from aligntok.data.sources import Item, length, read_item, spread_over
 from aligntok.errors import UserError
 
 Transform = Callable[[Image.Image, random.Random], Image.Image]
 Sample = dict[str, Any]
+Crop = Literal["random", "random_resized", "center"]
+WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
 BAD_IMAGE = (UserError, OSError, SyntaxError)  # ours; Pillow's are OSError, and SyntaxError for a broken PNG
 MAX_BAD_SHARE = 0.01
 NUM_TRIES = 32
@@ -69,6 +72,10 @@ class ImageDataset(Dataset[Sample | None]):
                 return {"image": torch.from_numpy(pixels), "label": label, "id": candidate}
         return None
 
+    def __getitems__(self, keys: Sequence[Key | int]) -> list[Sample | None]:
+        """Return several samples."""
+        return [self[key] for key in keys]
+
     def report(self, index: int, error: Exception) -> None:
         """Name and count a bad image; stop when there are too many."""
         message = str(error) if isinstance(error, UserError) else f"image {index} of the source: {error}"
@@ -84,6 +91,11 @@ class ImageDataset(Dataset[Sample | None]):
                 " Remove or replace these files"
             ) from error
         print(f"aligntok: image skipped ({count} of {len(self)} so far): {message}", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def collate(samples: list[Sample | None]) -> dict[str, Tensor] | None:
+        """Stack samples to a batch."""
+        return collate(samples)
 
     def check_readable(self) -> None:
         """Raise a ``UserError`` if none of some images can be read: then it is no matter of a few bad files."""
@@ -111,3 +123,23 @@ def collate(samples: list[Sample | None]) -> dict[str, Tensor] | None:
         "label": torch.tensor([sample["label"] for sample in good]),
         "id": torch.tensor([sample["id"] for sample in good]),
     }
+
+
+def training_crop(crop: Crop, size: tuple[int, int], scale: tuple[float, float], flip: bool) -> Transform:
+    """Return crop and flip for training."""
+    crops: dict[str, Callable[..., Image.Image]] = {
+        "random": random_crop,
+        "random_resized": partial(random_resized_crop, scale=scale),
+        "center": lambda image, size, generator: center_crop(image, size),
+    }
+
+    def transform(image: Image.Image, generator: random.Random) -> Image.Image:
+        image = crops[crop](image, size, generator)
+        return random_flip(image, generator) if flip else image
+
+    return transform
+
+
+def evaluation_crop(size: tuple[int, int]) -> Transform:
+    """Return ADM's centre crop."""
+    return lambda image, generator: center_crop(image, size)

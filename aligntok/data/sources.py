@@ -158,6 +158,11 @@ class Part(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.source[int(self.indices[index])]
 
+    def batch(self, ids: Indices, mirrored: npt.NDArray[np.bool_]) -> dict[str, torch.Tensor]:
+        """Return a batch of the source, where that is a ``BatchSource``."""
+        batch: dict[str, torch.Tensor] = self.source.batch(self.indices[ids], mirrored)  # type: ignore[attr-defined]
+        return batch
+
     def reduced(self, min_size: int) -> Part:
         """Return the same images of the reduced source."""
         return Part(reduced(self.source, min_size), self.indices)
@@ -225,6 +230,11 @@ def source_id(source: Dataset[Item]) -> str:
         except (UserError, OSError, SyntaxError):
             digest.update(b"unreadable")
     return digest.hexdigest()[:16]
+
+
+def crop_id(source: Dataset[Item], image_size: tuple[int, ...]) -> str:
+    """Return a hash of the images that evaluation sees: their source and their centre crop."""
+    return hashlib.sha256(f"{source_id(source)} center crop {image_size}".encode()).hexdigest()[:16]
 
 
 def spread_over(total: int, count: int) -> list[int]:

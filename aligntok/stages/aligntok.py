@@ -126,7 +126,9 @@ class PerceptualAlignment(TokenizerStage):
 class DecoderRefinement(TokenizerStage):
     """Stage 3: only the decoder learns, on the final latents, whose mean and standard deviation are measured first.
 
-    The latent space stays as it is, so this stage may also come after a generator was trained.
+    The latent space stays as it is, so this stage may also come after a generator was trained. On a cache of the
+    previous stage's latents with their images (``LatentShards`` with ``images``) the encoder never runs, and the
+    statistics that the cache is scaled by stay.
     """
 
     trains = ("decoder",)

@@ -34,7 +34,8 @@ Terms = dict[str, tuple[float, Tensor]]  # the loss: name to weight and value ()
 class TokenizerStage(Stage):
     """Trains some parts of a tokenizer to reconstruct images; a stage says which, and adds its terms.
 
-    Batches are dicts with ``image`` (B, 3, H, W) in [0, 1]. The loss is
+    Batches are dicts with ``image`` (B, 3, H, W) in [0, 1]; with a cached ``latent`` (B, C, h, w) beside it, the
+    encoder does not run. The loss is
     ``L1 + perceptual_weight * perceptual + adversarial.weight * adaptive weight * adversarial`` (AlignTok, section 3;
     weights as in VA-VAE), each a mean over pixels or images, plus the stage's own terms.
 
@@ -126,15 +127,19 @@ class TokenizerStage(Stage):
         image: Tensor = batch["image"]
         if self.global_step == 0:
             check_range(image)
-        features = self.tokenizer.encoder(image)
-        latent, terms = self.adapt(features)
-        terms |= self.latent_terms(image, features, latent)
+        latent, terms = (batch["latent"], {}) if "latent" in batch else self.encode(image)
         reconstruction = self.tokenizer.decode(latent, clamp=False)
         logs: dict[str, Tensor] = {name: value.detach() for name, (_, value) in terms.items()}
         loss = self.image_loss(image, reconstruction, logs) + weighted_sum(terms, like=latent)
         logs["loss"] = loss.detach()
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(image))
         return loss
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Terms]:
+        """Return the normalised latent (B, C, h, w) of an image (B, 3, H, W), and the terms that concern it."""
+        features = self.tokenizer.encoder(image)
+        latent, terms = self.adapt(features)
+        return latent, terms | self.latent_terms(image, features, latent)
 
     def adapt(self, features: Tensor) -> tuple[Tensor, Terms]:
         """Return the normalised latent (B, C, h, w) of features (B, width, h, w), sampled if there is a KL term."""
@@ -211,7 +216,7 @@ class TokenizerStage(Stage):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Return latent (B, C, h, w) and reconstruction (B, 3, H, W) in [0, 1]; the callbacks measure them."""
-        latent = self.tokenizer.encode(batch["image"])
+        latent = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"])
         reconstruction = self.tokenizer.decode(latent)
         terms = self.reconstruction_terms(batch["image"], reconstruction.float())
         prefix = "test" if self.trainer.testing else "val"
@@ -235,11 +240,17 @@ class TokenizerStage(Stage):
             self.perceptual.load()
 
     def on_fit_start(self) -> None:
-        """Measure the latents of the tokenizer that came, unless the run goes on from a checkpoint."""
+        """Measure the latents of the tokenizer that came, unless the run goes on from a checkpoint.
+
+        Cached latents are in the units of the tokenizer that wrote them: then its statistics stay.
+        """
         super().on_fit_start()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "has_latents", False):
+            self.check_cache(data)
+            return
         if not self.measures_latents or self.resumed:
             return
-        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "calibration_dataloader"):
             self.measure_latents(batch["image"] for batch in data.calibration_dataloader())
         elif bool((self.tokenizer.latent_std == 1).all()):
@@ -247,6 +258,17 @@ class TokenizerStage(Stage):
                 f"{type(self).__name__} needs the statistics of the latents: call stage.measure_latents(images) before"
                 " fit, or use aligntok's LatentDataModule"
             )
+
+    def check_cache(self, data: Any) -> None:
+        """Raise a ``UserError`` where this stage cannot learn from the cached latents of the data."""
+        name = type(self).__name__
+        if set(self.trains) != {"decoder"}:
+            raise UserError(
+                f"{name} trains the {' and '.join(self.trains)}, which cached latents leave out: give data.train images"
+            )
+        data.check_latents(self.tokenizer.spec.latent_shape, self.tokenizer, "model.tokenizer")
+        if not data.has_images:
+            raise UserError(f"{name} needs the images beside the cached latents: set data.train.init_args.images")
 
     @torch.no_grad()
     def measure_latents(self, images: Iterable[Tensor]) -> None:

@@ -1,0 +1,107 @@
+"""Sources that give whole batches of tensors at once: cached latents, labels to sample."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aligntok.data.sampler import Key
+from aligntok.data.sources import Indices, Part, length
+
+Batch = dict[str, Tensor]
+Flags = npt.NDArray[np.bool_]
+
+
+class BatchSource(Dataset[Any]):
+    """Base of a source whose items come in batches, instead of one (PIL image, label) after the other."""
+
+    classes: Sequence[str] = ()
+    """Names of the classes, where the source knows them."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, ids: Indices, mirrored: Flags) -> Batch:
+        """Return a dict of tensors, one row for each id, ``label`` among them.
+
+        Args:
+            ids: Of the items, in any order, (B,).
+            mirrored: Which rows are to be of the mirrored image, (B,); only where ``has_mirrored``.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of what the source gives."""
+
+    @property
+    def has_mirrored(self) -> bool:
+        """Whether there are rows of mirrored images."""
+        return False
+
+    @property
+    def needs_processes(self) -> bool:
+        """Whether a batch is so much work that processes should prepare it; else threads read ahead."""
+        return False
+
+
+class BatchDataset(Dataset[Any]):
+    """Batches of a ``BatchSource`` (or of a part of one) with their ``id``; a function of (seed, epoch, ids).
+
+    Args:
+        source: Gives the rows.
+        seed: Of the flips.
+        flip: Take the mirrored image in half of the cases.
+        num_threads: So many threads read ahead.
+    """
+
+    def __init__(self, source: Dataset[Any], seed: int, flip: bool, num_threads: int) -> None:
+        self.source: Any = source
+        self.seed, self.flip, self.num_threads = seed, flip, num_threads
+
+    def __len__(self) -> int:
+        return length(self.source)
+
+    def __getitem__(self, key: Key | int) -> Batch:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
+        """Return the batch of these keys; torch's loader calls this instead of asking for one item after the other."""
+        epochs, ids = np.array([key if isinstance(key, tuple) else (0, key) for key in keys], dtype=np.int64).T.copy()
+        mirrored = coins(self.seed, epochs, ids) if self.flip else np.zeros(len(ids), np.bool_)
+        return {**self.source.batch(ids, mirrored), "id": torch.from_numpy(ids)}
+
+    @staticmethod
+    def collate(batch: Batch) -> Batch:
+        """Leave the batch as it is."""
+        return batch
+
+
+def batch_source(source: Dataset[Any]) -> BatchSource | None:
+    """Return the ``BatchSource`` behind a source or a part of one; ``None`` for images."""
+    while isinstance(source, Part):
+        source = source.source
+    return source if isinstance(source, BatchSource) else None
+
+
+def coins(seed: int, epochs: Indices, ids: Indices) -> Flags:
+    """Return a fair coin for each (seed, epoch, id), (B,).
+
+    Reference:
+        Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014: the mixing of SplitMix64.
+    """
+    state = np.full(ids.shape, seed, np.int64).astype(np.uint64)
+    for values in (epochs, ids):
+        state = (state ^ values.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    flags: Flags = state >> np.uint64(63) == 1
+    return flags
