@@ -1,7 +1,9 @@
-"""Images in, batches out."""
+"""Images or latents in, batches out."""
 
+from aligntok.data.batches import BatchSource
 from aligntok.data.datamodule import LatentDataModule
+from aligntok.data.latents import LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.data.sources import Digits, ImageFolder
 
-__all__ = ["Digits", "ImageFolder", "LatentDataModule", "Shapes"]
+__all__ = ["BatchSource", "Digits", "ImageFolder", "LatentDataModule", "LatentShards", "Shapes"]
