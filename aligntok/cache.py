@@ -224,6 +224,39 @@ def lightningdit_shards(folder: Path) -> list[Path]:
     return [found[key] for key in sorted(found)]
 
 
+def open_shards(folder: Path, manifest: Manifest | None) -> tuple[list[Shard], dict[str, str]]:
+    """Return the shards of a cache that are as they should be, and what is wrong with the others, by name.
+
+    Args:
+        folder: Of the cache.
+        manifest: Its manifest; without one, all shards must be alike.
+
+    Raises:
+        UserError: LightningDiT's folder holds none, or one is missing between others.
+    """
+    records = manifest.shards if manifest else []
+    paths = [folder / record.file for record in records] if manifest else lightningdit_shards(folder)
+    shards: list[Shard] = []
+    problems: dict[str, str] = {}
+    for index, path in enumerate(paths):
+        try:
+            shard = Shard.open(path)
+        except UserError as error:
+            problems[path.name] = str(error)
+            continue
+        if manifest:
+            shape = (records[index].count, *manifest.latent_shape)
+            expected: Any = (shape, f"torch.{manifest.dtype}", manifest.flips)
+            found: Any = (shard.shape, str(shard.dtype), MIRRORED in shard.offsets)
+        else:
+            expected, found = ((s.shape[1:], s.dtype, s.offsets.keys()) for s in ((shards or [shard])[0], shard))
+        if found == expected:
+            shards.append(shard)
+        else:
+            problems[path.name] = f"{path} is altered: it holds {found}, not {expected}"
+    return shards, problems
+
+
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()

@@ -97,8 +97,8 @@ def coins(seed: int, epochs: Indices, ids: Indices) -> Flags:
     Reference:
         Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014: the mixing of SplitMix64.
     """
-    state = np.full(ids.shape, seed, np.int64).astype(np.uint64)
-    for values in (epochs, ids):
+    state = np.zeros(ids.shape, np.uint64)
+    for values in (np.full_like(ids, seed), epochs, ids):
         state = (state ^ values.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

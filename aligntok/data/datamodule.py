@@ -117,14 +117,19 @@ class LatentDataModule(pl.LightningDataModule):
 
     @property
     def has_latents(self) -> bool:
-        """Whether the training data are cached latents."""
-        return isinstance(batch_source(self.sources["train"]), LatentShards)
+        """Whether some of the data are cached latents."""
+        return bool(self.latent_sources)
 
     @property
     def has_images(self) -> bool:
-        """Whether training and validation batches hold images."""
-        sources = (batch_source(self.sources[split]) for split in ("train", "val"))
-        return all(source.images is not None for source in sources if isinstance(source, LatentShards))
+        """Whether all batches hold images, be it beside cached latents."""
+        return all(source.images is not None for source in self.latent_sources.values())
+
+    @property
+    def latent_sources(self) -> dict[str, LatentShards]:
+        """The splits that are cached latents."""
+        sources = {split: batch_source(self.sources[split]) for split in ("train", "val", "test")}
+        return {split: source for split, source in sources.items() if isinstance(source, LatentShards)}
 
     def check_latents(
         self, latent_shape: tuple[int, ...], tokenizer: Tokenizer | None, key: str = "model.network.latent_shape"
@@ -136,10 +141,8 @@ class LatentDataModule(pl.LightningDataModule):
             tokenizer: Of the model, if it has one.
             key: Config key of the shape.
         """
-        for split in ("train", "val", "test"):
-            source = batch_source(self.sources[split])
-            if isinstance(source, LatentShards):
-                source.check_latents(latent_shape, tokenizer, f"data.{split}", key)
+        for split, source in self.latent_sources.items():
+            source.check_latents(latent_shape, tokenizer, f"data.{split}", key)
 
     def walk(self, batches: Sequence[Sequence[int]]) -> None:
         """Let prediction see exactly these batches of ids on this rank; call it before its loader is made."""
@@ -223,6 +226,26 @@ class LatentDataModule(pl.LightningDataModule):
         chosen = shuffled(self.num_images("train"), self.seed, -1)[: self.calibration_images]
         for batch in self.in_order(self.dataset("train"), sorted(chosen)):
             yield self.on_after_batch_transfer(batch, 0)
+
+    def reference_images(self, source: Source | None, image_size: tuple[int, int]) -> tuple[str, Iterator[Batch]]:
+        """Return an id of a set of images, and the set in batches, each image once over all ranks, with ADM's crop.
+
+        Args:
+            source: The images; by default those of training.
+            image_size: Height and width.
+
+        Raises:
+            UserError: The training data holds latents without images.
+        """
+        if source is None:
+            source = self.sources["train"]
+            latents: Any = batch_source(source)
+            source = getattr(latents, "images", None) if latents is not None else source
+            if source is None:
+                raise UserError("data.train gives latents alone: name the images to compare samples with (reference)")
+        dataset = ImageDataset(source, evaluation_crop(image_size), self.seed, False, self.on_bad_image)
+        loader = self.in_order(dataset)
+        return crop_id(source, image_size), (self.on_after_batch_transfer(batch, 0) for batch in loader)
 
     def preview(self, count: int) -> Tensor:
         """Return up to ``count`` validation images from all over the set, (count, 3, H, W) in [0, 1]."""

@@ -26,7 +26,7 @@ from aligntok.cache import (
     Shard,
     hash_file,
     latent_statistics,
-    lightningdit_shards,
+    open_shards,
 )
 from aligntok.data.batches import Batch, BatchSource, Flags
 from aligntok.data.images import center_crop, to_rgb
@@ -172,10 +172,9 @@ class LatentShards(BatchSource):
                 f"the latent cache {self.folder} is unfinished: the same `aligntok predict` goes on with it, or"
                 f" `aligntok repair {self.folder}`"
             )
-        shards, problems = self.open_shards(manifest)
+        shards, problems = open_shards(self.folder, manifest)
         if problems:
-            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-            text = f"{'; '.join(problems[:3])}{more}"
+            text = brief(problems)
             if self.on_bad_shard == "raise" or not shards:
                 remedy = REPAIR.format(folder=self.folder) if manifest else "extract the latents again"
                 raise UserError(f"{text}. {remedy}")
@@ -188,30 +187,6 @@ class LatentShards(BatchSource):
             few = f": its {len(shards)} shards are more than `ulimit -n` allows" if error.errno == errno.EMFILE else ""
             raise UserError(f"cannot map the shards of {self.folder} ({error}){few}") from error
 
-    def open_shards(self, manifest: Manifest | None) -> tuple[list[Shard], list[str]]:
-        """Return the good shards, and what is wrong with the others."""
-        records = manifest.shards if manifest else []
-        paths = [self.folder / record.file for record in records] if manifest else lightningdit_shards(self.folder)
-        shards: list[Shard] = []
-        problems = []
-        for index, path in enumerate(paths):
-            try:
-                shard = Shard.open(path)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            if manifest:
-                shape = (records[index].count, *manifest.latent_shape)
-                expected: Any = (shape, f"torch.{manifest.dtype}", manifest.flips)
-                found: Any = (shard.shape, str(shard.dtype), MIRRORED in shard.offsets)
-            else:
-                expected, found = ((s.shape[1:], s.dtype, s.offsets.keys()) for s in ((shards or [shard])[0], shard))
-            if found != expected:
-                problems.append(f"{path} is altered: it holds {found}, not {expected}")
-            else:
-                shards.append(shard)
-        return shards, problems
-
     def verify(self) -> None:
         """Read every shard in full.
 
@@ -221,14 +196,14 @@ class LatentShards(BatchSource):
         manifest = Manifest.read(self.folder)
         if manifest is None:
             raise UserError(f"{self.folder} has no manifest with hashes to verify its shards by")
-        shards, problems = self.open_shards(manifest)
+        shards, problems = open_shards(self.folder, manifest)
         hashes = {record.file: record.sha256 for record in manifest.shards}
         with ThreadPoolExecutor() as pool:
             for shard, value in zip(shards, pool.map(lambda shard: hash_file(shard.path), shards), strict=True):
                 if value != hashes[shard.path.name]:
-                    problems.append(f"{shard.path} is altered: its hash is not that of the manifest")
+                    problems[shard.path.name] = f"{shard.path} is altered: its hash is not that of the manifest"
         if problems:
-            raise UserError(f"{'; '.join(problems)}. {REPAIR.format(folder=self.folder)}")
+            raise UserError(f"{brief(problems)}. {REPAIR.format(folder=self.folder)}")
 
     # LightningDiT's statistics
 
@@ -289,6 +264,13 @@ class LatentShards(BatchSource):
         image, _ = read_item(self.images, int(opened.image_ids[index]))
         pixels = np.array(center_crop(to_rgb(image), tuple(opened.manifest.tokenizer["image_size"])))
         return torch.from_numpy(pixels[:, ::-1].copy() if mirrored else pixels)
+
+
+def brief(problems: dict[str, str]) -> str:
+    """Return the first problem, and the names of the other shards that have one."""
+    first, *others = problems
+    shown = f"; also {', '.join(others[:3])}" if others else ""
+    return f"{problems[first]}{shown}" + (f" and {len(others) - 3} more" if len(others) > 3 else "")
 
 
 @dataclass

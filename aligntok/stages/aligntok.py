@@ -21,7 +21,7 @@ from aligntok.networks.lora import DOWN, UP, add_lora
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import Schedule, check_schedule, value_at
 from aligntok.stages.tokenizer_stage import Terms, TokenizerStage
-from aligntok.weights.checkpoint import load_strictly, part_of, tokenizer_state
+from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of, tokenizer_state
 
 
 class LatentAlignment(TokenizerStage):
@@ -135,3 +135,8 @@ class DecoderRefinement(TokenizerStage):
     previous_stages = ("PerceptualAlignment", "LatentAlignment", "DecoderRefinement")
     needs_previous = True
     measures_latents = True
+
+    def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Take the tokenizer; the latents of another decoder refinement stay as its generators know them."""
+        super().load_previous(checkpoint, path)
+        self.keeps_statistics = checkpoint[STAGE_KEY] == type(self).__name__

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
@@ -57,6 +58,9 @@ class TokenizerStage(Stage):
 
     measures_latents = False
     """Whether the stage measures the latents of the tokenizer that it is given, before its first step."""
+
+    keeps_statistics = False
+    """Whether the tokenizer came with statistics that hold, because only its decoder has learned since."""
 
     def __init__(
         self,
@@ -249,7 +253,7 @@ class TokenizerStage(Stage):
         if getattr(data, "has_latents", False):
             self.check_cache(data)
             return
-        if not self.measures_latents or self.resumed:
+        if not self.measures_latents or self.resumed or self.keeps_statistics:
             return
         if hasattr(data, "calibration_dataloader"):
             self.measure_latents(batch["image"] for batch in data.calibration_dataloader())
@@ -259,12 +263,22 @@ class TokenizerStage(Stage):
                 " fit, or use aligntok's LatentDataModule"
             )
 
+    def on_validation_start(self) -> None:
+        """Refuse cached latents of another tokenizer."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.trainer.state.fn != TrainerFn.FITTING and getattr(data, "has_latents", False):  # else it is done
+            self.check_cache(data)
+
+    def on_test_start(self) -> None:
+        """Refuse cached latents of another tokenizer."""
+        self.on_validation_start()
+
     def check_cache(self, data: Any) -> None:
-        """Raise a ``UserError`` where this stage cannot learn from the cached latents of the data."""
+        """Raise a ``UserError`` where this stage cannot work on the cached latents of the data."""
         name = type(self).__name__
         if set(self.trains) != {"decoder"}:
             raise UserError(
-                f"{name} trains the {' and '.join(self.trains)}, which cached latents leave out: give data.train images"
+                f"{name} trains the {' and '.join(self.trains)}, which cached latents leave out: let data.train be images"
             )
         data.check_latents(self.tokenizer.spec.latent_shape, self.tokenizer, "model.tokenizer")
         if not data.has_images:
