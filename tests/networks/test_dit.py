@@ -10,6 +10,7 @@ import yaml
 from aligntok.errors import UserError
 from aligntok.networks import DiT, WideHead
 from aligntok.networks.dit import NUM_TIME_FEATURES
+from aligntok.networks.positions import grid_coordinates, rotary_table, sincos_positions
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "size"
 SMALL = {"latent_shape": (4, 4, 6), "num_classes": 10, "width": 32, "depth": 3, "num_heads": 2}
@@ -22,11 +23,11 @@ VARIANTS = [
 
 
 def small(seed=0, alive=True, **changes):
-    """Return a small network; its layers that start at zero are drawn too, else nothing but zeros comes out."""
+    """Return a small network; what starts at zero or one is drawn too, else nothing but zeros comes out."""
     torch.manual_seed(seed)
     network = DiT(**{**SMALL, **changes})
     for parameter in network.parameters():
-        if alive and not parameter.any():
+        if alive and (parameter.ndim == 1 or not parameter.any()):
             torch.nn.init.normal_(parameter, std=0.3)
     return network
 
@@ -158,6 +159,48 @@ def test_wide_head_reads_the_latent_through_per_token_conditions():
     assert (conditions[0][:, 1:] != conditions[0][:, :1]).any(2).all()
     torch.nn.init.zeros_(network.embed_wide.weight)
     assert (network(*inputs(network)) != velocity).any()
+
+
+def written_out(block, x, condition, table):
+    """One block, by the formulas of arXiv:2501.01423 and 2212.09748, in the order shift, scale, gate."""
+
+    def norm(x, gain):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+    six = block.modulation(condition).split(x.shape[-1], dim=-1)
+    x = x + six[2] * block.attention(norm(x, block.norm_attention.weight) * (1 + six[1]) + six[0], table)
+    return x + six[5] * block.mlp(norm(x, block.norm_mlp.weight) * (1 + six[4]) + six[3])
+
+
+@torch.no_grad()
+def test_wide_head_written_out():
+    """The narrow blocks give s; silu(t + s), to the wide width, is the condition of the wide ones (RAE, section 5)."""
+    network = small(wide_head=WideHead(48, 2, 2))  # heads of 24 channels behind heads of 16
+    latent, t, label = inputs(network)
+    patches = latent.flatten(2).transpose(1, 2)
+    time = network.embed_time(t)[:, None]
+    silu, s, grid = torch.nn.functional.silu, network.embed_latent(patches), grid_coordinates(4, 6)
+    s = s + sincos_positions(4, 6, 32)
+    for block in network.blocks:
+        s = written_out(block, s, silu(time + network.embed_label.weight[label][:, None]), rotary_table(grid, 16))
+    condition = silu(network.embed_condition(silu(time + s)))
+    x = network.embed_wide(patches)
+    for block in network.wide_blocks:
+        x = written_out(block, x, condition, rotary_table(grid, 24))
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    shift, scale = network.head.modulation(condition).split(48, dim=-1)
+    velocity = network.head.proj(x * network.head.norm.weight * (1 + scale) + shift)
+    expected = velocity.transpose(1, 2).reshape(latent.shape)
+    torch.testing.assert_close(network(latent, t, label), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_order_within_a_patch():
+    """A head that gives each output its own index writes them row by row, channel last."""
+    network = small(latent_shape=(3, 2, 2), patch_size=2)
+    torch.nn.init.zeros_(network.head.proj.weight)
+    network.head.proj.bias.data = torch.arange(12.0)
+    expected = torch.arange(12.0).reshape(2, 2, 3).permute(2, 0, 1)
+    torch.testing.assert_close(network(*inputs(network, 1))[0], expected)
 
 
 @pytest.mark.parametrize(("null_class", "null_label"), [(True, 10), (False, None)])
