@@ -1,4 +1,4 @@
-"""Pictures to look at while a tokenizer trains."""
+"""Pictures to look at while a tokenizer or a generator trains."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from torchvision.utils import make_grid, save_image
 from aligntok.networks.tokenizer import Tokenizer
 
 
-class ReconstructionGrid(pl.Callback):
-    """Originals, reconstructions and latents of the same few validation images: to TensorBoard, and ``images/*.png``.
-
-    The latents' three rows of numbers that vary most become red, green and blue.
+class Grid(pl.Callback):
+    """Base: draws a picture every so many steps and at validation, to TensorBoard and ``images/<name>_<step>.png``.
 
     Args:
-        every_n_steps: Optimizer steps between two pictures.
-        num_images: Columns of the picture.
+        every_n_steps: Optimizer steps between two pictures; validation draws one too, with the averaged weights.
     """
 
-    def __init__(self, every_n_steps: int = 500, num_images: int = 12) -> None:
-        self.every_n_steps, self.num_images = every_n_steps, num_images
+    name = "step"
+    title = ""
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
         self.last_step = -1
+
+    def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+        """Return the picture (3, H, W) in [0, 1], or nothing where this module has none."""
+        raise NotImplementedError
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,33 +51,89 @@ class ReconstructionGrid(pl.Callback):
     @torch.no_grad()
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw, on the first rank."""
-        tokenizer: Any = getattr(module, "tokenizer", None)
-        data: Any = getattr(trainer, "datamodule", None)
-        if not trainer.is_global_zero or not isinstance(tokenizer, Tokenizer) or not hasattr(data, "preview"):
+        if not trainer.is_global_zero:
             return
-        self.last_step = trainer.global_step
-        image = data.preview(self.num_images).to(module.device)
         training = module.training
         module.eval()
-        latent = tokenizer.encode(image)
-        grid = picture(image, tokenizer.decode(latent), latent)
+        picture = self.picture(trainer, module)
         module.train(training)
+        if picture is None:
+            return
+        self.last_step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "images"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image(grid, folder / f"step_{trainer.global_step:07d}.png")
+        save_image(picture, folder / f"{self.name}_{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("image, reconstruction, latent", grid, trainer.global_step)
+                logger.experiment.add_image(self.title, picture, trainer.global_step)
 
 
-def picture(image: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:
+class ReconstructionGrid(Grid):
+    """Originals, reconstructions and latents of the same few validation images.
+
+    The latents' three rows of numbers that vary most become red, green and blue.
+
+    Args:
+        every_n_steps: Optimizer steps between two pictures.
+        num_images: Columns of the picture.
+    """
+
+    title = "image, reconstruction, latent"
+
+    def __init__(self, every_n_steps: int = 500, num_images: int = 12) -> None:
+        super().__init__(every_n_steps)
+        self.num_images = num_images
+
+    def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+        """Return the three rows."""
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        data: Any = getattr(trainer, "datamodule", None)
+        if not isinstance(tokenizer, Tokenizer) or not hasattr(data, "preview"):
+            return None
+        image = data.preview(self.num_images).to(module.device)
+        latent = tokenizer.encode(image)
+        return rows_of(image, tokenizer.decode(latent), latent)
+
+
+class SampleGrid(Grid):
+    """Samples of a generator, a row for each class; the same noise every time.
+
+    Args:
+        every_n_steps: Optimizer steps between two pictures.
+        num_classes: Rows: the first classes, at most so many.
+        per_class: Columns.
+    """
+
+    name = "samples"
+    title = "samples, a row for each class"
+
+    def __init__(self, every_n_steps: int = 5000, num_classes: int = 10, per_class: int = 8) -> None:
+        super().__init__(every_n_steps)
+        self.num_classes, self.per_class = num_classes, per_class
+
+    def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+        """Return the rows."""
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        if not isinstance(tokenizer, Tokenizer) or not hasattr(module, "sample"):
+            return None
+        generator: Any = module
+        label = torch.arange(min(self.num_classes, generator.network.num_classes)).repeat_interleave(self.per_class)
+        latent = generator.sample(torch.arange(len(label)), label)
+        return tiled(tokenizer.decode(latent), self.per_class)
+
+
+def rows_of(image: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:
     """Return one picture (3, H', W') with rows of images, reconstructions (B, 3, H, W) and latents (B, C, h, w)."""
     colours = interpolate(latent_colours(latent), image.shape[-2:], mode="nearest")
-    rows = torch.cat([image, reconstruction, colours]).float().cpu()
+    return tiled(torch.cat([image, reconstruction, colours]), len(image))
+
+
+def tiled(image: Tensor, columns: int) -> Tensor:
+    """Return images (B, 3, H, W) side by side, (3, H', W'); small ones enlarged."""
+    image = image.float().clamp(0, 1).cpu()
     scale = max(1, 64 // image.shape[-1])
-    grid: Tensor = make_grid(
-        interpolate(rows, scale_factor=scale, mode="nearest"), nrow=len(image), padding=2, pad_value=1.0
-    )
+    larger = interpolate(image, scale_factor=scale, mode="nearest")
+    grid: Tensor = make_grid(larger, nrow=columns, padding=2, pad_value=1.0)
     return grid
 
 

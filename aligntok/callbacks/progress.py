@@ -152,7 +152,7 @@ def summary(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     device = torch.cuda.get_device_name() if module.device.type == "cuda" else module.device.type
     lines.append(("device", f"{trainer.world_size} x {device}, precision {trainer.precision}"))
     lines.append(("output", str(trainer.default_root_dir)))
-    return "\n".join(f"  {name + ':':<15}{text}" for name, text in lines)
+    return "\n".join(f"  {name + ':':<20}{text}" for name, text in lines)
 
 
 def end_of(trainer: pl.Trainer, batch: int) -> str:

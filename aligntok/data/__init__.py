@@ -2,8 +2,9 @@
 
 from aligntok.data.batches import BatchSource
 from aligntok.data.datamodule import LatentDataModule
+from aligntok.data.labels import ClassLabels
 from aligntok.data.latents import LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.data.sources import Digits, ImageFolder
 
-__all__ = ["BatchSource", "Digits", "ImageFolder", "LatentDataModule", "LatentShards", "Shapes"]
+__all__ = ["BatchSource", "ClassLabels", "Digits", "ImageFolder", "LatentDataModule", "LatentShards", "Shapes"]

@@ -2,6 +2,7 @@
 
 from aligntok.losses.adversarial import AdversarialLoss, hinge
 from aligntok.losses.perceptual import LPIPS, FeatureDistance
+from aligntok.losses.representation import RepresentationAlignment
 from aligntok.losses.semantic import semantic_preservation
 
-__all__ = ["LPIPS", "AdversarialLoss", "FeatureDistance", "hinge", "semantic_preservation"]
+__all__ = ["LPIPS", "AdversarialLoss", "FeatureDistance", "RepresentationAlignment", "hinge", "semantic_preservation"]

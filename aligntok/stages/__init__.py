@@ -1,7 +1,8 @@
 """What learns from what: the LightningModules."""
 
 from aligntok.stages.aligntok import DecoderRefinement, LatentAlignment, PerceptualAlignment
-from aligntok.stages.pretraining import EncoderPretraining
+from aligntok.stages.diffusion import LatentDiffusion
+from aligntok.stages.pretraining import EncoderPretraining, load_classifier
 from aligntok.stages.stage import Stage
 from aligntok.stages.tokenizer_stage import TokenizerStage
 
@@ -9,7 +10,9 @@ __all__ = [
     "DecoderRefinement",
     "EncoderPretraining",
     "LatentAlignment",
+    "LatentDiffusion",
     "PerceptualAlignment",
     "Stage",
     "TokenizerStage",
+    "load_classifier",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.schedule import Schedule
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import write_atomically
+from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, recipe_of, write_atomically
 
 
 class EncoderPretraining(Stage):
@@ -88,3 +88,16 @@ class EncoderPretraining(Stage):
 def accuracy(logits: Tensor, label: Tensor) -> Tensor:
     """Return the share () of logits (B, num_classes) whose largest is at the label (B,)."""
     return (logits.argmax(-1) == label).float().mean()
+
+
+def load_classifier(path: str | Path) -> EncoderPretraining:
+    """Rebuild the classifier of a checkpoint of ``EncoderPretraining``, in eval mode.
+
+    Raises:
+        UserError: The file is no such checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    encoder = build(recipe_of(checkpoint, "encoder", path), VisionEncoder)
+    classifier = EncoderPretraining(encoder, int(checkpoint["hyper_parameters"]["num_classes"]))
+    load_strictly(classifier, checkpoint["state_dict"], str(path))
+    return classifier.eval()

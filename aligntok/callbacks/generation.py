@@ -1,0 +1,143 @@
+"""Measures of a generator's samples while it trains and in ``aligntok validate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from aligntok.callbacks.measure import Measurement
+from aligntok.errors import UserError
+from aligntok.flow import FixedSteps, Sampler
+from aligntok.metrics import GenerationMetrics
+from aligntok.networks.frozen import Frozen
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class GenerationQuality(Measurement):
+    """gFID (``gfid``, or ``gfd_<features>``) and its companions on samples of the generator, drawn at every validation.
+
+    Sample i has the label i modulo the number of classes and the noise of id i: every validation, batch size and number
+    of ranks measures the same set.
+
+    Args:
+        metrics: What is measured, in which features, under which protocol.
+        num_samples: Over all ranks.
+        batch_size: Samples of a batch on one device.
+        reference: What samples are compared with: a file (``.npz`` of ADM, or ``.safetensors``), or images, cropped as
+            in evaluation and measured once; by default the training images, where the data has them.
+        classifier: Image (B, 3, H, W) in [0, 1] to class logits; its agreement with the asked labels becomes
+            ``val/class_agreement``.
+        sweep: Numbers of sampling steps that ``aligntok validate`` measures too, under ``..._steps<n>``.
+    """
+
+    def __init__(
+        self,
+        metrics: GenerationMetrics,
+        num_samples: int = 1000,
+        batch_size: int = 64,
+        reference: Dataset | str | None = None,  # type: ignore[type-arg]
+        classifier: nn.Module | None = None,
+        sweep: list[int] | None = None,
+    ) -> None:
+        if num_samples < 2 or batch_size < 1:
+            raise UserError(
+                f"GenerationQuality: num_samples {num_samples}, batch_size {batch_size}: give at least 2 and 1"
+            )
+        self.metrics, self.num_samples, self.batch_size = metrics, num_samples, batch_size
+        self.reference = reference
+        self.classifier = None if classifier is None else Frozen(classifier)
+        self.sweep = list(sweep or [])
+        self.values: dict[str, float] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured, before the first step."""
+        if stage == "predict":
+            return
+        if getattr(pl_module, "tokenizer", None) is None or not hasattr(pl_module, "sample"):
+            raise UserError("GenerationQuality needs a generator with model.tokenizer, which decodes its samples")
+        if self.sweep and not isinstance(pl_module.sampler, FixedSteps):
+            raise UserError("GenerationQuality.sweep needs a sampler with num_steps, such as aligntok.flow.Euler")
+        self.metrics.protocol.check_count(self.num_samples)
+        if isinstance(self.reference, str) and not Path(self.reference).is_file():
+            raise UserError(f"there is no reference {self.reference}: see the README on evaluation")
+
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw and measure: only in these moments are the averaged weights in place."""
+        self.metrics.to(module.device)
+        if self.classifier is not None:
+            self.classifier.to(module.device)
+        if self.metrics.given is None:
+            self.find_reference(trainer, module)
+        sampler: Any = module.sampler
+        self.values = self.measure(trainer, module, sampler)
+        if trainer.is_global_zero:
+            print(f"  {self.metrics.describe()}", flush=True)
+        for num_steps in [] if trainer.state.fn == "fit" else self.sweep:
+            values = self.measure(trainer, module, type(sampler)(num_steps, sampler.shift))
+            self.values |= {f"{name}_steps{num_steps}": value for name, value in values.items()}
+        self.seen = True  # whatever the module's step returns
+
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        """Return what was measured."""
+        return self.values
+
+    @torch.no_grad()
+    def measure(self, trainer: pl.Trainer, module: Any, sampler: Sampler) -> dict[str, float]:
+        """Return all measures of the samples that ``sampler`` draws."""
+        self.metrics.reset()
+        agreed = torch.zeros(2, device=module.device)
+        for ids, label, image in self.samples(trainer, module, sampler):
+            self.metrics.update(image, ids, label)
+            if self.classifier is not None:
+                agreed[0] += (self.classifier(image).argmax(-1) == label).sum()
+                agreed[1] += len(label)
+        values = {f"g{name}" if name[0] == "f" else name: value for name, value in self.metrics.compute().items()}
+        if self.classifier is not None:
+            agreed = trainer.strategy.reduce(agreed, reduce_op="sum")
+            values["class_agreement"] = float(agreed[0] / agreed[1])
+        return values
+
+    def samples(self, trainer: pl.Trainer, module: Any, sampler: Sampler) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield this rank's ids (B,), labels (B,) and images (B, 3, H, W), and say how far it is."""
+        mine = torch.arange(self.num_samples)[trainer.global_rank :: trainer.world_size].to(module.device)
+        began = printed = time.perf_counter()
+        for ids in torch.split(mine, self.batch_size):
+            label = ids % module.network.num_classes
+            with trainer.precision_plugin.val_step_context():
+                image = module.tokenizer.decode(module.sample(ids, label, sampler)).float()
+            yield ids, label, image
+            now, done = time.perf_counter(), int(ids[-1]) + 1
+            if trainer.is_global_zero and now - printed > SECONDS_BETWEEN_LINES:
+                printed, rate = now, done / (now - began)
+                left = (self.num_samples - done) / rate
+                print(f"  samples {done}/{self.num_samples}  images/s {rate:.1f}  left {left:.0f} s", flush=True)
+
+    def find_reference(self, trainer: pl.Trainer, module: Any) -> None:
+        """Read the reference from its file, or measure it and keep it in the run's folder."""
+        if isinstance(self.reference, str):
+            self.metrics.load_reference(self.reference)
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "reference_images"):
+            raise UserError("GenerationQuality.reference: name a file; only aligntok's LatentDataModule offers images")
+        source, batches = data.reference_images(self.reference, module.tokenizer.spec.image_size)
+        network: Any = self.metrics.frechet.features
+        path = Path(trainer.default_root_dir) / "reference" / f"{network.name}_{source}.safetensors"
+        if trainer.strategy.broadcast(path.is_file()):
+            self.metrics.load_reference(path)
+            return
+        for batch in batches:
+            image = batch["image"].to(module.device)
+            self.metrics.update(image, batch["id"].to(module.device), batch["label"], real=True)
+        reference = self.metrics.reference(source)
+        if trainer.is_global_zero:
+            reference.save(path)
+        self.metrics.set_reference(reference)

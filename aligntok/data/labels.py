@@ -1,0 +1,61 @@
+"""What a generator is asked for: a label for each sample."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+import torch
+
+from aligntok.data.batches import Batch, BatchSource, Flags
+from aligntok.data.sources import Indices
+from aligntok.errors import UserError
+
+
+class ClassLabels(BatchSource):
+    """Labels to sample, as ``data.predict`` of ``aligntok predict`` on a generator; item i is the sample of id i.
+
+    Args:
+        num_samples: How many.
+        num_classes: Of the generator.
+        policy: ``balanced`` takes the classes in turn (0, 1, 2, ..., 0, 1, 2, ...: never sorted, because the Inception
+            Score of ADM's evaluator depends on the order), equally many of each where the numbers allow; ``random``
+            draws each label by itself. Published FIDs use either; the first is lower by about 0.1.
+        classes: Only these, in turn; all by default.
+        seed: Of ``random``.
+
+    Raises:
+        UserError: A number or a class out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        policy: Literal["balanced", "random"] = "balanced",
+        classes: list[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if num_samples < 1 or num_classes < 1:
+            raise UserError(f"num_samples {num_samples}, num_classes {num_classes}: give at least 1 of each")
+        chosen = list(range(num_classes)) if classes is None else classes
+        wrong = [label for label in chosen if not 0 <= label < num_classes]
+        if wrong or not chosen:
+            raise UserError(f"classes {wrong or chosen}: give labels in 0 .. {num_classes - 1}")
+        self.num_samples, self.policy, self.num_classes = num_samples, policy, num_classes
+        turn = np.arange(num_samples) % len(chosen)
+        if policy == "random":
+            turn = np.random.default_rng(seed).integers(len(chosen), size=num_samples)
+        self.labels = np.asarray(chosen, dtype=np.int64)[turn]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def batch(self, ids: Indices, mirrored: Flags) -> Batch:
+        """Return the ``label`` of each id, (B,)."""
+        return {"label": torch.from_numpy(self.labels[ids])}
+
+    def fingerprint(self) -> str:
+        """Return a hash of all labels."""
+        return hashlib.sha256(self.labels.tobytes()).hexdigest()[:16]

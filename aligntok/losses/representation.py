@@ -1,0 +1,60 @@
+"""REPA: tokens inside a generator are drawn to the features of a frozen vision encoder.
+
+Reference:
+    Yu et al., Representation Alignment for Generation, arXiv:2410.06940, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from aligntok.errors import UserError
+from aligntok.networks.encoders import VisionEncoder
+from aligntok.networks.frozen import Frozen
+
+
+class RepresentationAlignment(nn.Module):
+    """Minus the mean cosine between projected tokens of a generator's block and a frozen encoder's features.
+
+    Args:
+        encoder: Gives the features; its grid must be the generator's.
+        width: Of the generator's tokens.
+        hidden_width: Of the projector, three linear layers with SiLU between them; 2048 in the paper.
+        block: After which block the tokens are taken, counted from 1; 8 in the paper.
+        weight: Of the term in the loss; 0.5 in the paper.
+    """
+
+    def __init__(
+        self, encoder: VisionEncoder, width: int, hidden_width: int = 2048, block: int = 8, weight: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.encoder = Frozen(encoder)
+        self.block, self.weight = block, weight
+        self.project = nn.Sequential(
+            nn.Linear(width, hidden_width),
+            nn.SiLU(),
+            nn.Linear(hidden_width, hidden_width),
+            nn.SiLU(),
+            nn.Linear(hidden_width, encoder.width),
+        )
+
+    def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Return the term () in [-1, 1].
+
+        Args:
+            tokens: (B, N, width), row by row.
+            image: The same images, (B, 3, H, W) in [0, 1].
+
+        Raises:
+            UserError: The encoder's grid has another number of cells than there are tokens.
+        """
+        with torch.no_grad():
+            features = self.encoder(image).flatten(2).transpose(1, 2)
+        if features.shape[1] != tokens.shape[1]:
+            raise UserError(
+                f"representation_alignment.encoder gives {features.shape[1]} cells, the generator has {tokens.shape[1]}"
+                " tokens: change the encoder's image_size or downsampling"
+            )
+        return -cosine_similarity(self.project(tokens).float(), features.float(), dim=-1).mean()

@@ -1,0 +1,282 @@
+"""The diffusion generator: a velocity network on a tokenizer's latents, trained by flow matching.
+
+Reference:
+    Yao et al., LightningDiT, arXiv:2501.01423; Liu et al., Rectified Flow, arXiv:2209.03003. AlignTok, section 4, trains
+    the same network with the same recipe on its latents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from aligntok.errors import UserError
+from aligntok.flow import Euler, Guidance, Sampler, TimeSampling, noise_like_ids, sample_path, velocity_terms
+from aligntok.losses.representation import RepresentationAlignment
+from aligntok.networks.dit import DiT
+from aligntok.networks.frozen import Frozen
+from aligntok.networks.tokenizer import Tokenizer
+from aligntok.schedule import Schedule
+from aligntok.stages.stage import Stage
+from aligntok.weights.checkpoint import load_strictly, part_of
+
+NUM_BINS = 10  # of time, for the logs
+GOLDEN_RATIO = 0.6180339887498949  # its multiples fill [0, 1) evenly: times of the validation images
+
+
+class LatentDiffusion(Stage):
+    """Trains a network to predict the velocity from noise to latent, and samples with it.
+
+    Batches hold ``latent`` (B, C, h, w), normalised, from the cache, or ``image`` (B, 3, H, W), which the tokenizer
+    encodes; and ``label`` (B,). The loss is the mean squared error of the velocity plus ``cosine_weight`` times one
+    minus its cosine along channels, in fp32.
+
+    Args:
+        network: Latent, time, label to velocity.
+        tokenizer: Decodes samples, and encodes images where nothing is cached; from a checkpoint:
+            ``class_path: aligntok.weights.load_tokenizer``. Null trains on a cache that has none here.
+        learning_rate: Over the optimizer steps.
+        time_sampling: How times are drawn in training.
+        uniform_from: From this step on, times are uniform (LightningDiT's long run: late in training).
+        cosine_weight: Of the cosine term, 1 in LightningDiT, 0 in RAE.
+        label_dropout: Share of labels that become the null class, for classifier-free guidance.
+        representation_alignment: REPA's term, needs images beside the latents; or null.
+        sampler: From noise to latent.
+        guidance: Of the sampler.
+        guide: Network of autoguidance, e.g. ``class_path: aligntok.weights.load_network``; or null for the null class.
+        seed: Of the noise of samples; a sample is a function of (seed, id, label).
+        optimizer: Built with the parameters.
+        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
+
+    Raises:
+        UserError: Network, tokenizer, guide and guidance that do not fit each other; both values are named.
+    """
+
+    previous_stages = ("LatentDiffusion",)  # to train it for longer
+
+    def __init__(
+        self,
+        network: DiT,
+        tokenizer: Tokenizer | None = None,
+        learning_rate: Schedule = 2e-4,
+        time_sampling: TimeSampling | None = None,
+        uniform_from: int | None = None,
+        cosine_weight: float = 1.0,
+        label_dropout: float = 0.1,
+        representation_alignment: RepresentationAlignment | None = None,
+        sampler: Sampler | None = None,
+        guidance: Guidance | None = None,
+        guide: DiT | None = None,
+        seed: int = 0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        max_nonfinite_steps: int = 10,
+    ) -> None:
+        super().__init__(learning_rate, optimizer, max_nonfinite_steps)
+        self.network = network
+        self.frozen_tokenizer = Frozen(tokenizer) if tokenizer is not None else None
+        self.time_sampling = time_sampling or TimeSampling()
+        self.uniform_from = uniform_from
+        self.cosine_weight, self.label_dropout = cosine_weight, label_dropout
+        self.representation_alignment = representation_alignment
+        self.sampler = sampler or Euler(50)
+        self.guidance = guidance or Guidance()
+        self.guide = Frozen(guide) if guide is not None else None
+        self.seed = seed
+        self.bins: dict[str, Tensor] = {}
+        if label_dropout and network.null_label is None:
+            raise UserError(
+                f"model.label_dropout {label_dropout} needs a null class: set model.network.null_class true, or"
+                " label_dropout 0"
+            )
+        if tokenizer is not None:
+            check_fit("model.network.latent_shape", network, "model.tokenizer", tokenizer)
+        if guide is not None and tuple(guide.latent_shape) != tuple(network.latent_shape):
+            raise UserError(
+                f"model.guide.latent_shape {guide.latent_shape} differs from model.network.latent_shape"
+                f" {network.latent_shape}: the guide must be a network for the same latents"
+            )
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that decodes, if there is one."""
+        return None if self.frozen_tokenizer is None else self.frozen_tokenizer.network
+
+    def init_from(self, path: str | Path) -> None:
+        """Start from the weights of another run, or of a checkpoint that LightningDiT wrote."""
+        from aligntok.weights.lightningdit import is_lightningdit, load_lightningdit
+
+        if is_lightningdit(path):
+            load_lightningdit(path, self.network)
+        else:
+            super().init_from(path)
+
+    def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Take the network (its EMA, where the run kept one)."""
+        load_strictly(self.network, part_of(checkpoint["state_dict"], "network"), f"--init_from {path}")
+
+    # Training
+
+    def setup(self, stage: str) -> None:
+        """Refuse latents of another tokenizer or of another shape."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage != "predict" and hasattr(data, "check_latents"):
+            data.check_latents(self.network.latent_shape, self.tokenizer)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the flow matching loss of one batch."""
+        latent, label = self.latent_of(batch), batch["label"]
+        noise = torch.randn_like(latent)
+        t = self.times(self.global_step)(len(latent), latent.device)
+        point, velocity = sample_path(noise, latent, t)
+        label = self.drop(label)
+        logs: dict[str, Tensor] = {}
+        extra = latent.new_zeros(())
+        if self.representation_alignment is None:
+            prediction = self.network(point, t, label)
+        else:
+            prediction, extra = self.aligned(point, t, label, batch, logs)
+        terms = velocity_terms(prediction, velocity)
+        loss = (terms["mse"] + self.cosine_weight * terms["cosine"]).mean() + extra
+        logs |= {name: value.detach().mean() for name, value in terms.items()} | {"loss": loss.detach()}
+        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(latent))
+        self.fill_bins("train", t, terms["mse"].detach())
+        trainer: Any = self.trainer
+        if self.global_step % trainer.log_every_n_steps == 0:
+            self.empty_bins("train")
+        return loss
+
+    def aligned(
+        self, point: Tensor, t: Tensor, label: Tensor, batch: dict[str, Any], logs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the predicted velocity and REPA's weighted term."""
+        alignment = self.representation_alignment
+        assert alignment is not None
+        if "image" not in batch:
+            raise UserError(
+                "model.representation_alignment needs images: give data.train images as source, or a cache with images"
+            )
+        prediction, tokens = self.network.forward_with_tokens(point, t, label, alignment.block)
+        value = alignment(tokens, batch["image"])
+        logs["representation"] = value.detach()
+        return prediction, alignment.weight * value
+
+    def latent_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the batch's latents in fp32, cached or encoded now."""
+        if "latent" in batch:
+            return batch["latent"].float()  # type: ignore[no-any-return]
+        if self.tokenizer is None:
+            raise UserError(
+                "the data holds images, not latents: set model.tokenizer, or give data.train a latent cache"
+            )
+        with torch.no_grad():
+            return self.tokenizer.encode(batch["image"]).float()
+
+    def times(self, step: int) -> TimeSampling:
+        """Return how times are drawn at a step."""
+        if self.uniform_from is None or step < self.uniform_from:
+            return self.time_sampling
+        return TimeSampling("uniform", self.time_sampling.shift)
+
+    def drop(self, label: Tensor) -> Tensor:
+        """Replace some labels by the null class."""
+        if self.network.null_label is None:
+            return label
+        dropped = torch.rand(label.shape, device=label.device) < self.label_dropout
+        return torch.where(dropped, self.network.null_label, label)
+
+    # Validation
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Log the loss at times and noise that are a function of the image's id: the same at every validation."""
+        latent, ids = self.latent_of(batch), batch["id"]
+        noise = noise_like_ids(ids, tuple(latent.shape[1:]), self.seed).to(latent)
+        t = ((ids + 1).double() * GOLDEN_RATIO % 1).to(latent)
+        point, velocity = sample_path(noise, latent, t)
+        terms = velocity_terms(self.network(point, t, batch["label"]), velocity)
+        prefix = "test" if self.trainer.testing else "val"
+        loss = terms["mse"] + self.cosine_weight * terms["cosine"]
+        self.log_mean({f"{prefix}/loss": loss.mean(), f"{prefix}/mse": terms["mse"].mean()}, len(latent))
+        self.fill_bins(prefix, t, terms["mse"])
+        return {"latent": latent}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Measure on the test images what validation measures."""
+        return self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the error per time bin."""
+        self.empty_bins("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the error per time bin."""
+        self.empty_bins("test")
+
+    def fill_bins(self, prefix: str, t: Tensor, error: Tensor) -> None:
+        """Add errors (B,) at times (B,) to the sums per bin."""
+        index = (t * NUM_BINS).long().clamp_max(NUM_BINS - 1)
+        sums = self.bins.setdefault(prefix, torch.zeros(2, NUM_BINS, device=t.device))
+        sums[0].index_add_(0, index, error.float())
+        sums[1].index_add_(0, index, torch.ones_like(error, dtype=torch.float32))
+
+    def empty_bins(self, prefix: str) -> None:
+        """Log the mean error of each bin of all ranks: ``train/mse_t0.3`` is for t in [0.3, 0.4)."""
+        sums = self.bins.pop(prefix, None)
+        if sums is None:
+            return
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        totals, counts = sums.tolist()
+        pairs = zip(totals, counts, strict=True)
+        self.log_dict({f"{prefix}/mse_t{i / NUM_BINS}": s / n for i, (s, n) in enumerate(pairs) if n})
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(self, ids: Tensor, label: Tensor, sampler: Sampler | None = None) -> Tensor:
+        """Return normalised latents (B, C, h, w): each a function of its id (B,), its label (B,) and the seed alone."""
+        noise = noise_like_ids(ids, tuple(self.network.latent_shape), self.seed).to(self.device)
+        guide = None if self.guide is None else self.guide.network
+        velocity = self.guidance.velocity(self.network, label.to(self.device), guide)
+        return (sampler or self.sampler)(velocity, noise)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Return ``image`` (B, 3, H, W) in [0, 1] and ``latent`` (B, C, h, w) for the asked ``id`` and ``label`` (B,)."""
+        if self.tokenizer is None:
+            raise UserError("samples need a decoder: set model.tokenizer to the tokenizer's checkpoint")
+        latent = self.sample(batch["id"], batch["label"])
+        return {"image": self.tokenizer.decode(latent).float(), "latent": latent}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which tokenizer's latents these are."""
+        super().on_save_checkpoint(checkpoint)
+        if self.tokenizer is not None:
+            checkpoint["tokenizer_fingerprint"] = self.tokenizer.fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a tokenizer with other latents; another decoder of the same latents is welcome."""
+        super().on_load_checkpoint(checkpoint)
+        theirs = checkpoint.get("tokenizer_fingerprint")
+        ours = None if self.tokenizer is None else self.tokenizer.fingerprint()
+        if theirs is not None and ours is not None and theirs != ours:
+            raise UserError(
+                f"the generator learned the latents of tokenizer {theirs}, but model.tokenizer is {ours}: name the"
+                " checkpoint that the latents came from, or one whose decoder alone was refined"
+            )
+
+
+def check_fit(key: str, network: DiT, other: str, tokenizer: Tokenizer) -> None:
+    """Raise a ``UserError`` where a network's latents are not the tokenizer's."""
+    spec = tokenizer.spec
+    if spec.kind != "continuous":
+        raise UserError(f"{other} is {spec.kind}, but a diffusion generator needs a continuous tokenizer")
+    if tuple(network.latent_shape) != tuple(spec.latent_shape):
+        raise UserError(
+            f"{key} {list(network.latent_shape)} differs from the latents of {other} {list(spec.latent_shape)} (channels,"
+            " height, width): set the first to the second"
+        )
