@@ -14,7 +14,7 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-# Encoder, three stages, control, validation, report; a run that was cut off goes on where it stopped.
+# Encoder, three stages, control; then latents, generator, samples; report. A run that was cut off goes on where it stopped.
 quickstart: install
 	$(FIT) quickstart/encoder.yaml
 	$(FIT) quickstart/stage1.yaml
@@ -22,6 +22,10 @@ quickstart: install
 	$(FIT) quickstart/stage2.yaml --init_from $(RUN)/stage1/$(LAST)
 	$(FIT) quickstart/stage3.yaml --init_from $(RUN)/stage2/$(LAST)
 	$(BIN)/aligntok validate --config quickstart/stage3.yaml --ckpt_path $(RUN)/stage3/$(LAST)
+	$(BIN)/aligntok predict --config quickstart/cache.yaml --ckpt_path $(RUN)/stage3/$(LAST)
+	$(FIT) quickstart/dit.yaml
+	$(BIN)/aligntok validate --config quickstart/dit.yaml --ckpt_path $(RUN)/dit/$(LAST)
+	$(BIN)/aligntok predict --config quickstart/samples.yaml --ckpt_path $(RUN)/dit/$(LAST)
 	$(BIN)/aligntok report $(RUN)
 
 format: install

@@ -181,6 +181,10 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             values = {name: round(float(value), 6) for name, value in sorted(self.trainer.callback_metrics.items())}
             record = {"checkpoint": self._get(self.config, "ckpt_path"), "metrics": values}
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            conditions = [c.conditions for c in callbacks if getattr(c, "conditions", "")]
+            if conditions:
+                record["conditions"] = conditions[0]
             write_text(Path(self._get(self.config, "output")) / f"{verb}.json", json.dumps(record, indent=1))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aligntok.callbacks.measure import Measurement
+from aligntok.callbacks.sample_writer import setting
 from aligntok.errors import UserError
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics
@@ -56,6 +57,7 @@ class GenerationQuality(Measurement):
         self.classifier = None if classifier is None else Frozen(classifier)
         self.sweep = list(sweep or [])
         self.values: dict[str, float] = {}
+        self.conditions = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, before the first step."""
@@ -78,8 +80,9 @@ class GenerationQuality(Measurement):
             self.find_reference(trainer, module)
         sampler: Any = module.sampler
         self.values = self.measure(trainer, module, sampler)
+        self.conditions = f"{self.metrics.describe()}; {setting(sampler)}, {setting(module.guidance)}"
         if trainer.is_global_zero:
-            print(f"  {self.metrics.describe()}", flush=True)
+            print(f"  {self.conditions}", flush=True)
         for num_steps in [] if trainer.state.fn == "fit" else self.sweep:
             values = self.measure(trainer, module, type(sampler)(num_steps, sampler.shift))
             self.values |= {f"{name}_steps{num_steps}": value for name, value in values.items()}

@@ -92,8 +92,8 @@ class SampleWriter(BlockWriter):
         return {
             "network": digest.hexdigest()[:16],
             "tokenizer": module.tokenizer.fingerprint(),
-            "sampler": words(module.sampler),
-            "guidance": words(module.guidance),
+            "sampler": setting(module.sampler),
+            "guidance": setting(module.guidance),
             "seed": module.seed,
             "precision": str(trainer.precision),
             "count": len(self.labels),
@@ -146,7 +146,7 @@ class SampleWriter(BlockWriter):
             return np.asarray(picture.convert("RGB")).tobytes()
 
 
-def words(setting: object) -> str:
+def setting(part: object) -> str:
     """Return a class and its plain numbers."""
-    numbers = {key: value for key, value in vars(setting).items() if not isinstance(value, list)}
-    return f"{type(setting).__name__}({', '.join(f'{key}={value}' for key, value in numbers.items())})"
+    numbers = {key: value for key, value in vars(part).items() if not isinstance(value, list)}
+    return f"{type(part).__name__}({', '.join(f'{key}={value}' for key, value in numbers.items())})"
