@@ -2,6 +2,7 @@
 
 from aligntok.networks.adapters import GaussianAdapter, LinearAdapter, MLPAdapter
 from aligntok.networks.conv_decoder import ConvDecoder
+from aligntok.networks.conv_encoder import ConvEncoder
 from aligntok.networks.discriminators import BlurDiscriminator, PatchDiscriminator
 from aligntok.networks.dit import DiT, WideHead
 from aligntok.networks.encoders import VisionEncoder
@@ -12,6 +13,7 @@ from aligntok.networks.transformer_decoder import TransformerDecoder
 __all__ = [
     "BlurDiscriminator",
     "ConvDecoder",
+    "ConvEncoder",
     "DiT",
     "Frozen",
     "GaussianAdapter",

@@ -11,14 +11,12 @@ Yao et al., Reconstruction vs. Generation (VA-VAE), arXiv:2501.01423.
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError
-
-NORM_EPS = 1e-6  # of every GroupNorm in latent diffusion's autoencoder; torch's default is 1e-5
+from aligntok.networks.conv_blocks import NORM_EPS, Middle, ResidualBlock, SelfAttention, check_sizes, resolve_levels
 
 
 class ConvDecoder(nn.Module):
@@ -56,17 +54,17 @@ class ConvDecoder(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(latent_dim, width, multipliers, num_blocks, num_groups)
+        check_sizes(latent_dim, width, multipliers, num_blocks, num_groups)
         self.latent_dim = latent_dim
         self.downsampling = 2 ** (len(multipliers) - 1)
         self.checkpoint_activations = checkpoint_activations
-        attended = _resolve_levels(attention_levels, len(multipliers))
+        attended = resolve_levels(attention_levels, len(multipliers))
         widths = [width * multiplier for multiplier in multipliers]
         inputs = [*widths[1:], widths[-1]]  # a level receives what the next lower resolution gives
 
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
         self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1], num_groups)
+        self.mid = Middle(widths[-1], num_groups)
         self.up = nn.ModuleList(
             _Level(inputs[i], widths[i], num_blocks, i in attended, i > 0, num_groups) for i in range(len(widths))
         )
@@ -115,20 +113,6 @@ class ConvDecoder(nn.Module):
         return output
 
 
-class _Middle(nn.Module):
-    """Residual block, attention, residual block at the latent's resolution."""
-
-    def __init__(self, width: int, num_groups: int) -> None:
-        super().__init__()
-        self.block_1 = _ResidualBlock(width, width, num_groups)
-        self.attn_1 = _Attention(width, num_groups)
-        self.block_2 = _ResidualBlock(width, width, num_groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block_2(self.attn_1(self.block_1(x)))
-        return x
-
-
 class _Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention if asked for, then upsampling by 2 if asked for."""
 
@@ -137,9 +121,9 @@ class _Level(nn.Module):
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            _ResidualBlock(width if j else width_in, width, num_groups) for j in range(num_blocks)
+            ResidualBlock(width if j else width_in, width, num_groups) for j in range(num_blocks)
         )
-        self.attn = nn.ModuleList(_Attention(width, num_groups) for _ in range(num_blocks if attention else 0))
+        self.attn = nn.ModuleList(SelfAttention(width, num_groups) for _ in range(num_blocks if attention else 0))
         self.upsample = _Upsample(width) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,43 +132,6 @@ class _Level(nn.Module):
             if self.attn:
                 x = self.attn[j](x)
         return x if self.upsample is None else self.upsample(x)
-
-
-class _ResidualBlock(nn.Module):
-    """Twice GroupNorm, SiLU, 3x3 convolution, added to the input, which a 1x1 convolution fits if the width changes."""
-
-    def __init__(self, width_in: int, width: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, width_in, eps=NORM_EPS)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(num_groups, width, eps=NORM_EPS)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
-
-
-class _Attention(nn.Module):
-    """Self-attention of one head over all positions, added to the input."""
-
-    def __init__(self, width: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(num_groups, width, eps=NORM_EPS)
-        self.q = nn.Conv2d(width, width, 1)
-        self.k = nn.Conv2d(width, width, 1)
-        self.v = nn.Conv2d(width, width, 1)
-        self.proj_out = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        # contiguous: with another stride in the last axis SDPA falls back to its slowest kernel
-        q, k, v = (rearrange(f(normed), "b d h w -> b 1 (h w) d").contiguous() for f in (self.q, self.k, self.v))
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) d -> b d h w", h=x.shape[-2])
-        update: Tensor = self.proj_out(attended)
-        return x + update
 
 
 class _Upsample(nn.Module):
@@ -197,29 +144,3 @@ class _Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         return x
-
-
-def _check_sizes(latent_dim: int, width: int, multipliers: Sequence[int], num_blocks: int, num_groups: int) -> None:
-    sizes = {"latent_dim": latent_dim, "width": width, "num_blocks": num_blocks, "num_groups": num_groups}
-    for key, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{key}={value}: give at least 1")
-    if not multipliers or min(multipliers) < 1:
-        raise UserError(f"multipliers={list(multipliers)}: give one number of at least 1 per level")
-    for multiplier in multipliers:
-        if width * multiplier % num_groups:
-            raise UserError(
-                f"num_groups={num_groups} does not divide the width {width * multiplier} of a level (width={width}, "
-                f"multipliers={list(multipliers)}): lower num_groups or change width"
-            )
-
-
-def _resolve_levels(attention_levels: Sequence[int], num_levels: int) -> set[int]:
-    """Return the levels as indices from 0."""
-    for level in attention_levels:
-        if not -num_levels <= level < num_levels:
-            raise UserError(
-                f"attention_levels={list(attention_levels)}: level {level} does not exist, there are {num_levels} "
-                f"multipliers: give indices from {-num_levels} to {num_levels - 1}"
-            )
-    return {level % num_levels for level in attention_levels}
