@@ -24,6 +24,7 @@ class Middle(nn.Module):
         self.block_2 = ResidualBlock(width, width, num_groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features of the same height and width, (B, C, h, w)."""
         x = self.block_2(self.attn_1(self.block_1(x)))
         return x
 
@@ -40,6 +41,7 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features of the same height and width, (B, C, h, w)."""
         y: Tensor = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
@@ -57,6 +59,7 @@ class SelfAttention(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features of the same height and width, (B, C, h, w)."""
         normed = self.norm(x)
         # contiguous: with another stride in the last axis SDPA falls back to its slowest kernel
         q, k, v = (rearrange(f(normed), "b d h w -> b 1 (h w) d").contiguous() for f in (self.q, self.k, self.v))
@@ -66,6 +69,7 @@ class SelfAttention(nn.Module):
 
 
 def check_sizes(latent_dim: int, width: int, multipliers: Sequence[int], num_blocks: int, num_groups: int) -> None:
+    """Raise a ``UserError`` where sizes do not fit each other."""
     sizes = {"latent_dim": latent_dim, "width": width, "num_blocks": num_blocks, "num_groups": num_groups}
     for key, value in sizes.items():
         if value < 1:
