@@ -87,15 +87,13 @@ class Shard:
             raise UserError(f"{path} is no shard of latents: its header is altered, or lacks {error}") from error
         return cls(path, dtype, shape, offsets)
 
-    def map(self) -> dict[str, Bytes]:
-        """Return latents, and mirrored ones where there are any, as bytes (N, bytes of one latent) in mapped memory."""
-        count, row = self.shape[0], math.prod(self.shape[1:]) * self.dtype.itemsize
-        if not count:
-            return {key: np.empty((0, row), np.uint8) for key in self.offsets if key != LABELS}
+    def map(self) -> dict[str, Rows]:
+        """Return latents, and mirrored ones where there are any, in mapped memory."""
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
         with self.path.open("rb") as file:
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         keys = [key for key in (LATENTS, MIRRORED) if key in self.offsets]
-        return {key: content[self.offsets[key] :][: count * row].reshape(count, row) for key in keys}
+        return {key: Rows(memory, self.offsets[key], self.shape[0], size) for key in keys}
 
     def labels(self) -> Indices:
         """Read the labels, (N,)."""
@@ -104,6 +102,30 @@ class Shard:
     def tensor(self, rows: Sequence[Bytes]) -> Tensor:
         """Copy mapped rows into latents (B, C, h, w)."""
         return torch.from_numpy(np.concatenate(rows)).view(self.dtype).view(len(rows), *self.shape[1:])
+
+
+class Rows:
+    """Latents of a shard in mapped memory: ``rows.bytes[i]`` are the bytes of latent i.
+
+    Args:
+        memory: The mapped file.
+        offset: Where they begin.
+        count: How many.
+        size: Bytes of one.
+    """
+
+    def __init__(self, memory: mmap.mmap, offset: int, count: int, size: int) -> None:
+        self.memory, self.offset, self.size = memory, offset, size
+        self.bytes: Bytes = np.frombuffer(memory, np.uint8, count * size, offset).reshape(count, size)
+
+    def announce(self, row: int) -> None:
+        """Let the disk read a row, without waiting for it.
+
+        Rows of a batch lie anywhere: touched one after the other, each would be waited for, with its surroundings.
+        """
+        start = self.offset + row * self.size
+        aligned = start - start % mmap.PAGESIZE
+        self.memory.madvise(mmap.MADV_WILLNEED, aligned, start + self.size - aligned)
 
 
 @dataclass(frozen=True)
@@ -273,7 +295,7 @@ def latent_statistics(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
     channels = shards[0].shape[1]
     total, square, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
     for shard, start in zip(shards, starts, strict=False):
-        rows = list(shard.map()[LATENTS][-start % step :: step])
+        rows = list(shard.map()[LATENTS].bytes[-start % step :: step])
         for first in range(0, len(rows), 256):
             values = shard.tensor(rows[first : first + 256]).double().transpose(0, 1).flatten(1)
             total, square, count = total + values.sum(1), square + values.square().sum(1), count + values.shape[1]

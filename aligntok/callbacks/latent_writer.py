@@ -209,7 +209,7 @@ class LatentWriter(BlockWriter):
         for key, turned in ((LATENTS, image), (MIRRORED, image.flip(-1))):
             if key not in maps[0]:
                 continue
-            latent = torch.cat([shards[k].tensor([maps[k][key][row]]) for k, row in places]).to(module.device)
+            latent = torch.cat([shards[k].tensor([maps[k][key].bytes[row]]) for k, row in places]).to(module.device)
             with trainer.precision_plugin.predict_step_context():
                 decoded = tokenizer.decode(latent.float()).float()
                 fresh = tokenizer.decode(tokenizer.encode(turned)).float()

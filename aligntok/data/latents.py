@@ -21,8 +21,8 @@ from aligntok.cache import (
     LATENTS,
     MIRRORED,
     WRITE,
-    Bytes,
     Manifest,
+    Rows,
     Shard,
     hash_file,
     latent_statistics,
@@ -83,8 +83,11 @@ class LatentShards(BatchSource):
         """Return ``latent`` (B, C, h, w), normalised, ``label`` (B,) and, if there are images, ``image`` in bytes."""
         opened = self.opened
         shards = np.searchsorted(opened.starts, ids, "right") - 1
-        where = zip(mirrored.tolist(), shards.tolist(), (ids - opened.starts[shards]).tolist(), strict=True)
-        latent = opened.shards[0].tensor([opened.maps[flag][shard][row] for flag, shard, row in where])
+        places = zip(mirrored.tolist(), shards.tolist(), (ids - opened.starts[shards]).tolist(), strict=True)
+        rows = [(opened.maps[flag][shard], row) for flag, shard, row in places]
+        for shard, row in rows:
+            shard.announce(row)
+        latent = opened.shards[0].tensor([shard.bytes[row] for shard, row in rows])
         if self.normalisation is not None:
             mean, std = self.normalisation
             latent = latent.float().sub_(mean).div_(std)
@@ -282,7 +285,7 @@ class Opened:
 
     def __post_init__(self) -> None:
         maps = [shard.map() for shard in self.shards]
-        self.maps: tuple[list[Bytes], list[Bytes]] = (
+        self.maps: tuple[list[Rows], list[Rows]] = (
             [content[LATENTS] for content in maps],
             [content[MIRRORED] for content in maps if MIRRORED in content],
         )

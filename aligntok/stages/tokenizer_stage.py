@@ -278,7 +278,7 @@ class TokenizerStage(Stage):
         name = type(self).__name__
         if set(self.trains) != {"decoder"}:
             raise UserError(
-                f"{name} trains the {' and '.join(self.trains)}, which cached latents leave out: let data.train be images"
+                f"{name} trains the {' and '.join(self.trains)}: cached latents leave these out, give data.train images"
             )
         data.check_latents(self.tokenizer.spec.latent_shape, self.tokenizer, "model.tokenizer")
         if not data.has_images:

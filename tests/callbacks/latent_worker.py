@@ -47,6 +47,7 @@ def write(tiny, folder, seed=0):
         **{"devices": 1, **parallel},
     )
     trainer.predict(stage, datamodule=tiny.data(num_images=43, predict="train"))
+    print(f"batches of {folder.name}: {len(trainer.callbacks[0].plan)}", flush=True)
 
 
 def killed(tiny, folder, at):

@@ -300,6 +300,14 @@ def test_two_ranks_share_what_is_left_even_if_one_gets_nothing(worked):
     assert contents(root / "two_resumed") == contents(root / "one")
 
 
+def test_ranks_walk_equally_many_batches(worked):
+    """A step may wait for all of them."""
+    _, (first, second, _) = worked
+    for line in ("batches of two: 7", "batches of two_resumed: 3"):
+        assert line in first
+        assert line in second
+
+
 def test_killed_at_any_write_it_goes_on_and_ends_with_the_same_bytes(worked):
     root, _ = worked
     folders = sorted(root.glob("killed_*"))
