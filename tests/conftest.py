@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from aligntok.callbacks import LatentWriter
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO
-from aligntok.data import LatentDataModule
+from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.losses import AdversarialLoss, FeatureDistance
-from aligntok.networks import ConvDecoder, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
-from aligntok.stages import LatentAlignment
+from aligntok.networks import ConvDecoder, DiT, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
+from aligntok.stages import DecoderRefinement, LatentAlignment, LatentDiffusion
 
 WIDTH, LATENT = 16, 4
 
@@ -50,6 +51,43 @@ class Tiny:
         tokenizer = tokenizer or Tiny.tokenizer(seed)
         torch.manual_seed(seed + 2000)
         return cls(tokenizer, **{"learning_rate": 1e-3, **options})
+
+    @staticmethod
+    def measured(seed=0, **options):
+        """Return a tokenizer whose latents were measured, as far as others can tell."""
+        tokenizer = Tiny.tokenizer(seed, **options)
+        tokenizer.set_latent_statistics(torch.full((LATENT,), 0.1), torch.full((LATENT,), 0.5))
+        return tokenizer
+
+    @staticmethod
+    def dit(seed=0, scale=0.1, **options):
+        """Return a network whose velocity is far from that of a fresh one, which is zero."""
+        torch.manual_seed(seed + 3000)
+        sizes = {"latent_shape": (LATENT, 4, 4), "num_classes": 12, "width": 16, "depth": 2, "num_heads": 2}
+        network = DiT(**{**sizes, **options})
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += scale * torch.randn_like(parameter)
+        return network
+
+    @staticmethod
+    def generator(network=None, **options):
+        """Return a stage; its ``seed`` is that of the noise."""
+        tokenizer = options.pop("tokenizer") if "tokenizer" in options else Tiny.measured()
+        return LatentDiffusion(network or Tiny.dit(), tokenizer, **{"learning_rate": 1e-3, **options})
+
+    @staticmethod
+    def cache(folder, tokenizer, num_images=64, **options):
+        """Write the latents of the training images of ``Tiny.data`` and return the folder."""
+        trainer = Tiny.trainer(folder, 1, [LatentWriter(min_psnr=0.0, **options)], enable_checkpointing=False)
+        trainer.predict(DecoderRefinement(tokenizer), datamodule=Tiny.data(num_images, predict="train"))
+        return str(folder)
+
+    @staticmethod
+    def cached(folder, global_batch_size=8, images=None, **options):
+        """Return the data of such a cache; every fourth is for validation."""
+        source = LatentShards(folder, images=images)
+        return LatentDataModule(source, None, global_batch_size, **{"holdout": 0.25, "flip": False, **options})
 
     @staticmethod
     def data(num_images=64, global_batch_size=8, **options):

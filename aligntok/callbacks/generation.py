@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -70,6 +70,13 @@ class GenerationQuality(Measurement):
         self.metrics.protocol.check_count(self.num_samples)
         if isinstance(self.reference, str) and not Path(self.reference).is_file():
             raise UserError(f"there is no reference {self.reference}: see the README on evaluation")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the reference now: a wrong file should not stop the run at its first validation."""
+        self.metrics.to(pl_module.device)
+        if isinstance(self.reference, str) and self.metrics.given is None:
+            self.metrics.check_size(cast(Any, pl_module).tokenizer.spec.image_size)
+            self.metrics.load_reference(self.reference)
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw and measure: only in these moments are the averaged weights in place."""

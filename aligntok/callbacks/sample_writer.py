@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligntok.callbacks.blocks import Block, BlockWriter
 from aligntok.errors import UserError
@@ -26,8 +26,9 @@ class SampleWriter(BlockWriter):
     """Writes the samples that ``data.predict`` (``ClassLabels``) asks for: ``png/000042_class7.png``, and one ``.npz``.
 
     The ``.npz`` holds ``arr_0``, uint8 (N, H, W, 3), in the order of the ids, and ``arr_1``, the labels (N,); its name
-    says how many. A sample depends on its id and label alone, so any number of ranks writes the same files, and a run
-    that was cut off goes on: samples that are there are not drawn again.
+    says how many. A sample depends on its id and label alone, so any number of ranks writes the same files (another
+    batch size may tip the rounding of a pixel), and a run that was cut off goes on: blocks that are there are not drawn
+    again.
 
     Args:
         block_size: Samples that are dealt to a rank at once.
@@ -47,16 +48,13 @@ class SampleWriter(BlockWriter):
             return
         if not hasattr(pl_module, "sample"):
             raise UserError(f"SampleWriter writes what a generator draws, but {type(pl_module).__name__} draws nothing")
+        if getattr(pl_module, "tokenizer", None) is None:
+            raise UserError("SampleWriter needs model.tokenizer, which decodes the samples: name its checkpoint")
         data: Any = getattr(trainer, "datamodule", None)
         source: Any = data.sources["predict"] if hasattr(data, "sources") else None
         if not hasattr(source, "labels") or not hasattr(source, "num_classes"):
             raise UserError(
                 "SampleWriter needs data.predict to be an aligntok.data.ClassLabels: which classes, how many"
-            )
-        num_classes = cast(Any, pl_module).network.num_classes
-        if source.num_classes > num_classes:
-            raise UserError(
-                f"data.predict.num_classes {source.num_classes} is more than model.network.num_classes {num_classes}"
             )
         self.labels = torch.from_numpy(source.labels)
         super().setup(trainer, pl_module, stage)
@@ -84,14 +82,11 @@ class SampleWriter(BlockWriter):
 
     def record(self, trainer: pl.Trainer, module: Any) -> dict[str, Any]:
         """Return what decides on the samples."""
-        digest = hashlib.sha256()
-        for key, value in module.network.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         return {
-            "network": digest.hexdigest()[:16],
-            "tokenizer": module.tokenizer.fingerprint(),
+            "network": weights_id(module.network),
+            "guide": None if module.guide is None else weights_id(module.guide.network),
+            "tokenizer": weights_id(module.tokenizer),  # its fingerprint leaves out the decoder
             "sampler": setting(module.sampler),
             "guidance": setting(module.guidance),
             "seed": module.seed,
@@ -123,7 +118,8 @@ class SampleWriter(BlockWriter):
         print(f"{self.folder}: {count:,} samples in png/", flush=True)
         if not self.npz:
             return
-        width, height = Image.open(self.path(0)).size
+        with Image.open(self.path(0)) as picture:
+            width, height = picture.size
         path = self.folder / f"samples_{count}x{height}x{width}x3.npz"
         write_atomically(path, lambda temporary: self.pack(temporary, (count, height, width, 3)))
         print(f"{path}: arr_0 for ADM's evaluator, or `aligntok evaluate {path} --reference REFERENCE`", flush=True)
@@ -144,6 +140,15 @@ class SampleWriter(BlockWriter):
         """Return the bytes of a sample's picture."""
         with Image.open(self.path(id)) as picture:
             return np.asarray(picture.convert("RGB")).tobytes()
+
+
+def weights_id(network: nn.Module) -> str:
+    """Return a hash of all weights and buffers."""
+    digest = hashlib.sha256()
+    for key, value in network.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def setting(part: object) -> str:

@@ -144,6 +144,22 @@ class LatentDataModule(pl.LightningDataModule):
         for split, source in self.latent_sources.items():
             source.check_latents(latent_shape, tokenizer, f"data.{split}", key)
 
+    def check_labels(self, num_classes: int, key: str) -> None:
+        """Raise a ``UserError`` where a source has more classes than a model, as far as it can tell beforehand.
+
+        Args:
+            num_classes: Of the model.
+            key: Config key of that number.
+        """
+        for split, source in self.sources.items():
+            batches = batch_source(source)
+            if isinstance(batches, LatentShards):
+                count = int(batches.opened.labels.max(initial=-1)) + 1
+            else:
+                count = getattr(batches, "num_classes", len(getattr(source, "classes", ())))
+            if count > num_classes:
+                raise UserError(f"data.{split} has {count} classes, but {key} is {num_classes}: change one of the two")
+
     def walk(self, batches: Sequence[Sequence[int]]) -> None:
         """Let prediction see exactly these batches of ids on this rank; call it before its loader is made."""
         self.walked = batches

@@ -31,7 +31,7 @@ class RepresentationAlignment(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = Frozen(encoder)
-        self.block, self.weight = block, weight
+        self.width, self.block, self.weight = width, block, weight
         self.project = nn.Sequential(
             nn.Linear(width, hidden_width),
             nn.SiLU(),

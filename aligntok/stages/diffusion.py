@@ -1,8 +1,8 @@
 """The diffusion generator: a velocity network on a tokenizer's latents, trained by flow matching.
 
 Reference:
-    Yao et al., LightningDiT, arXiv:2501.01423; Liu et al., Rectified Flow, arXiv:2209.03003. AlignTok, section 4, trains
-    the same network with the same recipe on its latents.
+    Yao et al., LightningDiT, arXiv:2501.01423; Liu et al., Rectified Flow, arXiv:2209.03003. AlignTok, section 4,
+    trains the same network with the same recipe on its latents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.flow import Euler, Guidance, Sampler, TimeSampling, noise_like_ids, sample_path, velocity_terms
+from aligntok.flow import Euler, Guidance, Sampler, TimeSampling, Velocity, noise_like_ids, sample_path, velocity_terms
 from aligntok.losses.representation import RepresentationAlignment
 from aligntok.networks.dit import DiT
 from aligntok.networks.frozen import Frozen
@@ -32,8 +32,8 @@ class LatentDiffusion(Stage):
     """Trains a network to predict the velocity from noise to latent, and samples with it.
 
     Batches hold ``latent`` (B, C, h, w), normalised, from the cache, or ``image`` (B, 3, H, W), which the tokenizer
-    encodes; and ``label`` (B,). The loss is the mean squared error of the velocity plus ``cosine_weight`` times one
-    minus its cosine along channels, in fp32.
+    encodes; ``label`` (B,); and, in validation, ``id`` (B,), a number of its own for each image. The loss is the mean
+    squared error of the velocity plus ``cosine_weight`` times one minus its cosine along channels, in fp32.
 
     Args:
         network: Latent, time, label to velocity.
@@ -43,7 +43,7 @@ class LatentDiffusion(Stage):
         time_sampling: How times are drawn in training.
         uniform_from: From this step on, times are uniform (LightningDiT's long run: late in training).
         cosine_weight: Of the cosine term, 1 in LightningDiT, 0 in RAE.
-        label_dropout: Share of labels that become the null class, for classifier-free guidance.
+        label_dropout: Share of labels that become the null class, in [0, 1], for classifier-free guidance.
         representation_alignment: REPA's term, needs images beside the latents; or null.
         sampler: From noise to latent.
         guidance: Of the sampler.
@@ -87,23 +87,42 @@ class LatentDiffusion(Stage):
         self.guide = Frozen(guide) if guide is not None else None
         self.seed = seed
         self.bins: dict[str, Tensor] = {}
-        if label_dropout and network.null_label is None:
-            raise UserError(
-                f"model.label_dropout {label_dropout} needs a null class: set model.network.null_class true, or"
-                " label_dropout 0"
-            )
-        if tokenizer is not None:
-            check_fit("model.network.latent_shape", network, "model.tokenizer", tokenizer)
-        if guide is not None and tuple(guide.latent_shape) != tuple(network.latent_shape):
-            raise UserError(
-                f"model.guide.latent_shape {guide.latent_shape} differs from model.network.latent_shape"
-                f" {network.latent_shape}: the guide must be a network for the same latents"
-            )
+        self.check_parts()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that decodes, if there is one."""
         return None if self.frozen_tokenizer is None else self.frozen_tokenizer.network
+
+    def check_parts(self) -> None:
+        """Raise a ``UserError`` where the parts do not fit each other: now, not at the first samples."""
+        network, alignment = self.network, self.representation_alignment
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"model.label_dropout {self.label_dropout} is a share of the labels: give 0 to 1")
+        if self.label_dropout and network.null_label is None:
+            raise UserError(
+                f"model.label_dropout {self.label_dropout} needs a null class: set model.network.null_class true, or"
+                " label_dropout 0"
+            )
+        if self.tokenizer is not None:
+            check_fit("model.network.latent_shape", network, "model.tokenizer", self.tokenizer)
+        for key in ("latent_shape", "num_classes"):
+            ours = getattr(network, key)
+            theirs = ours if self.guide is None else getattr(self.guide.network, key)
+            if theirs != ours:
+                raise UserError(
+                    f"model.guide.{key} {theirs} differs from model.network.{key} {ours}: the guide must be a network"
+                    " for the same latents and classes"
+                )
+        if alignment is not None and alignment.width != network.width:
+            raise UserError(
+                f"model.representation_alignment.width {alignment.width} differs from model.network.width"
+                f" {network.width}: set the first to the second"
+            )
+        try:
+            self.guided(torch.zeros(0, dtype=torch.int64))
+        except UserError as error:
+            raise UserError(f"model.guidance: {error}") from error
 
     def init_from(self, path: str | Path) -> None:
         """Start from the weights of another run, or of a checkpoint that LightningDiT wrote."""
@@ -121,10 +140,20 @@ class LatentDiffusion(Stage):
     # Training
 
     def setup(self, stage: str) -> None:
-        """Refuse latents of another tokenizer or of another shape."""
+        """Refuse latents of another tokenizer or of another shape, and classes that the network does not have."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "check_labels"):
+            data.check_labels(self.network.num_classes, "model.network.num_classes")
         if stage != "predict" and hasattr(data, "check_latents"):
             data.check_latents(self.network.latent_shape, self.tokenizer)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse labels that the network does not have while they are on the CPU, where looking costs nothing."""
+        label, count = batch["label"], self.network.num_classes
+        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:
+            wrong = label[(label < 0) | (label >= count)][0]
+            raise UserError(f"label {wrong} in a batch, but model.network.num_classes {count} means 0 .. {count - 1}")
+        return batch
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the flow matching loss of one batch."""
@@ -144,10 +173,13 @@ class LatentDiffusion(Stage):
         logs |= {name: value.detach().mean() for name, value in terms.items()} | {"loss": loss.detach()}
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(latent))
         self.fill_bins("train", t, terms["mse"].detach())
-        trainer: Any = self.trainer
-        if self.global_step % trainer.log_every_n_steps == 0:
-            self.empty_bins("train")
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the error per time bin since the last line of the log, in the very step that is written."""
+        trainer: Any = self.trainer
+        if trainer.log_every_n_steps and (self.global_step + 1) % trainer.log_every_n_steps == 0:
+            self.empty_bins("train")
 
     def aligned(
         self, point: Tensor, t: Tensor, label: Tensor, batch: dict[str, Any], logs: dict[str, Tensor]
@@ -238,13 +270,17 @@ class LatentDiffusion(Stage):
     @torch.no_grad()
     def sample(self, ids: Tensor, label: Tensor, sampler: Sampler | None = None) -> Tensor:
         """Return normalised latents (B, C, h, w): each a function of its id (B,), its label (B,) and the seed alone."""
+        self.network.check_labels(label)
         noise = noise_like_ids(ids, tuple(self.network.latent_shape), self.seed).to(self.device)
+        return (sampler or self.sampler)(self.guided(label.to(self.device)), noise)
+
+    def guided(self, label: Tensor) -> Velocity:
+        """Return the guided velocity of labels (B,)."""
         guide = None if self.guide is None else self.guide.network
-        velocity = self.guidance.velocity(self.network, label.to(self.device), guide)
-        return (sampler or self.sampler)(velocity, noise)
+        return self.guidance.velocity(self.network, label, guide)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Return ``image`` (B, 3, H, W) in [0, 1] and ``latent`` (B, C, h, w) for the asked ``id`` and ``label`` (B,)."""
+        """Return ``image`` (B, 3, H, W) in [0, 1] and ``latent`` (B, C, h, w) for each ``id`` and ``label`` (B,)."""
         if self.tokenizer is None:
             raise UserError("samples need a decoder: set model.tokenizer to the tokenizer's checkpoint")
         latent = self.sample(batch["id"], batch["label"])
@@ -277,6 +313,6 @@ def check_fit(key: str, network: DiT, other: str, tokenizer: Tokenizer) -> None:
         raise UserError(f"{other} is {spec.kind}, but a diffusion generator needs a continuous tokenizer")
     if tuple(network.latent_shape) != tuple(spec.latent_shape):
         raise UserError(
-            f"{key} {list(network.latent_shape)} differs from the latents of {other} {list(spec.latent_shape)} (channels,"
-            " height, width): set the first to the second"
+            f"{key} {list(network.latent_shape)} differs from the latents of {other} {list(spec.latent_shape)}"
+            " (channels, height, width): set the first to the second"
         )
