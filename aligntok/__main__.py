@@ -24,6 +24,10 @@ def main(args: list[str] | None = None) -> int:
         silence()
         if arguments[:1] == ["repair"]:
             repair_command(arguments[1:])
+        elif arguments[:1] == ["evaluate"]:
+            from aligntok.evaluate import evaluate_command
+
+            evaluate_command(arguments[1:])
         else:
             run(args)
     except UserError as error:
@@ -43,6 +47,7 @@ def silence() -> None:
         ".*does not have many workers.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*in eval mode at the start.*",
+        ".*You have overridden `on_before_batch_transfer`.*",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -62,4 +62,4 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message."""
-        raise UserError(f"aligntok report: {message}. See aligntok report --help")
+        raise UserError(f"{self.prog}: {message}. See {self.prog} --help")

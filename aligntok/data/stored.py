@@ -1,0 +1,153 @@
+"""Images that are stored for a measurement: an ``.npz`` as ADM's evaluator takes it, or a folder."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aligntok.data.images import center_crop
+from aligntok.data.sources import ImageFolder, crop_id
+from aligntok.errors import UserError
+from aligntok.metrics import AdmFile
+
+ASKED = re.compile(r"_class(\d+)\.\w+$")  # in the file names of `aligntok predict`
+BATCHES_AHEAD = 2  # that are decoded while one is measured
+SECONDS_BETWEEN_LINES = 10
+
+
+class StoredFile(AdmFile):
+    """The images of an ``.npz``; labels are ``arr_1``, if it has some."""
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.shape[0]
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """Class of each image, (count,)."""
+        if "arr_1" not in self.entries:
+            return None
+        with np.load(self.path, allow_pickle=False) as file:
+            labels = file["arr_1"]
+        fits = labels.shape == (self.count,) and np.issubdtype(labels.dtype, np.integer)
+        return torch.from_numpy(labels.astype(np.int64)) if fits else None
+
+    def images(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """Yield the images in order, and say how far they are."""
+        return follow(super().images(batch_size), self.count, self.path)
+
+
+class StoredFolder:
+    """The images of a folder, in the order of their names; those of class folders, a class after the other, in turn.
+
+    Args:
+        path: The folder.
+        crop: Side of ADM's centre crop in pixels; without, all images must have one size.
+
+    Raises:
+        UserError: No image is there, or the first cannot be read.
+    """
+
+    def __init__(self, path: Path, crop: int | None = None) -> None:
+        self.path, self.folder = path, ImageFolder(str(path))
+        classes, names, labels = self.folder.index
+        self.count = len(names)
+        asked = [ASKED.search(name.decode(errors="replace")) for name in names]
+        self.order, self.labels = np.arange(self.count), None
+        if all(asked):
+            self.labels = torch.tensor([int(match[1]) for match in asked if match])
+        elif len(classes) > 1:
+            by_class = np.argsort(labels, kind="stable")
+            number = np.arange(self.count) - np.searchsorted(labels[by_class], labels[by_class])  # within its class
+            self.order = by_class[np.argsort(number, kind="stable")]
+            self.labels = torch.from_numpy(labels[self.order])
+        self.crop = None if crop is None else (crop, crop)
+        first = self.folder[int(self.order[0])][0]
+        self.image_size = self.crop or (first.height, first.width)
+
+    @property
+    def source(self) -> str:
+        """Name of the folder, and a hash of the images' names, file sizes and crop."""
+        return f"{self.path.resolve().name} images:{crop_id(self.folder, self.image_size)}"
+
+    def images(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """Yield the images in order, float32 (batch_size, 3, H, W) in [0, 1], and say how far they are.
+
+        Raises:
+            UserError: An image cannot be read, or has another size.
+        """
+        return follow(self.decoded(batch_size), self.count, self.path)
+
+    def decoded(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield the images, some batches of which are decoded ahead."""
+        waiting: deque[list[Future[Tensor]]] = deque()
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, self.count, batch_size):
+                waiting.append([pool.submit(self.read, index) for index in self.order[start : start + batch_size]])
+                if len(waiting) > BATCHES_AHEAD:
+                    yield stack(waiting.popleft())
+            while waiting:
+                yield stack(waiting.popleft())
+
+    def read(self, index: int) -> Tensor:
+        """Return an image, bytes (H, W, 3)."""
+        image: Image.Image = self.folder[int(index)][0]
+        if self.crop is not None:
+            image = center_crop(image, self.crop)
+        if (image.height, image.width) != self.image_size:
+            name = self.folder.index[1][index].decode(errors="replace")
+            raise UserError(
+                f"{self.path / name} has {image.height}x{image.width} pixels, the first image"
+                f" {self.image_size[0]}x{self.image_size[1]}: store images of one size; those of a reference are"
+                " centre-cropped with --image_size"
+            )
+        return torch.from_numpy(np.array(image))
+
+
+Images = StoredFile | StoredFolder
+
+
+def open_images(path: Path, crop: int | None = None) -> Images:
+    """Open an ``.npz`` or a folder.
+
+    Raises:
+        UserError: It is neither, or a folder without images.
+    """
+    if path.is_dir():
+        return StoredFolder(path, crop)
+    if not path.is_file():
+        raise UserError(f"there is no {path}: name an .npz or a folder of images")
+    if path.suffix != ".npz":
+        raise UserError(f"{path} is neither an .npz nor a folder of images")
+    return StoredFile(path)
+
+
+def stack(images: list[Future[Tensor]]) -> Tensor:
+    """Return bytes (H, W, 3) as a batch (B, 3, H, W) in [0, 1]."""
+    return torch.stack([image.result() for image in images]).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def follow(batches: Iterable[Tensor], count: int, path: Path) -> Iterator[Tensor]:
+    """Yield the batches of `count` images, and print from time to time how many are done."""
+    began = printed = time.perf_counter()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.perf_counter()
+        if now - printed > SECONDS_BETWEEN_LINES or done == count:
+            printed, rate = now, done / (now - began)
+            left = timedelta(seconds=round((count - done) / rate))
+            print(f"  {path.name} {done:,}/{count:,}  images/s {rate:.0f}  left {left}", flush=True)
