@@ -20,7 +20,7 @@ BATCHES_PER_THREAD = 2  # read ahead, as torch's workers do
 class Loader(DataLoader[Any]):
     """torch's loader; batches that are only gathered from memory are read ahead by threads instead of processes.
 
-    A process hands a batch over in about the time that it takes to gather it twenty times.
+    A process takes several times as long to hand a batch over as to gather it.
     """
 
     @property
