@@ -60,7 +60,7 @@ class Tiny:
         return tokenizer
 
     @staticmethod
-    def dit(seed=0, scale=0.1, **options):
+    def dit(seed=0, scale=0.2, **options):
         """Return a network whose velocity is far from that of a fresh one, which is zero."""
         torch.manual_seed(seed + 3000)
         sizes = {"latent_shape": (LATENT, 4, 4), "num_classes": 12, "width": 16, "depth": 2, "num_heads": 2}
@@ -139,7 +139,20 @@ class NaNAt(nn.Module):
         return (image - reference).square().mean() * (float("nan") if bad else 1.0)
 
 
-Tiny.NaNAt, Tiny.linear = NaNAt, LinearAdapter
+class Pixels(nn.Module):
+    """Features that see every change of an image: averages on a grid of 4 x 4."""
+
+    num_features = 48
+
+    def __init__(self, name="tiny"):
+        super().__init__()
+        self.name = name
+
+    def forward(self, image):
+        return nn.functional.adaptive_avg_pool2d(10 * image, 4).flatten(1)
+
+
+Tiny.NaNAt, Tiny.Pixels, Tiny.linear = NaNAt, Pixels, LinearAdapter
 
 
 @pytest.fixture(scope="session")

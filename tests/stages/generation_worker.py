@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from aligntok.callbacks import EMA, GenerationQuality, SampleWriter
 from aligntok.data import ClassLabels
 from aligntok.flow import Euler, Guidance
-from aligntok.metrics import EncoderFeatures, GenerationMetrics
+from aligntok.metrics import GenerationMetrics
 from aligntok.stages import EncoderPretraining
 
 COUNT = 43  # odd: the ranks have shares of different sizes
@@ -35,7 +35,7 @@ def stage(tiny, **options):
 def run(tiny, folder, world):
     """Return what must be the same on any number of ranks, and what must be the same on all."""
     cache = str(folder.parent / "cache")
-    metrics = GenerationMetrics(EncoderFeatures(tiny.encoder(9), "tiny"), precision_recall=True, kid=True)
+    metrics = GenerationMetrics(tiny.Pixels(), precision_recall=True, kid=True)
     classifier = EncoderPretraining(tiny.encoder(8), 12)
     torch.nn.init.normal_(classifier.head.weight, generator=torch.Generator().manual_seed(0))
     quality = GenerationQuality(metrics, COUNT, 5, classifier=classifier, sweep=[2])

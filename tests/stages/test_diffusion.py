@@ -563,8 +563,8 @@ def test_validation_and_quality_are_the_same_on_two_ranks(ranks):
     assert {"val/loss", "val/mse_t0.5", "val/gfd_tiny", "val/kid_tiny_steps2", "val/class_agreement"} <= one[
         "values"
     ].keys()
-    assert first["values"] == pytest.approx(one["values"], rel=1e-3)
-    assert second["values"] == pytest.approx(one["values"], rel=1e-3)
+    assert first["values"] == pytest.approx(one["values"], rel=1e-5)
+    assert second["values"] == pytest.approx(one["values"], rel=1e-5)
 
 
 def test_samples_are_the_same_files_on_two_ranks(ranks):
