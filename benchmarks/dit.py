@@ -263,9 +263,7 @@ def sampling(steps: list[int], count: int, passes: int) -> None:
                 seconds.setdefault((name, num_steps), []).append((clock() - began) / count)
                 evaluations[name, num_steps] = sum(rows) / count
     print(f"\nDiT-S/1, Euler, batch {count}, fp32, latents:\n")
-    print(
-        "| guidance | steps | evaluations / image | s / image | ratio to off | s / evaluation |\n" + "|---" * 6 + "|"
-    )
+    print("| guidance | steps | evaluations / image | s / image | ratio to off | s / evaluation |\n" + "|---" * 6 + "|")
     for (name, num_steps), values in seconds.items():
         value, number = statistics.median(values), evaluations[name, num_steps]
         times = value / statistics.median(seconds["off", num_steps])
