@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,15 +13,22 @@ import yaml
 
 from aligntok import cli
 from aligntok.__main__ import main
+from aligntok.callbacks import GenerationQuality, LatentWriter, SampleGrid
 from aligntok.cli import expand_layers, find_config, shipped_configs
 from aligntok.data import Shapes
 from aligntok.losses.perceptual import VGG16_FILE
 from aligntok.metrics import InceptionFeatures, inception
-from aligntok.weights.checkpoint import load_tokenizer
+from aligntok.weights import load_network, load_tokenizer
+from aligntok.weights.lightningdit import to_lightningdit
 
-RECIPES = [name for name in shipped_configs() if "output" in yaml.safe_load(find_config(name).read_text())]
+LAST = {"cache.yaml", "sample.yaml"}  # last layers, with an output of their own
+RECIPES = [
+    name for name in shipped_configs() if name not in LAST and "output" in yaml.safe_load(find_config(name).read_text())
+]
 OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
-ENCODER = "--model.init_args.tokenizer.init_args.encoder.init_args"
+OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {"evaluate.yaml"}
+AFTER_OTHERS = {"quickstart/dit.yaml", "quickstart/samples.yaml"}  # built from files of other runs
+DEBUG = ("--config", "size/debug.yaml", "--config", "data/shapes.yaml", "--data.global_batch_size", "4")
 
 
 def layers_of(name: str) -> set[str]:
@@ -42,9 +50,10 @@ def test_every_layer_is_used():
     assert used | OPTIONAL == set(shipped_configs())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - AFTER_OTHERS))
 def test_recipe_builds_on_meta(name, monkeypatch, tmp_path):
-    model = build(monkeypatch, tmp_path, "--config", name).model
+    generator = "dit.yaml" in layers_of(name)
+    model = build(monkeypatch, tmp_path, "--config", name, *(("--model.tokenizer", "null") if generator else ())).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     groups = model.parameter_groups()
     assert all(parameters for parameters, _ in groups.values())
@@ -81,20 +90,34 @@ def test_comment_on_epochs_is_what_the_config_computes(name, epochs, monkeypatch
     assert f"{epochs} epochs" in find_config(name).read_text()
 
 
-@pytest.fixture
-def judge_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "epochs"), [("dit.yaml", 64), ("dit_800ep.yaml", 800)])
+def test_generator_recipes_are_lightningdits(name, epochs, monkeypatch, tmp_path):
+    cli = build(monkeypatch, tmp_path, "--config", name, "--model.tokenizer", "null")
+    network = cli.model.network
+    qk_norm = 28 * 2 * 72 if epochs == 800 else 0
+    assert sum(p.numel() for p in network.parameters()) + network.positions.numel() == 675_256_736 + qk_norm
+    steps = yaml.safe_load(find_config(name).read_text())["trainer"]["max_steps"]
+    assert cli.datamodule.global_batch_size == 1024
+    assert abs(steps * 1024 / 1_281_167 - epochs) < 1
+    assert f"{epochs} epochs" in find_config(name).read_text()
+    assert cli.model.uniform_from is None or cli.model.uniform_from < steps
+
+
+@pytest.fixture(scope="module")
+def judge_weights(tmp_path_factory):
     """Put random VGG and Inception weights where the real ones would be: no network, but all of the loading code."""
-    home = tmp_path / "home"
-    home.mkdir()
+    home = tmp_path_factory.mktemp("home")
     vgg = torchvision.models.vgg16().features.state_dict()
     torch.save({f"features.{key}": value for key, value in vgg.items()}, home / VGG16_FILE)
     network = inception.FeatureExtractorInceptionV3
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "load_state_dict", lambda self, state: None)
         torch.save({}, home / "empty.pth")
         untrained = network("inception", ["2048"], feature_extractor_weights_path=str(home / "empty.pth"))
     torch.save(untrained.state_dict(), home / InceptionFeatures.FILE)
-    monkeypatch.setenv("ALIGNTOK_HOME", str(home))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNTOK_HOME", str(home))
+        yield
 
 
 @pytest.fixture
@@ -112,6 +135,10 @@ def in_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def predict(name: str, *args: str) -> int:
+    return main(["predict", "--config", name, *args, "--config", "run/debug.yaml"])
+
+
 def fit(name: str, *args: str) -> Path:
     config = yaml.safe_load(find_config(name).read_text())
     assert main(["fit", "--config", name, *args, "--config", "run/debug.yaml"]) == 0
@@ -120,17 +147,65 @@ def fit(name: str, *args: str) -> Path:
     return checkpoint
 
 
-def test_paper_recipes_run(in_folder, judge_weights):
-    debug = ("--config", "size/debug.yaml", "--config", "data/shapes.yaml", "--data.global_batch_size", "4")
-    first = fit("stage1.yaml", *debug)
-    second = fit("stage2.yaml", *debug, "--init_from", str(first))
-    third = fit("stage3.yaml", *debug, "--init_from", str(second))
-    tokenizer = load_tokenizer(third)
+@pytest.fixture(scope="module")
+def paper_runs(tmp_path_factory, judge_weights):
+    """The three stages of the paper, two steps each, at a debug size."""
+    folder = tmp_path_factory.mktemp("paper")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        first = fit("stage1.yaml", *DEBUG)
+        second = fit("stage2.yaml", *DEBUG, "--init_from", str(first))
+        fit("stage3.yaml", *DEBUG, "--init_from", str(second))
+    return folder
+
+
+def test_paper_recipes_run(paper_runs):
+    tokenizer = load_tokenizer(paper_runs / "runs/stage3/checkpoints/last.ckpt")
     assert tokenizer(torch.rand(2, 3, 32, 32)).shape == (2, 3, 32, 32)
-    assert "val/rfid" in (in_folder / "runs/stage3/run.json").read_text()
+    assert "val/rfid" in (paper_runs / "runs/stage3/run.json").read_text()
 
 
-def test_quickstart_recipes_run(in_folder):
+@pytest.fixture
+def few_samples(monkeypatch):
+    """Measure few samples, and let pass what a tokenizer of two steps reconstructs."""
+
+    def patch(callback, **values):
+        setup = callback.setup
+        monkeypatch.setattr(
+            callback, "setup", lambda self, *args, **stage: vars(self).update(values) or setup(self, *args, **stage)
+        )
+
+    patch(GenerationQuality, num_samples=24, batch_size=24)
+    patch(SampleGrid, per_class=1)
+    patch(LatentWriter, min_psnr=0.0)
+
+
+def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
+    monkeypatch.chdir(paper_runs)
+    tokenizer = "runs/stage3/checkpoints/last.ckpt"
+    images = ("--data.train.init_args.num_images", "64", "--data.flip", "true")
+    assert predict("stage3.yaml", *DEBUG, "--config", "cache.yaml", "--ckpt_path", tokenizer, *images) == 0
+    small = ("--config", "size/dit_debug.yaml", "--data.global_batch_size", "4")
+    checkpoint = fit("dit.yaml", *small)
+    fit("dit_800ep.yaml", *small)
+    ours = ("--model.tokenizer", "aligntok.weights.load_tokenizer", "--model.tokenizer.path", tokenizer)
+    fit("lightningdit.yaml", *small, *ours)
+
+    samples = (*small, "--config", "sample.yaml", "--data.predict.num_samples", "3")
+    assert predict("dit.yaml", *samples, "--data.predict.classes", "[207,360]", "--ckpt_path", str(checkpoint)) == 0
+    names = ["000000_class207.png", "000001_class360.png", "000002_class207.png"]
+    assert sorted(path.name for path in Path("runs/samples/png").iterdir()) == names
+    assert Path("runs/samples/samples_3x32x32x3.npz").is_file()
+
+    torch.save({"ema": to_lightningdit(load_network(checkpoint))}, "theirs.pt")
+    assert predict("lightningdit.yaml", *samples, *ours, "--init_from", "theirs.pt", "--output", "theirs") == 0
+    capsys.readouterr()
+    measured = ["--config", "evaluate.yaml", "--config", "run/debug.yaml", "--ckpt_path", str(checkpoint)]
+    assert main(["validate", "--config", "dit.yaml", *small, *measured]) == 2
+    assert "wants 50,000 images, 24" in capsys.readouterr().err
+
+
+def test_quickstart_recipes_run(in_folder, few_samples):
     fit("quickstart/encoder.yaml")
     first = fit("quickstart/stage1.yaml")
     fit("quickstart/control.yaml", "--init_from", str(first))
@@ -138,6 +213,23 @@ def test_quickstart_recipes_run(in_folder):
     third = fit("quickstart/stage3.yaml", "--init_from", str(second))
     assert main(["validate", "--config", "quickstart/stage3.yaml", "--ckpt_path", str(third)]) == 0
     assert "val/rfd_digits" in (in_folder / "runs/quickstart/stage3/validate.json").read_text()
+    assert predict("quickstart/cache.yaml", "--ckpt_path", str(third)) == 0
+    generator = fit("quickstart/dit.yaml")
+    guided = ["--model.guide", "aligntok.weights.load_network", "--model.guide.path", str(generator)]
+    measured = ["--config", "quickstart/dit.yaml", "--ckpt_path", str(generator)]
+    assert main(["validate", *measured, "--config", "run/debug.yaml"]) == 0
+    values = json.loads((in_folder / "runs/quickstart/dit/validate.json").read_text())["metrics"]
+    for name in ("gfd_digits", "precision_digits", "class_agreement"):
+        assert {f"val/{name}", *(f"val/{name}_steps{n}" for n in (2, 4, 8, 32))} <= values.keys()
+    last = json.loads((in_folder / "runs/quickstart/dit/run.json").read_text())["metrics"]
+    assert last["val/gfd_digits"] == pytest.approx(values["val/gfd_digits"], rel=1e-4)
+    average = torch.load(generator, weights_only=True)["state_dict"]
+    network = load_network(generator).state_dict()
+    assert {f"network.{key}" for key in network} == average.keys()
+    assert all(torch.equal(value, average[f"network.{key}"]) for key, value in network.items())
+    assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
+    assert predict("quickstart/samples.yaml", "--ckpt_path", str(generator), *guided) == 0
+    assert len(list((in_folder / "runs/quickstart/samples/png").iterdir())) == 100
     assert main(["report", "runs/quickstart"]) == 0
     assert (in_folder / "runs/quickstart/report.html").is_file()
     readme = (Path(__file__).parent.parent / "README.md").read_text()

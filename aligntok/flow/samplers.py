@@ -50,7 +50,8 @@ class FixedSteps(Sampler):
         if not isinstance(num_steps, int) or num_steps < 1:
             raise UserError(f"num_steps={num_steps}: give a whole number of at least 1")
         self.num_steps, self.shift = num_steps, shift
-        self.times: list[float] = shift_time(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64), shift).tolist()
+        even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64, device="cpu")  # also under another default
+        self.times: list[float] = shift_time(even, shift).tolist()
 
     def integrate(self, velocity: Velocity, x: Tensor) -> Tensor:
         """See ``Sampler``."""
