@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 TEXT, GRID, RUN = "#010203", "#040506", "#0a0b{:02x}"  # stand-ins that become CSS variables
 NUM_COLOURS = 8
@@ -22,30 +23,66 @@ SIZE = (4.0, 2.35)  # inches, with room for three in a row
 Points = Sequence[tuple[float, float]]
 
 
-def curves(lines: Sequence[tuple[int, Points]], percent: bool = False, markers: bool = False, key: str = "") -> str:
-    """Return a panel with one line per run.
+class Axis(NamedTuple):
+    """What runs along the bottom; ``doubling`` gives each power of two the same room, else ``end`` may fix the end."""
+
+    label: str
+    doubling: bool = False
+    end: float | None = None
+
+
+class Line(NamedTuple):
+    """The colour's number, (x, value) along the line, and whether it is dashed."""
+
+    colour: int
+    points: Points
+    dashed: bool = False
+
+
+STEPS, SAMPLING_STEPS = Axis("steps"), Axis("sampling steps", doubling=True)
+TIME = Axis("t: noise at 0, data at 1", end=1.0)
+
+
+def curves(lines: Sequence[Line], axis: Axis, percent: bool = False, markers: bool = False, key: str = "") -> str:
+    """Return a panel with one line or more per run.
 
     Args:
-        lines: The colour's number, and (step, value) along the line.
+        lines: Each with a point at least.
+        axis: What runs along the bottom.
         percent: The values are shares, to show in percent.
         markers: Mark each point.
         key: Differs from panel to panel of a page.
     """
     figure, axes = panel()
-    values = [value for _, points in lines for _, value in points]
-    for colour, points in lines:
-        steps, heights = zip(*thinned(points), strict=True)
-        marker = "o" if markers else None
-        axes.plot(steps, heights, color=RUN.format(colour % NUM_COLOURS), linewidth=1.6, marker=marker, markersize=3.5)
+    values = [value for line in lines for _, value in line.points]
+    for line in lines:
+        places, heights = zip(*thinned(line.points), strict=True)
+        colour = RUN.format(line.colour % NUM_COLOURS)
+        marker = "o" if markers and not line.dashed else None
+        style = "--" if line.dashed else "-"
+        axes.plot(places, heights, style, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
     if not percent and min(values) > 0 and max(values) / min(values) > LOG_FROM:
         axes.set_yscale("log")
     elif percent:
         axes.yaxis.set_major_formatter(percents(values))
     else:
         axes.yaxis.set_major_formatter(plain_numbers())
-    axes.set_xlim(left=0)
-    axes.set_xlabel("steps")
+    along(axes, axis)
     return svg(figure, key)
+
+
+def along(axes: Axes, axis: Axis) -> None:
+    """Set scale, ticks and label of the bottom."""
+    axes.set_xlabel(axis.label)
+    if axis.doubling:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(2))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(plain_numbers())
+        return
+    if axis.end is not None:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlim(0, axis.end)
 
 
 def trade_off(points: Sequence[tuple[int, str, float, float]], arrows: Sequence[tuple[int, int]], key: str = "") -> str:

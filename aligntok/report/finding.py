@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from aligntok.report.runs import Run
+import re
+
+from aligntok.report.runs import ENCODER, GENERATOR, Run, setting, wrote
 
 SAME_DB = 0.05  # ours: a PSNR difference below this is not worth a word
 SAME_SHARE = 0.0005  # an accuracy is shown to 0.1 %
 KEPT = 0.9  # ours: from this share of the probe on, it is "kept"
+NEAR = 1.1  # ours: a Fréchet distance up to this factor above another is near it
 DASH = "\N{EN DASH}"  # where a number is missing
 
 
@@ -15,7 +18,7 @@ def headline(runs: list[Run]) -> str:
     measured = [run for run in tokenizers(runs) if run.value("val/psnr") is not None]
     if not measured:
         return without_tokenizer(runs)
-    if len({run.validation_images() for run in measured}) > 1:
+    if len({run.measured_on() for run in measured}) > 1:
         return "These runs were validated on different images: their numbers stand side by side but do not compare."
     second = of_stage(measured, "PerceptualAlignment")
     if len(second) == 1 and stage1_of(second[0], measured):
@@ -33,9 +36,17 @@ def headline(runs: list[Run]) -> str:
 
 
 def more_findings(runs: list[Run]) -> list[str]:
-    """Return what else is worth a sentence; nothing where the runs do not compare."""
+    """Return what else is worth a sentence; nothing on tokenizers that do not compare."""
+    generated = about_generators(runs)
+    if generated and headline(runs) == generated[0]:
+        generated = generated[1:]
+    return [*about_tokenizers(runs), *generated]
+
+
+def about_tokenizers(runs: list[Run]) -> list[str]:
+    """Return what the headline does not say of the tokenizers."""
     measured = [run for run in tokenizers(runs) if run.value("val/psnr") is not None]
-    if len({run.validation_images() for run in measured}) > 1:
+    if len({run.measured_on() for run in measured}) > 1:
         return []
     second = of_stage(measured, "PerceptualAlignment")
     sentences = [about_stage2(run, measured) for run in second if len(second) > 1 and stage1_of(run, measured)]
@@ -49,6 +60,8 @@ def more_findings(runs: list[Run]) -> list[str]:
 
 def without_tokenizer(runs: list[Run]) -> str:
     """Return the sentence for a folder where no tokenizer was measured."""
+    for sentence in about_generators(runs):
+        return sentence
     for run in of_stage(runs, "EncoderPretraining"):
         if run.value("val/accuracy") is not None:
             right = percent(run.value("val/accuracy"))
@@ -114,6 +127,66 @@ def frechet(run: Run, first: Run | None, runs: list[Run]) -> list[str]:
     return sentences
 
 
+def about_generators(runs: list[Run]) -> list[str]:
+    """Return what a single generator draws, and at how many steps; of several, which has the lowest distance."""
+    generators = of_stage(runs, GENERATOR)
+    names = generation_distances(generators)
+    measured = [run for run in generators if names and run.value(names[0]) is not None]
+    if len(measured) == 1:
+        return [about_generator(measured[0], names[0], runs), *about_steps(measured[0], names[0])]
+    if not measured or len({run.measured_on() for run in measured}) > 1:
+        return []
+    first, second, *_ = sorted(measured, key=lambda run: run.value(names[0]) or 0.0)
+    return [
+        f"Of {len(measured)} generators {origin(first, runs)} has the lowest {frechet_name(names[0])}:"
+        f" {first.value(names[0]):.3g}, then {origin(second, runs)} with {second.value(names[0]):.3g}."
+    ]
+
+
+def about_generator(run: Run, name: str, runs: list[Run]) -> str:
+    """Return how many samples are what was asked for, and the Fréchet distance ``name``."""
+    steps = f" at {run.sampling_steps:,} sampling steps" if run.sampling_steps else ""
+    distance = f"{frechet_name(name)} is {run.value(name):.3g}{steps}"
+    agreement = run.value("val/class_agreement")
+    if agreement is None:
+        return f"Samples of {origin(run, runs)}: {distance}."
+    classifier = setting(run.callback("GenerationQuality"), "classifier", "init_args", "path")
+    judge = next((other for other in runs if other.value("val/accuracy") and wrote(other, classifier)), None)
+    known = f", which is right on {percent(judge.value('val/accuracy'))} of the validation images" if judge else ""
+    return (
+        f"Of {run.num_samples} samples of {origin(run, runs)}, {percent(agreement)} are what was asked for, by a"
+        f" classifier trained on real images{known}; {distance}."
+    )
+
+
+def about_steps(run: Run, name: str) -> list[str]:
+    """Return how few sampling steps do."""
+    tried = run.sweep(name)
+    if len(tried) < 2:
+        return []
+    steps, best = min(tried, key=lambda point: point[1])
+    fewest, near = next(point for point in tried if point[1] <= NEAR * best)
+    if fewest == steps:
+        return [
+            f"Of {len(tried)} numbers of sampling steps, {steps:,} has the lowest {frechet_name(name)} ({best:.3g})."
+        ]
+    return [
+        f"{fewest:,} sampling steps come within {100 * (NEAR - 1):.0f} % of the lowest {frechet_name(name)}:"
+        f" {near:.3g} against {best:.3g} at {steps:,}."
+    ]
+
+
+def generation_distances(runs: list[Run]) -> list[str]:
+    """Return the names of the Fréchet distances of samples."""
+    names = {name for run in runs for name in (*run.metrics, *(key for row in run.rows for key in row))}
+    return sorted(name for name in names if re.match(r"val/g(fid$|fd_)", name) and not re.search(r"_steps\d+$", name))
+
+
+def origin(run: Run, runs: list[Run]) -> str:
+    """Return a generator's name and whose latents it learned."""
+    return label(run, runs) + (f" on the latents of {label(run.tokenizer, runs)}" if run.tokenizer else "")
+
+
 def control_probe(run: Run, runs: list[Run]) -> list[str]:
     """Return the probe against stage 1 trained on."""
     control = control_of(run, runs)
@@ -137,7 +210,7 @@ def pooled_probe(run: Run, first: Run | None) -> list[str]:
 
 def tokenizers(runs: list[Run]) -> list[Run]:
     """Return the runs that train a tokenizer."""
-    return [run for run in runs if run.stage != "EncoderPretraining"]
+    return [run for run in runs if run.stage not in (ENCODER, GENERATOR)]
 
 
 def of_stage(runs: list[Run], stage: str) -> list[Run]:
@@ -204,8 +277,9 @@ def better(gain: float | None) -> str:
 
 
 def frechet_name(name: str) -> str:
-    """Return the name of a Fréchet distance for people."""
-    return "rFID" if name == "val/rfid" else f"rFD ({name.removeprefix('val/rfd_')})"
+    """Return the name of a Fréchet distance for people: ``val/gfd_digits`` is gFD (digits)."""
+    kind, _, features = name.removeprefix("val/").partition("_")
+    return kind[0] + kind[1:].upper() + (f" ({features})" if features else "")
 
 
 def percent(share: float | None) -> str:

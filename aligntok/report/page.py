@@ -1,23 +1,24 @@
-"""The page: finding, table, pictures, curves, commands. It needs no other file and no network."""
+"""The page: finding, tables, pictures, curves, commands. It needs no other file and no network."""
 
 from __future__ import annotations
 
-import shlex
 from datetime import datetime
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from aligntok.report.charts import NUM_COLOURS, Points, curves, trade_off
-from aligntok.report.finding import frechet_name, headline, more_findings, tokenizers
+from aligntok.report.charts import NUM_COLOURS, trade_off
+from aligntok.report.commands import commands
+from aligntok.report.finding import DASH, frechet_name, headline, more_findings, tokenizers
+from aligntok.report.generators import ERROR, generators
+from aligntok.report.panels import legend, panel
 from aligntok.report.pictures import data_uri, picture_rows
-from aligntok.report.runs import Run
-from aligntok.report.table import meanings, table
+from aligntok.report.predictions import find_predictions
+from aligntok.report.runs import ENCODER, GENERATOR, Run
+from aligntok.report.table import columns, meanings, table
 
 NO_LOSS = ("train/images_per_s", "train/data_wait", "train/grad_norm")  # how training goes, not what it lowers
-SHARES = ("val/probe", "val/probe_pooled", "val/accuracy", "train/accuracy")
 STYLE = Path(__file__).with_name("style.css")
-AGAIN = "again"  # the folder that the commands write to: the runs' own folders are taken
 
 
 def page(folder: Path, runs: list[Run]) -> str:
@@ -33,11 +34,12 @@ def page(folder: Path, runs: list[Run]) -> str:
     }
     sections = [
         opening(name, runs),
-        f"<h2>Runs</h2>{table(runs, dots)}{meanings(runs)}",
+        tokenizer_table(runs, dots),
         pictures(runs, dots),
         measures(runs, dots),
+        generators(runs, dots),
         losses(runs, dots),
-        commands(runs),
+        commands(runs, find_predictions(folder, runs)),
         footer(),
     ]
     return (
@@ -51,9 +53,9 @@ def page(folder: Path, runs: list[Run]) -> str:
 
 def opening(name: str, runs: list[Run]) -> str:
     """Return title, finding and the picture of the trade-off."""
-    more = "".join(f"<li>{escape(sentence)}</li>" for sentence in more_findings(runs))
+    more = "".join(f"<li>{unbroken(sentence)}</li>" for sentence in more_findings(runs))
     unfinished = [escape(run.name) for run in runs if not run.finished]
-    text = f"<h1>aligntok report: <b>{name}</b></h1><p class='finding'>{escape(headline(runs))}</p>"
+    text = f"<h1>aligntok report: <b>{name}</b></h1><p class='finding'>{unbroken(headline(runs))}</p>"
     text += f'<ul class="more">{more}</ul>' if more else ""
     if unfinished:
         text += f'<p class="warning">Unfinished, still going or cut off: {", ".join(unfinished)}.</p>'
@@ -63,10 +65,25 @@ def opening(name: str, runs: list[Run]) -> str:
     return f'<div class="hero"><div>{text}</div>{figure}</div>' if figure else text
 
 
+def unbroken(sentence: str) -> str:
+    """Return a sentence as HTML, no line to begin with a percent sign."""
+    return escape(sentence).replace(" %", "&nbsp;%")
+
+
+def tokenizer_table(runs: list[Run], dots: dict[str, str]) -> str:
+    """Return the table of the runs that are no generators, which have their own."""
+    shown = [run for run in runs if run.stage != GENERATOR]
+    if not shown:
+        return ""
+    what = "what was trained; “from” names the run whose weights it started with."
+    text = table(shown, dots, columns(shown), "Stage", lambda run: escape(run.stage or DASH))
+    return f"<h2>Runs</h2>{text}{meanings(columns(shown), 'Stage', what)}"
+
+
 def trade_off_figure(runs: list[Run]) -> str:
     """Return the picture of PSNR against the probe, where two runs have both."""
     shown = [(i, run) for i, run in enumerate(runs) if None not in (run.value("val/psnr"), run.value("val/probe"))]
-    if len(shown) < 2 or len({run.validation_images() for _, run in shown}) > 1:
+    if len(shown) < 2 or len({run.measured_on() for _, run in shown}) > 1:
         return ""
     points = [(i, run.name, run.value("val/psnr") or 0.0, run.value("val/probe") or 0.0) for i, run in shown]
     place = {id(run): k for k, (_, run) in enumerate(shown)}
@@ -130,99 +147,37 @@ def measures(runs: list[Run], dots: dict[str, str]) -> str:
 
 def losses(runs: list[Run], dots: dict[str, str]) -> str:
     """Return the training curves: every loss, and, folded, what else was logged."""
-    groups = [tokenizers(runs), [run for run in runs if run not in tokenizers(runs)]]
+    groups = {
+        "Tokenizers": tokenizers(runs),
+        "Encoder": [run for run in runs if run.stage == ENCODER],
+        "Generators": [run for run in runs if run.stage == GENERATOR],
+    }
     text, folded = "", ""
-    for number, group in enumerate(groups):
+    for title, group in groups.items():
         names = sorted(
             {name for run in group for row in run.rows for name in row if name.startswith(("train/", "lr-", "val/"))}
         )
-        terms = [n for n in names if n.startswith("train/") and not n.startswith(NO_LOSS)]
-        if number:
+        terms = [n for n in names if n.startswith("train/") and not n.startswith(NO_LOSS) and ERROR not in n]
+        if title == "Encoder":
             terms += [n for n in names if n.startswith("val/")]
+        elif title == "Generators":
+            terms += [n for n in names if n in ("val/loss", "val/mse")]
         rest = [n for n in names if n.startswith((*NO_LOSS, "lr-"))]
         if terms:
             shown = "".join(panel(group, n, n, colours=runs) for n in terms)
-            note = "Training losses" if number == 0 else "Encoder"
-            text += f'<h3>{note}</h3>{legend(group, dots)}<div class="panels">{shown}</div>'
+            text += f'<h3>{title}</h3>{legend(group, dots)}<div class="panels">{shown}</div>'
         folded += "".join(panel(group, n, n, colours=runs) for n in rest)
     if not text:
         return ""
     text = (
-        '<h2>Training</h2><p class="note">Each term before its weight, on training batches, steps of each run alone.'
-        f" <code>train/loss</code> sums what a stage trains on, so it does not compare between stages.</p>{text}"
+        '<h2>Training losses</h2><p class="note">Each term before its weight, on training batches, steps of each'
+        f" run alone. <code>train/loss</code> sums what a stage trains on, so it does not compare between stages."
+        f"</p>{text}"
     )
     if folded:
         summary = "<summary>Gradient norms, learning rates, speed</summary>"
         text += f'<details>{summary}<div class="panels">{folded}</div></details>'
     return text
-
-
-def panel(runs: list[Run], name: str, title: str, chained: bool = False, colours: list[Run] | None = None) -> str:
-    """Return one measure's curves as a figure, nothing where no run has it.
-
-    Args:
-        runs: Whose curves.
-        name: Column of ``metrics.csv``.
-        title: Its caption.
-        chained: Count on from the run before, and begin at its last point.
-        colours: The list in which a run's place decides on its colour; ``runs`` by default.
-    """
-    lines: list[tuple[int, Points]] = []
-    for run in runs:
-        curve = [(step + run.offset, value) for step, value in run.curve(name)] if chained else run.curve(name)
-        if curve and chained and run.parent and (before := run.parent.curve(name)):
-            curve = [(before[-1][0] + run.parent.offset, before[-1][1]), *curve]
-        if curve:
-            lines.append(((colours or runs).index(run), curve))
-    if not lines:
-        return ""
-    drawing = curves(lines, percent=name in SHARES, markers=chained, key=f"{name} {runs[0].name}")
-    return f"<figure><figcaption>{escape(title)}</figcaption>{drawing}</figure>"
-
-
-def legend(runs: list[Run], dots: dict[str, str]) -> str:
-    """Return which colour is whose."""
-    entries = "".join(f"<span>{dots[run.name]}{escape(run.name)}</span>" for run in runs if run.rows)
-    return f'<div class="legend">{entries}</div>'
-
-
-def commands(runs: list[Run]) -> str:
-    """Return the commands that train the same again."""
-    lines = [line for run in runs for line in command(run)]
-    if not lines:
-        return ""
-    return (
-        '<h2>Do it again</h2><p class="note">Each <code>config.yaml</code> is the whole run, layers and defaults'
-        f" resolved. These commands write to <code>{AGAIN}/</code>; files that a config names, such as encoder weights,"
-        f" are those of the original runs.</p><pre>{escape(chr(10).join(lines))}</pre>"
-    )
-
-
-def command(run: Run) -> list[str]:
-    """Return the lines that repeat one run; none where its config is lost."""
-    path = run.folder / "config.yaml"
-    if not run.config or not path.is_file():
-        return []
-    words = ["aligntok", "fit", "--config", str(path), "--output", f"{AGAIN}/{run.name}"]
-    if run.parent is not None and run.init_from:
-        words += ["--init_from", again(run.parent, run.init_from)]
-    if run.config.get("ckpt_path"):
-        words += ["--ckpt_path", "null"]  # the config is that of a resumed attempt
-    earlier = len(list(run.folder.glob("config.*.yaml")))
-    note = (
-        [f"# {run.name} was trained in attempts with different configs; this is the last of {earlier + 1}"]
-        if earlier
-        else []
-    )
-    return [*note, shlex.join(words)]
-
-
-def again(run: Run, checkpoint: str) -> str:
-    """Return where a run's checkpoint will lie when the run is repeated."""
-    for folder in (run.folder, Path(run.config.get("output") or run.folder)):
-        if Path(checkpoint).resolve().is_relative_to(folder.resolve()):
-            return str(Path(AGAIN) / run.name / Path(checkpoint).resolve().relative_to(folder.resolve()))
-    raise AssertionError(f"{checkpoint} is not of {run.name}")
 
 
 def footer() -> str:

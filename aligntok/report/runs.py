@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,31 @@ import yaml
 
 from aligntok.errors import UserError
 
+ENCODER, GENERATOR = "EncoderPretraining", "LatentDiffusion"
 STAGES = (
-    "EncoderPretraining",
+    ENCODER,
     "LatentAlignment",
     "PerceptualAlignment",
     "DecoderRefinement",
+    GENERATOR,
 )  # in the order of training
 MARKS = ("run.json", "config.yaml", "metrics.csv", "checkpoints")  # a folder with one of these is a run's
 
 
 @dataclass
 class Run:
-    """One run: its record, where it has one, its config, its measures over the steps, and the run it started from."""
+    """One run: its record, where it has one, its config, its measures over the steps, and the runs it builds on.
+
+    ``parent`` is the run whose weights it started with; ``tokenizer`` the one whose latents a generator learns.
+    """
 
     folder: Path
     record: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    validated: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     parent: Run | None = None
+    tokenizer: Run | None = None
 
     @property
     def name(self) -> str:
@@ -71,6 +78,11 @@ class Run:
         return {**self.record.get("metrics", {}), **self.validated} if self.finished else {}
 
     @property
+    def validated(self) -> dict[str, float]:
+        """What ``aligntok validate`` measured."""
+        return dict(self.validation.get("metrics") or {})
+
+    @property
     def init_from(self) -> str | None:
         """The checkpoint that it started from."""
         return self.config.get("init_from") or None
@@ -104,13 +116,59 @@ class Run:
         pairs = self.record.get("parameters", {})
         return {part: pair[0 if trained else 1] for part, pair in pairs.items() if pair[0 if trained else 1]}
 
-    def picture(self) -> Path | None:
-        """Return its last picture."""
-        return max((self.folder / "images").glob("step_*.png"), default=None)
+    def picture(self, name: str = "step") -> Path | None:
+        """Return its last picture: of reconstructions (``step``), or of a generator's ``samples``."""
+        return max((self.folder / "images").glob(f"{name}_*.png"), default=None)
 
-    def validation_images(self) -> str:
+    def setting(self, *keys: str) -> Any:
+        """Return what the config says under ``model.init_args``, or ``None``."""
+        return setting(self.config, "model", "init_args", *keys)
+
+    def callback(self, name: str) -> dict[str, Any]:
+        """Return the arguments of a callback in the config, empty where there is none of this class."""
+        for callback in setting(self.config, "trainer", "callbacks") or []:
+            if str(callback.get("class_path")).rpartition(".")[2] == name:
+                return callback.get("init_args") or {}
+        return {}
+
+    @property
+    def conditions(self) -> str:
+        """What ``aligntok validate`` says that a generator was measured on."""
+        return str(self.validation.get("conditions") or "")
+
+    def condition(self, pattern: str, otherwise: Any) -> Any:
+        """Return the number that a pattern finds in the conditions, else what the config says."""
+        found = re.search(pattern, self.conditions)
+        return float(found[1].replace(",", "")) if found else otherwise
+
+    @property
+    def num_samples(self) -> str:
+        """How many samples a generator was measured on, for people."""
+        number = self.condition(r"([\d,]+) images of", self.callback("GenerationQuality").get("num_samples"))
+        return f"{number:,.0f}" if isinstance(number, (int, float)) else "all"
+
+    @property
+    def sampling_steps(self) -> int | None:
+        """The sampler's number of updates."""
+        steps = self.condition(r"num_steps=(\d+)", self.setting("sampler", "init_args", "num_steps"))
+        return int(steps) if isinstance(steps, (int, float)) else None
+
+    def sweep(self, name: str) -> list[tuple[float, float]]:
+        """Return (sampling steps, final measure), fewest first: of ``<name>_steps<n>`` and the run's own sampler."""
+        tried = [key for key in self.metrics if re.match(rf"{name}_steps\d+$", key)]
+        found = {int(key.removeprefix(f"{name}_steps")): key for key in tried}
+        if self.sampling_steps is not None:
+            found[self.sampling_steps] = name
+        return [(num, value) for num, key in sorted(found.items()) if (value := self.value(key)) is not None]
+
+    def measured_on(self) -> str:
         """Return what decides on which images it was measured: measures of two runs compare only if this is equal."""
         data = self.config.get("data") or {}
+        if self.stage == GENERATOR:
+            quality = {k: v for k, v in self.callback("GenerationQuality").items() if k not in ("batch_size", "sweep")}
+            images = setting(data, "train", "init_args", "images") or data.get("train")
+            given = quality.get("reference")
+            return json.dumps([quality, None if given else [images, data.get("crop")]], sort_keys=True, default=str)
         keys = ["val", "image_size", "crop", *([] if data.get("val") else ["train", "holdout", "seed"])]
         limit = (self.config.get("trainer") or {}).get("limit_val_batches")
         return json.dumps([{key: data.get(key) for key in keys}, limit], sort_keys=True, default=str)
@@ -132,6 +190,7 @@ def find_runs(folder: Path) -> list[Run]:
     runs = [read_run(path) for path in folders]
     for run in runs:
         run.parent = next((other for other in runs if other is not run and wrote(other, run.init_from)), None)
+        run.tokenizer = next((other for other in runs if wrote(other, tokenizer_path(run.config))), None)
     break_circles(runs)
     known = {stage: rank for rank, stage in enumerate(STAGES)}
     return sorted(runs, key=lambda run: (known.get(run.stage, len(STAGES)), run.depth, run.name))
@@ -144,17 +203,24 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Read what a run left; what is not there (yet) stays empty."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / 'config.yaml'} is broken: {' '.join(str(error).split())[:200]}") from error
     return Run(
         folder,
         record=read_json(folder / "run.json"),
-        config=config if isinstance(config, dict) else {},
-        validated=read_json(folder / "validate.json").get("metrics", {}),
+        config=read_yaml(folder / "config.yaml"),
+        validation=read_json(folder / "validate.json"),
         rows=read_rows(folder / "metrics.csv"),
     )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a config, empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,6 +253,19 @@ def number(text: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return value if math.isfinite(value) else None
+
+
+def setting(config: Any, *keys: str) -> Any:
+    """Return the value under nested keys, or ``None``."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def tokenizer_path(config: dict[str, Any]) -> str | None:
+    """Return the checkpoint that a generator's config names as its tokenizer."""
+    path = setting(config, "model", "init_args", "tokenizer", "init_args", "path")
+    return path if isinstance(path, str) else None
 
 
 def wrote(run: Run, checkpoint: str | None) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from html import escape
 from typing import NamedTuple
 
-from aligntok.report.finding import DASH, frechet_name, percent, tokenizers
+from aligntok.report.finding import DASH, frechet_name, percent
 from aligntok.report.runs import Run
 
 
@@ -21,7 +21,7 @@ class Column(NamedTuple):
 
 
 def columns(runs: list[Run]) -> list[Column]:
-    """Return the measures to show: the usual ones, LPIPS where it was taken, and each Fréchet distance."""
+    """Return the measures of tokenizers: the usual ones, LPIPS where it was taken, and each Fréchet distance."""
     names = {name for run in runs for name in run.metrics}
     psnr = "pixel likeness of reconstruction and image, in dB, mean over the validation images; higher is better."
     ssim = "likeness of local structure, at most 1; higher is better."
@@ -51,18 +51,20 @@ def columns(runs: list[Run]) -> list[Column]:
     ]
 
 
-def table(runs: list[Run], dots: dict[str, str]) -> str:
-    """Return the table as HTML.
+def table(runs: list[Run], dots: dict[str, str], shown: list[Column], what: str, say: Callable[[Run], str]) -> str:
+    """Return a table as HTML.
 
     Args:
         runs: One row each.
         dots: The coloured mark of each run's name.
+        shown: The measures.
+        what: Heading of the second column.
+        say: What stands there for a run, as HTML.
     """
-    shown = columns(runs)
     best = {column.key: best_value(column, runs) for column in shown}
-    heads = ["Run", "Stage", "Steps", "Time"] + [f"{c.heading} {'↑' if c.up else '↓'}" for c in shown]
+    heads = ["Run", what, "Steps", "Time"] + [f"{c.heading} {'↑' if c.up else '↓'}" for c in shown]
     head = "".join(f'<th scope="col">{heading(text)}</th>' for text in [*heads, "Parameters"])
-    body = "\n".join(f"<tr>{row(run, shown, best, dots[run.name])}</tr>" for run in runs)
+    body = "\n".join(f"<tr>{row(run, shown, best, dots[run.name], say(run))}</tr>" for run in runs)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
@@ -75,11 +77,13 @@ def heading(text: str) -> str:
     return f"{escape(name)} {arrow}<small>{escape(feature)}</small>"
 
 
-def row(run: Run, shown: list[Column], best: dict[str, str | None], dot: str) -> str:
+def row(run: Run, shown: list[Column], best: dict[str, str | None], dot: str, what: str) -> str:
     """Return the cells of a run."""
     origin = (
         f"<small>from {escape(run.parent.name if run.parent else str(run.init_from))}</small>" if run.init_from else ""
     )
+    if run.tokenizer is not None:
+        origin += f"<small>latents of {escape(run.tokenizer.name)}</small>"
     if run.value("val/accuracy") is not None:
         origin += f"<small>accuracy {percent(run.value('val/accuracy'))}</small>"
     steps = f"{run.steps:,}" if run.steps or run.finished else DASH
@@ -87,7 +91,7 @@ def row(run: Run, shown: list[Column], best: dict[str, str | None], dot: str) ->
         planned = f"<small>of {run.planned_steps:,}</small>" if run.planned_steps else ""
         steps += f'{planned}<span class="unfinished">unfinished</span>'
     seconds = run.record.get("seconds") if run.finished else None
-    cells = [escape(run.stage or DASH), steps, DASH if seconds is None else duration(seconds)]
+    cells = [what, steps, DASH if seconds is None else duration(seconds)]
     text = f'<th scope="row">{dot}{escape(run.name)}{origin}</th>' + "".join(f"<td>{cell}</td>" for cell in cells)
     for column in shown:
         written = write(column, run)
@@ -112,9 +116,9 @@ def measured(column: Column, run: Run, written: str | None) -> str:
 
 def best_value(column: Column, runs: list[Run]) -> str | None:
     """Return the best value as it is written; nothing where fewer than two runs compare."""
-    compared = [run for run in tokenizers(runs) if run.value(column.key) is not None]
+    compared = [run for run in runs if run.value(column.key) is not None]
     written = {column.write(run.value(column.key) or 0.0) for run in compared}
-    if len(written) < 2 or len({run.validation_images() for run in compared}) > 1:
+    if len(written) < 2 or len({run.measured_on() for run in compared}) > 1:
         return None
     choose = max if column.up else min
     return column.write(choose(run.value(column.key) or 0.0 for run in compared))
@@ -147,13 +151,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def meanings(runs: list[Run]) -> str:
-    """Return a line on each column."""
-    lines = [(column.heading, column.meaning) for column in columns(runs)]
+def meanings(shown: list[Column], what: str, meaning: str) -> str:
+    """Return a line on each column, ``what`` the second."""
     lines = [
-        ("Stage", "what was trained; “from” names the run whose weights it started with."),
+        (what, meaning),
         ("Steps, Time", "optimizer steps of this run alone, and its training time, validation included."),
-        *lines,
+        *((column.heading, column.meaning) for column in shown),
         ("Parameters", "how many learn in this stage, how many stay as they are, and in which parts."),
     ]
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text[:1].upper() + text[1:])}</dd>" for name, text in lines)
