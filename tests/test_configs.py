@@ -229,7 +229,10 @@ def test_quickstart_recipes_run(in_folder, few_samples):
     assert all(torch.equal(value, average[f"network.{key}"]) for key, value in network.items())
     assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
     assert predict("quickstart/samples.yaml", "--ckpt_path", str(generator), *guided) == 0
-    assert len(list((in_folder / "runs/quickstart/samples/png").iterdir())) == 100
+    samples = in_folder / "runs/quickstart/samples"
+    assert len(list((samples / "png").iterdir())) == 100
+    record = json.loads((samples / "samples.json").read_text())
+    assert record["guide"] == record["network"]  # itself here; without --model.guide it would be null
     assert main(["report", "runs/quickstart"]) == 0
     assert (in_folder / "runs/quickstart/report.html").is_file()
     readme = (Path(__file__).parent.parent / "README.md").read_text()

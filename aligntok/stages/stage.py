@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from aligntok.errors import UserError
 from aligntok.schedule import Schedule, check_schedule, value_at
-from aligntok.weights.checkpoint import STAGE_KEY, read_checkpoint
+from aligntok.weights.checkpoint import STAGE_KEY, check_fits, read_checkpoint
 
 
 class Stage(pl.LightningModule):
@@ -169,13 +169,14 @@ class Stage(pl.LightningModule):
         checkpoint[STAGE_KEY] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another stage's checkpoint: weights would fit, optimizer and losses would not."""
+        """Refuse another stage's checkpoint (weights would fit, optimizer and losses would not) and other sizes."""
         stage = checkpoint.get(STAGE_KEY, type(self).__name__)
         if stage != type(self).__name__:
             raise UserError(
                 f"--ckpt_path is of stage {stage}, this run is {type(self).__name__}: --ckpt_path goes on with the same"
                 " stage, --init_from starts the next one"
             )
+        check_fits(self.state_dict(), checkpoint["state_dict"], "--ckpt_path", "Use the config of that run")
         self.resumed = True
 
 

@@ -178,7 +178,10 @@ def recipe_of(checkpoint: dict[str, Any], part: str, path: str | Path) -> dict[s
     """Return the class path and arguments that a part of the checkpoint's stage was built with."""
     recipe = checkpoint.get("hyper_parameters", {}).get(part)
     if not isinstance(recipe, dict):
-        raise UserError(f"{path} holds no recipe of a {part}: it was not written by `aligntok fit`")
+        raise UserError(
+            f"{path} holds no recipe of a {part} (stage {checkpoint.get(STAGE_KEY)}): give a checkpoint of a run with"
+            " one, written by `aligntok fit`"
+        )
     return recipe
 
 

@@ -509,6 +509,15 @@ def test_a_checkpoint_of_a_tokenizer_is_refused(tiny, tmp_path, cache):
     assert "stage LatentAlignment, this run is LatentDiffusion" in text
 
 
+def test_a_checkpoint_of_another_size_is_refused(tiny, tmp_path, cache):
+    tiny.trainer(tmp_path, 1, [SaveCheckpoint()]).fit(tiny.generator(), datamodule=tiny.cached(cache))
+    path = tmp_path / "checkpoints/last.ckpt"
+    for verb in ("fit", "validate"):
+        run = getattr(tiny.trainer(tmp_path, 2, limit_val_batches=1), verb)
+        text = message(run, tiny.generator(tiny.dit(width=32)), datamodule=tiny.cached(cache), ckpt_path=path)
+        assert "network.embed_latent.weight is (16, 4) there and (32, 4) here" in text
+
+
 def test_what_the_data_lack_is_named(tiny, tmp_path, cache):
     alignment = RepresentationAlignment(tiny.encoder(), 16, hidden_width=8, block=1)
     fit = tiny.trainer(tmp_path, 1).fit
