@@ -140,13 +140,15 @@ class GenerationQuality(Measurement):
             raise UserError("GenerationQuality.reference: name a file; only aligntok's LatentDataModule offers images")
         source, batches = data.reference_images(self.reference, module.tokenizer.spec.image_size)
         network: Any = self.metrics.frechet.features
-        path = Path(trainer.default_root_dir) / "reference" / f"{network.name}_{source}.safetensors"
+        parts = {"_sample": self.metrics.real.width > 0, "_spatial": self.metrics.spatial is not None}
+        name = f"{network.name}_{source}{''.join(part for part, wanted in parts.items() if wanted)}.safetensors"
+        path = Path(trainer.default_root_dir) / "reference" / name
         if trainer.strategy.broadcast(path.is_file()):
             self.metrics.load_reference(path)
             return
         for batch in batches:
             image = batch["image"].to(module.device)
-            self.metrics.update(image, batch["id"].to(module.device), batch["label"], real=True)
+            self.metrics.update(image, batch["id"], batch["label"], real=True)
         reference = self.metrics.reference(source)
         if trainer.is_global_zero:
             reference.save(path)

@@ -240,7 +240,7 @@ class LatentWriter(BlockWriter):
             UserError: No generator could use these latents.
         """
         tokenizer: Any = module.tokenizer
-        if bool((tokenizer.latent_std == 1).all() and (tokenizer.latent_mean == 0).all()):
+        if not tokenizer.is_measured:
             raise UserError(
                 "the latents of this tokenizer were never measured, so they would be cached unscaled: stages 2 and 3"
                 " measure them; run one, e.g. aligntok fit --config stage3.yaml --init_from CHECKPOINT"

@@ -94,6 +94,11 @@ class Tokenizer(nn.Module):
         """Return the adapter's output in units of the latent's own mean and standard deviation per channel."""
         return (raw_latent - self.latent_mean) / self.latent_std
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether mean and standard deviation of the latents were measured."""
+        return not bool((self.latent_std == 1).all() and (self.latent_mean == 0).all())
+
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Set the mean and standard deviation (C,) of the raw latents.

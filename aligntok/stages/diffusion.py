@@ -140,12 +140,17 @@ class LatentDiffusion(Stage):
     # Training
 
     def setup(self, stage: str) -> None:
-        """Refuse latents of another tokenizer or of another shape, and classes that the network does not have."""
+        """Refuse latents of another tokenizer, shape or scale, and classes that the network does not have."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "check_labels"):
             data.check_labels(self.network.num_classes, "model.network.num_classes")
         if stage != "predict" and hasattr(data, "check_latents"):
             data.check_latents(self.network.latent_shape, self.tokenizer)
+            if self.tokenizer is not None and not data.has_latents and not self.tokenizer.is_measured:
+                raise UserError(
+                    "the latents of model.tokenizer were never measured, so they would be learned unscaled: stages 2"
+                    " and 3 measure them, name the checkpoint of one of these"
+                )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels that the network does not have while they are on the CPU, where looking costs nothing."""
@@ -204,8 +209,7 @@ class LatentDiffusion(Stage):
             raise UserError(
                 "the data holds images, not latents: set model.tokenizer, or give data.train a latent cache"
             )
-        with torch.no_grad():
-            return self.tokenizer.encode(batch["image"]).float()
+        return self.tokenizer.encode(batch["image"]).float()
 
     def times(self, step: int) -> TimeSampling:
         """Return how times are drawn at a step."""

@@ -89,6 +89,9 @@ def test_the_training_images_are_measured_once(tiny, tmp_path):
     named = validate(tiny, tmp_path / "x", quality(tiny, reference=str(path)))
     assert named["val/gfd_tiny"] == pytest.approx(second["val/gfd_tiny"])
     assert other["val/gfd_tiny"] != pytest.approx(first["val/gfd_tiny"], rel=1e-3)
+    more = validate(tiny, tmp_path, quality(tiny, metrics=metrics(tiny, precision_recall=True)))  # wants features too
+    assert more["val/gfd_tiny"] == pytest.approx(first["val/gfd_tiny"], rel=1e-5)
+    assert len(list((tmp_path / "reference").iterdir())) == 3
 
 
 def test_cached_latents_are_compared_with_their_images(tiny, tmp_path):

@@ -523,6 +523,8 @@ def test_what_the_data_lack_is_named(tiny, tmp_path, cache):
     fit = tiny.trainer(tmp_path, 1).fit
     text = message(fit, tiny.generator(representation_alignment=alignment), datamodule=tiny.cached(cache))
     assert "representation_alignment needs images" in text
+    text = message(fit, tiny.generator(tokenizer=tiny.tokenizer()), datamodule=tiny.data())
+    assert "never measured" in text
     text = message(fit, tiny.generator(tokenizer=None), datamodule=tiny.data())
     assert "set model.tokenizer" in text
     data = tiny.cached(cache, predict=ClassLabels(2, 12))
