@@ -96,6 +96,26 @@ def test_the_loss_is_mean_squared_error_plus_weighted_cosine(tiny, batch, weight
     torch.testing.assert_close(loss, (predicted - wanted).square().mean() + weight * cosine)
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_term_of_repa_is_added_with_its_weight_at_its_block(tiny, batch, block):
+    def loss(**options):
+        stage = tiny.generator(label_dropout=0.0, **options)
+        torch.manual_seed(5)
+        return stage.training_step({**batch, "image": image}, 0)
+
+    image = tiny.images(16)
+    alignment = RepresentationAlignment(tiny.encoder(5), 16, hidden_width=8, block=block, weight=0.25)
+    given = []
+    alignment.register_forward_hook(lambda module, args, value: given.append((*args, value)))
+    network, seen = tiny.dit(), []
+    network.blocks[block - 1].register_forward_hook(lambda module, args, tokens: seen.append(tokens))
+    term = loss(network=network, representation_alignment=alignment) - loss()
+    ((tokens, aligned, value),) = given
+    torch.testing.assert_close(term, 0.25 * value, rtol=1e-4, atol=1e-5)
+    assert torch.equal(tokens, seen[0])
+    assert aligned is image
+
+
 def test_two_classes_are_learned_and_sampled_under_somebody_elses_trainer(tiny, tmp_path):
     stage = LatentDiffusion(tiny.dit(scale=0, num_classes=2), learning_rate=1e-2, sampler=Euler(8))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
