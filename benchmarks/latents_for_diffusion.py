@@ -2,8 +2,8 @@
 
     python benchmarks/latents_for_diffusion.py --seeds 0 1 2
 
-On procedural shapes (12 classes, 16 px, without textures and distractors, so that a small decoder can reconstruct
-them) four tokenizers of the same latent shape (16, 4, 4) are trained: AlignTok with w_sp = 1, the same with w_sp = 0,
+On procedural shapes (12 classes, 32 px, without textures and distractors, so that a small decoder can reconstruct
+them) four tokenizers of the same latent shape (16, 8, 8) are trained: AlignTok with w_sp = 1, the same with w_sp = 0,
 stage 1 only, and a plain VAE from random weights. The encoder of the first three is a real one, the ImageNet
 EfficientNet-Lite0 that pip brings. Every decoder is then refined on its final latents, every tokenizer sees as many
 steps, and on the cached latents of each the same diffusion transformer is trained for the same steps.
@@ -34,9 +34,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from semantic_preservation import adamw, fit, one_cycle, quiet
-from timm.layers import PatchEmbed
-from torch import Tensor, nn
+from semantic_preservation import adamw, fit, one_cycle, quiet, vision_encoder
+from torch import Tensor
 
 from aligntok.callbacks import EMA, LatentWriter
 from aligntok.data import LatentDataModule, LatentShards, Shapes
@@ -52,7 +51,7 @@ from aligntok.stages import (
     Stage,
 )
 
-IMAGE_SIZE, DOWNSAMPLING, CHANNELS, NUM_CLASSES = 16, 4, 16, 12
+IMAGE_SIZE, DOWNSAMPLING, CHANNELS, NUM_CLASSES = 32, 4, 16, 12
 TRAIN_IMAGES, VAL_IMAGES, BATCH, SAMPLES = 6000, 1200, 32, 1200
 VAL_SEED, JUDGE_SEED = 1_000_000, 3_000_000  # far from the seeds of the training images
 WIDTH = 24  # of the decoders
@@ -77,8 +76,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help="of each tokenizer stage")
-    parser.add_argument("--generator_steps", type=int, default=1000)
-    parser.add_argument("--judge_steps", type=int, default=1000)
+    parser.add_argument("--generator_steps", type=int, default=4000)
+    parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--results", type=Path, default=Path("runs/latents_for_diffusion"), help="folder")
     args = parser.parse_args()
     quiet()
@@ -139,7 +138,7 @@ def build(kind: type[Stage], seed: int, rate: dict[int, float], vae: bool = Fals
 
 
 def pretrained_encoder() -> VisionEncoder:
-    """EfficientNet-Lite0 on images enlarged to 32 px: features of stride 8, a grid of 4 x 4."""
+    """EfficientNet-Lite0 on images enlarged to 64 px: features of stride 8, a grid of 8 x 8."""
     return VisionEncoder("tf_efficientnet_lite0", IMAGE_SIZE, DOWNSAMPLING, weights="offline", layer=2)
 
 
@@ -161,7 +160,7 @@ def generate(tokenizer: Tokenizer, seed: int, steps: int, folder: Path) -> Laten
     pl.seed_everything(seed, verbose=False)
     shards = LatentShards(str(folder / "latents"))
     data = LatentDataModule(shards, global_batch_size=64, flip=False, seed=seed)
-    network = DiT((CHANNELS, 4, 4), NUM_CLASSES, width=128, depth=4, num_heads=4)
+    network = DiT((CHANNELS, 8, 8), NUM_CLASSES, width=128, depth=4, num_heads=4, patch_size=2)
     optimizer = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rate = {0: 0.0, steps // 10: 1e-3, steps: 0.0}
     stage = LatentDiffusion(
@@ -233,7 +232,7 @@ def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> flo
 def trained_judge(steps: int, path: Path) -> Any:
     """Return the judge, trained once: a ViT with a convolutional stem, on labels of images of its own."""
     pl.seed_everything(JUDGE_SEED, verbose=False)
-    judge = EncoderPretraining(judge_encoder(), NUM_CLASSES, one_cycle(steps), optimizer=adamw(0.05))
+    judge = EncoderPretraining(vision_encoder(None), NUM_CLASSES, one_cycle(steps), optimizer=adamw(0.05))
     if not path.is_file():
         train = Shapes(100_000, IMAGE_SIZE, seed=JUDGE_SEED, plain=True)
         val = Shapes(VAL_IMAGES, IMAGE_SIZE, seed=VAL_SEED + JUDGE_SEED, plain=True)
@@ -245,23 +244,6 @@ def trained_judge(steps: int, path: Path) -> Any:
     judge.load_state_dict(content["state_dict"])
     print(f"the judge names {100 * content['accuracy']:.1f} % of the validation images", flush=True)
     return judge.eval()
-
-
-def judge_encoder() -> VisionEncoder:
-    size = {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "embed_layer": HalvingStem}
-    return VisionEncoder("vit_tiny_patch16_224", IMAGE_SIZE, 4, weights=None, model_args=size)
-
-
-class HalvingStem(PatchEmbed):
-    """Convolutions of stride 2 instead of one large patch: Xiao et al., Early Convolutions, arXiv:2106.14881."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        width = self.proj.out_channels
-        layers: list[nn.Module] = []
-        for before, after in ((3, width // 2), (width // 2, width)):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.GELU()]
-        self.proj = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
 
 
 def report(folder: Path, setting: str, seeds: list[int]) -> None:
