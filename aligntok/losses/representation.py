@@ -6,7 +6,6 @@ Reference:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -50,8 +49,7 @@ class RepresentationAlignment(nn.Module):
         Raises:
             UserError: The encoder's grid has another number of cells than there are tokens.
         """
-        with torch.no_grad():
-            features = self.encoder(image).flatten(2).transpose(1, 2)
+        features = self.encoder(image).flatten(2).transpose(1, 2)
         if features.shape[1] != tokens.shape[1]:
             raise UserError(
                 f"representation_alignment.encoder gives {features.shape[1]} cells, the generator has {tokens.shape[1]}"

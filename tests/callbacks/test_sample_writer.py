@@ -81,8 +81,13 @@ def test_the_npz_is_what_adms_evaluator_takes(tmp_path, draw):
     assert torch.equal((images * 255).round().long(), torch.from_numpy(pixels(tmp_path)).permute(0, 3, 1, 2))
 
 
-def test_no_npz_on_request(tmp_path, draw):
+def test_no_npz_on_request_and_each_picture_is_written_once(tmp_path, draw, monkeypatch):
+    saved, save = [], Image.Image.save
+    monkeypatch.setattr(
+        Image.Image, "save", lambda self, *args, **options: saved.append(1) or save(self, *args, **options)
+    )
     draw(tmp_path, npz=False)
+    assert len(saved) == COUNT
     assert not list(tmp_path.glob("*.npz"))
     assert len(files(tmp_path)) == COUNT
 

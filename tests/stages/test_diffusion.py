@@ -466,7 +466,7 @@ def test_a_discrete_tokenizer_is_refused(tiny, monkeypatch):
 
 
 def test_classes_that_the_network_does_not_have_are_named_before_the_first_step(tiny, tmp_path, cache):
-    stage = tiny.generator(network=tiny.dit(num_classes=10))
+    stage = tiny.generator(network=tiny.dit(num_classes=11))
     for verb, data in (
         ("fit", tiny.cached(cache)),
         ("validate", tiny.cached(cache)),
@@ -474,7 +474,7 @@ def test_classes_that_the_network_does_not_have_are_named_before_the_first_step(
         ("predict", tiny.cached(cache, predict=ClassLabels(20, 12))),
     ):
         text = message(getattr(tiny.trainer(tmp_path, 1), verb), stage, datamodule=data)
-        assert "has 12 classes, but model.network.num_classes is 10" in text
+        assert "has 12 classes, but model.network.num_classes is 11" in text
 
 
 @pytest.mark.parametrize("label", [-1, 12, 13])
