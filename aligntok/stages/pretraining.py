@@ -97,7 +97,9 @@ def load_classifier(path: str | Path) -> EncoderPretraining:
         UserError: The file is no such checkpoint.
     """
     checkpoint = read_checkpoint(path)
-    encoder = build(recipe_of(checkpoint, "encoder", path), VisionEncoder)
+    recipe = recipe_of(checkpoint, "encoder", path)
+    recipe["init_args"]["weights"] = None  # they are in the checkpoint
+    encoder = build(recipe, VisionEncoder)
     classifier = EncoderPretraining(encoder, int(checkpoint["hyper_parameters"]["num_classes"]))
     load_strictly(classifier, checkpoint["state_dict"], str(path))
     return classifier.eval()

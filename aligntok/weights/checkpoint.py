@@ -179,7 +179,7 @@ def recipe_of(checkpoint: dict[str, Any], part: str, path: str | Path) -> dict[s
     recipe = checkpoint.get("hyper_parameters", {}).get(part)
     if not isinstance(recipe, dict):
         raise UserError(
-            f"{path} holds no recipe of a {part} (stage {checkpoint.get(STAGE_KEY)}): give a checkpoint of a run with"
+            f"{path} holds no recipe of the {part} (stage {checkpoint.get(STAGE_KEY)}): give a checkpoint of a run with"
             " one, written by `aligntok fit`"
         )
     return recipe

@@ -399,7 +399,7 @@ def test_starts_from_the_average_of_another_run(tiny, tmp_path, cache):
     torch.save({"state_dict": {}, "aligntok_stage": "DecoderRefinement"}, tokenizer_run)
     with pytest.raises(UserError, match="of stage DecoderRefinement, but LatentDiffusion starts from LatentDiffusion"):
         stage.init_from(tokenizer_run)
-    with pytest.raises(UserError, match="no recipe of a network"):  # the test built it without the command line
+    with pytest.raises(UserError, match="no recipe of the network"):  # the test built it without the command line
         load_network(path)
 
 

@@ -226,7 +226,7 @@ def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, encode
 
 
 def test_a_checkpoint_without_a_recipe(stage1):
-    with pytest.raises(UserError, match=r"no recipe of a tokenizer.*aligntok fit"):
+    with pytest.raises(UserError, match=r"no recipe of the tokenizer.*aligntok fit"):
         load_tokenizer(stage1)
 
 
