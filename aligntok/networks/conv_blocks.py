@@ -29,6 +29,25 @@ class Middle(nn.Module):
         return x
 
 
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention if asked for."""
+
+    def __init__(self, width_in: int, width: int, num_blocks: int, attention: bool, num_groups: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResidualBlock(width if j else width_in, width, num_groups) for j in range(num_blocks)
+        )
+        self.attn = nn.ModuleList(SelfAttention(width, num_groups) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features of the same height and width, (B, width, h, w)."""
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        return x
+
+
 class ResidualBlock(nn.Module):
     """Twice GroupNorm, SiLU, 3x3 convolution, added to the input, which a 1x1 convolution fits if the width changes."""
 

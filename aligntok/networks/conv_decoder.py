@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError
-from aligntok.networks.conv_blocks import NORM_EPS, Middle, ResidualBlock, SelfAttention, check_sizes, resolve_levels
+from aligntok.networks.conv_blocks import NORM_EPS, Level, Middle, check_sizes, resolve_levels
 
 
 class ConvDecoder(nn.Module):
@@ -113,24 +113,17 @@ class ConvDecoder(nn.Module):
         return output
 
 
-class _Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if asked for, then upsampling by 2 if asked for."""
+class _Level(Level):
+    """A level, then upsampling by 2 if asked for."""
 
     def __init__(
         self, width_in: int, width: int, num_blocks: int, attention: bool, upsample: bool, num_groups: int
     ) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResidualBlock(width if j else width_in, width, num_groups) for j in range(num_blocks)
-        )
-        self.attn = nn.ModuleList(SelfAttention(width, num_groups) for _ in range(num_blocks if attention else 0))
+        super().__init__(width_in, width, num_blocks, attention, num_groups)
         self.upsample = _Upsample(width) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        for j, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[j](x)
+        x = super().forward(x)
         return x if self.upsample is None else self.upsample(x)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aligntok.networks.conv_blocks import NORM_EPS, Middle, ResidualBlock, SelfAttention, check_sizes, resolve_levels
+from aligntok.networks.conv_blocks import NORM_EPS, Level, Middle, check_sizes, resolve_levels
 from aligntok.networks.encoders import pair
 
 
@@ -71,24 +71,17 @@ class ConvEncoder(nn.Module):
         return features
 
 
-class _Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if asked for, then halving if asked for."""
+class _Level(Level):
+    """A level, then halving if asked for."""
 
     def __init__(
         self, width_in: int, width: int, num_blocks: int, attention: bool, downsample: bool, num_groups: int
     ) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResidualBlock(width if j else width_in, width, num_groups) for j in range(num_blocks)
-        )
-        self.attn = nn.ModuleList(SelfAttention(width, num_groups) for _ in range(num_blocks if attention else 0))
+        super().__init__(width_in, width, num_blocks, attention, num_groups)
         self.downsample = _Downsample(width) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        for j, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[j](x)
+        x = super().forward(x)
         return x if self.downsample is None else self.downsample(x)
 
 
