@@ -164,3 +164,9 @@ def tiny():
 def one_thread():
     """Networks this small gain nothing from threads, and threads wait for each other on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Let a test draw the same numbers whenever it runs, alone or after others."""
+    torch.manual_seed(0)

@@ -203,6 +203,10 @@ def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     measured = ["--config", "evaluate.yaml", "--config", "run/debug.yaml", "--ckpt_path", str(checkpoint)]
     assert main(["validate", "--config", "dit.yaml", *small, *measured]) == 2
     assert "wants 50,000 images, 24" in capsys.readouterr().err
+    wrong = ["--model.network.latent_shape", "[8,2,2]", "--config", "run/debug.yaml", "--output", "wrong"]
+    assert main(["fit", "--config", "dit.yaml", *small, *wrong]) == 2
+    words = "model.network.latent_shape [8, 2, 2] differs from the latents of model.tokenizer [4, 2, 2]"
+    assert f"aligntok: error: {words}" in capsys.readouterr().err
 
 
 def test_quickstart_recipes_run(in_folder, few_samples):
@@ -228,9 +232,10 @@ def test_quickstart_recipes_run(in_folder, few_samples):
     assert {f"network.{key}" for key in network} == average.keys()
     assert all(torch.equal(value, average[f"network.{key}"]) for key, value in network.items())
     assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
-    assert predict("quickstart/samples.yaml", "--ckpt_path", str(generator), *guided) == 0
+    few = ("--data.predict.num_samples", "20")
+    assert predict("quickstart/samples.yaml", "--ckpt_path", str(generator), *guided, *few) == 0
     samples = in_folder / "runs/quickstart/samples"
-    assert len(list((samples / "png").iterdir())) == 100
+    assert len(list((samples / "png").iterdir())) == 20
     record = json.loads((samples / "samples.json").read_text())
     assert record["guide"] == record["network"]  # itself here; without --model.guide it would be null
     assert main(["report", "runs/quickstart"]) == 0

@@ -6,14 +6,15 @@ from aligntok.networks.layers import Attention, RMSNorm, SwiGLU
 from aligntok.networks.positions import grid_coordinates, rotary_table, rotate
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm(dtype):
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 4), (torch.bfloat16, 1)])
+def test_rms_norm(dtype, roundings):
     norm, x = RMSNorm(64, eps=1e-6), (torch.randn(5, 64) * 3).to(dtype)
     torch.nn.init.normal_(norm.weight)
     y = norm(x)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
     assert y.dtype == dtype
-    assert (y - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps  # rounded once, at the end
+    # bfloat16 is rounded once, at the end; float32 in each of the steps
+    assert (y - exact).abs().max() <= exact.abs().max() * roundings * torch.finfo(dtype).eps
 
 
 def test_gated_mlp():
