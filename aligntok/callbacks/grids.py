@@ -25,7 +25,7 @@ class Grid(pl.Callback):
     name = "step"
     title = ""
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int | None) -> None:
         self.every_n_steps = every_n_steps
         self.last_step = -1
 
@@ -38,7 +38,7 @@ class Grid(pl.Callback):
     ) -> None:
         """Draw every so many optimizer steps."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self.last_step:
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self.last_step:
             self.draw(trainer, pl_module)
 
     def on_validation_batch_start(
@@ -99,7 +99,8 @@ class SampleGrid(Grid):
     """Samples of a generator, a row for each class; the same noise every time.
 
     Args:
-        every_n_steps: Optimizer steps between two pictures.
+        every_n_steps: Optimizer steps between two pictures; null draws at validation alone, where the averaged weights
+            are in place.
         num_classes: Rows: the first classes, at most so many.
         per_class: Columns.
     """
@@ -107,7 +108,7 @@ class SampleGrid(Grid):
     name = "samples"
     title = "samples, a row for each class"
 
-    def __init__(self, every_n_steps: int = 5000, num_classes: int = 10, per_class: int = 8) -> None:
+    def __init__(self, every_n_steps: int | None = None, num_classes: int = 10, per_class: int = 8) -> None:
         super().__init__(every_n_steps)
         self.num_classes, self.per_class = num_classes, per_class
 

@@ -317,13 +317,16 @@ def test_prediction_decodes_the_samples_that_are_asked_for(tiny, tmp_path, cache
 
 def test_the_grid_is_drawn_with_the_average_at_validation(tiny, tmp_path, cache):
     stage = tiny.generator(sampler=Euler(2))
-    callbacks = [EMA(0.5), SampleGrid(every_n_steps=2, num_classes=3, per_class=2)]
-    drawn = []
+    callbacks = [EMA(0.5), SampleGrid(), SampleGrid(every_n_steps=2)]
+    drawn, alone = [], []
+    callbacks[2].draw = lambda trainer, module: alone.append(trainer.global_step)
     callbacks[1].draw = lambda trainer, module: drawn.append((trainer.global_step, tiny.copies(module.network)))
     options = {"val_check_interval": 3, "limit_val_batches": 1, "enable_checkpointing": False}
     tiny.trainer(tmp_path, 3, callbacks, **options).fit(stage, datamodule=tiny.cached(cache))
-    assert [step for step, _ in drawn] == [2, 3]
-    assert all(torch.equal(value, drawn[1][1][name]) for name, value in stage.network.named_parameters())
+    assert alone == [2, 3]
+    ((step, weights),) = drawn
+    assert step == 3
+    assert all(torch.equal(value, weights[name]) for name, value in stage.network.named_parameters())
     grid = SampleGrid(num_classes=3, per_class=2)
     trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
     picture = grid.picture(trainer, stage)
