@@ -102,7 +102,8 @@ def read_ahead(loader: DataLoader[Any], num_threads: int) -> Iterator[Any]:
         tensors = dataset.__getitems__(batch)
         return {key: value.pin_memory() for key, value in tensors.items()} if loader.pin_memory else tensors
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    pool = ThreadPoolExecutor(num_threads)
+    try:
         coming: deque[Future[Any]] = deque(
             pool.submit(read, batch) for batch in islice(keys, BATCHES_PER_THREAD * num_threads)
         )
@@ -112,3 +113,5 @@ def read_ahead(loader: DataLoader[Any], num_threads: int) -> Iterator[Any]:
             if following is not None:
                 coming.append(pool.submit(read, following))
             yield batch
+    finally:  # never wait: an abandoned pass is closed by the garbage collector, on any thread, one that starts included
+        pool.shutdown(wait=False, cancel_futures=True)
