@@ -113,5 +113,5 @@ def read_ahead(loader: DataLoader[Any], num_threads: int) -> Iterator[Any]:
             if following is not None:
                 coming.append(pool.submit(read, following))
             yield batch
-    finally:  # never wait: an abandoned pass is closed by the garbage collector, on any thread, one that starts included
+    finally:  # without waiting: the garbage collector closes an abandoned pass, on any thread, even one that starts
         pool.shutdown(wait=False, cancel_futures=True)
