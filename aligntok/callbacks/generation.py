@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aligntok.callbacks.measure import Measurement
+from aligntok.callbacks.progress import SECONDS_BETWEEN_LINES
 from aligntok.callbacks.sample_writer import setting
 from aligntok.errors import UserError
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics
 from aligntok.networks.frozen import Frozen
-
-SECONDS_BETWEEN_LINES = 10
 
 
 class GenerationQuality(Measurement):
@@ -75,8 +74,7 @@ class GenerationQuality(Measurement):
         """Read the reference now: a wrong file should not stop the run at its first validation."""
         self.metrics.to(pl_module.device)
         if isinstance(self.reference, str) and self.metrics.given is None:
-            self.metrics.check_size(cast(Any, pl_module).tokenizer.spec.image_size)
-            self.metrics.load_reference(self.reference)
+            self.find_reference(trainer, pl_module)
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw and measure: only in these moments are the averaged weights in place."""
@@ -132,13 +130,15 @@ class GenerationQuality(Measurement):
 
     def find_reference(self, trainer: pl.Trainer, module: Any) -> None:
         """Read the reference from its file, or measure it and keep it in the run's folder."""
+        image_size = module.tokenizer.spec.image_size
+        self.metrics.check_size(image_size)
         if isinstance(self.reference, str):
             self.metrics.load_reference(self.reference)
             return
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "reference_images"):
             raise UserError("GenerationQuality.reference: name a file; only aligntok's LatentDataModule offers images")
-        source, batches = data.reference_images(self.reference, module.tokenizer.spec.image_size)
+        source, batches = data.reference_images(self.reference, image_size)
         network: Any = self.metrics.frechet.features
         parts = {"_sample": self.metrics.real.width > 0, "_spatial": self.metrics.spatial is not None}
         name = f"{network.name}_{source}{''.join(part for part, wanted in parts.items() if wanted)}.safetensors"

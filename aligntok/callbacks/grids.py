@@ -31,7 +31,7 @@ class Grid(pl.Callback):
 
     def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
         """Return the picture (3, H, W) in [0, 1], or nothing where this module has none."""
-        raise NotImplementedError
+        raise NotImplementedError  # a grid defines it
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -197,7 +197,7 @@ class LinearProbe(Measurement):
         self.weight_decay = weight_decay
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Encode the training images."""
+        """Encode the training images, where their latents are not cached."""
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "calibration_dataloader"):
             raise UserError(
@@ -209,7 +209,9 @@ class LinearProbe(Measurement):
         if tokenizer is None:
             return
         for batch in data.calibration_dataloader():
-            self.train.append((tokenizer.encode(batch["image"].to(module.device)).float(), batch["label"], batch["id"]))
+            cached = batch.get("latent")
+            latent = tokenizer.encode(batch["image"].to(module.device)) if cached is None else cached
+            self.train.append((latent.float(), batch["label"], batch["id"]))
 
     def update(self, batch: Batch, outputs: Outputs) -> None:
         """Keep a validation latent."""

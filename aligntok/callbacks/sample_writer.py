@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from aligntok.callbacks.blocks import Block, BlockWriter
 from aligntok.errors import UserError
+from aligntok.networks.tokenizer import hash_tensors
 from aligntok.weights.checkpoint import write_atomically, write_text
 
 RECORD = "samples.json"
@@ -84,9 +84,9 @@ class SampleWriter(BlockWriter):
         """Return what decides on the samples."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         return {
-            "network": weights_id(module.network),
-            "guide": None if module.guide is None else weights_id(module.guide.network),
-            "tokenizer": weights_id(module.tokenizer),  # its fingerprint leaves out the decoder
+            "network": hash_tensors(module.network.state_dict()),
+            "guide": None if module.guide is None else hash_tensors(module.guide.network.state_dict()),
+            "tokenizer": hash_tensors(module.tokenizer.state_dict()),  # its fingerprint leaves out the decoder
             "sampler": setting(module.sampler),
             "guidance": setting(module.guidance),
             "seed": module.seed,
@@ -140,15 +140,6 @@ class SampleWriter(BlockWriter):
         """Return the bytes of a sample's picture."""
         with Image.open(self.path(id)) as picture:
             return np.asarray(picture.convert("RGB")).tobytes()
-
-
-def weights_id(network: nn.Module) -> str:
-    """Return a hash of all weights and buffers."""
-    digest = hashlib.sha256()
-    for key, value in network.state_dict().items():
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def setting(part: object) -> str:

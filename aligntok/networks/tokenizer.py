@@ -117,14 +117,19 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """Return a hash of all weights and buffers that shape the latent: equal hash, equal latents."""
-        digest = hashlib.sha256(repr(self.spec).encode())
         latent_parts = {"encoder": self.encoder, "adapter": self.adapter}
         tensors = {
             f"{part}.{key}": value for part, net in latent_parts.items() for key, value in net.state_dict().items()
         }
         tensors |= {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
-        for key in sorted(tensors):
-            value = tensors[key].detach().cpu().contiguous()
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return hash_tensors(tensors, repr(self.spec))
+
+
+def hash_tensors(tensors: dict[str, Tensor], about: str = "") -> str:
+    """Return a hash of tensors with their names, and of what else is said ``about`` them."""
+    digest = hashlib.sha256(about.encode())
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

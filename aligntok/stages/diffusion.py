@@ -7,6 +7,7 @@ Reference:
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import Schedule
 from aligntok.stages.stage import Stage
 from aligntok.weights.checkpoint import load_strictly, part_of
+from aligntok.weights.lightningdit import is_lightningdit, load_lightningdit
 
 NUM_BINS = 10  # of time, for the logs
 GOLDEN_RATIO = 0.6180339887498949  # its multiples fill [0, 1) evenly: times of the validation images
@@ -94,6 +96,11 @@ class LatentDiffusion(Stage):
         """The tokenizer that decodes, if there is one."""
         return None if self.frozen_tokenizer is None else self.frozen_tokenizer.network
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Hash of the weights that shape the latents, which never change here."""
+        return None if self.tokenizer is None else self.tokenizer.fingerprint()
+
     def check_parts(self) -> None:
         """Raise a ``UserError`` where the parts do not fit each other: now, not at the first samples."""
         network, alignment = self.network, self.representation_alignment
@@ -126,8 +133,6 @@ class LatentDiffusion(Stage):
 
     def init_from(self, path: str | Path) -> None:
         """Start from the weights of another run, or of a checkpoint that LightningDiT wrote."""
-        from aligntok.weights.lightningdit import is_lightningdit, load_lightningdit
-
         if is_lightningdit(path):
             load_lightningdit(path, self.network)
         else:
@@ -295,14 +300,13 @@ class LatentDiffusion(Stage):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which tokenizer's latents these are."""
         super().on_save_checkpoint(checkpoint)
-        if self.tokenizer is not None:
-            checkpoint["tokenizer_fingerprint"] = self.tokenizer.fingerprint()
+        checkpoint["tokenizer_fingerprint"] = self.tokenizer_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a tokenizer with other latents; another decoder of the same latents is welcome."""
         super().on_load_checkpoint(checkpoint)
         theirs = checkpoint.get("tokenizer_fingerprint")
-        ours = None if self.tokenizer is None else self.tokenizer.fingerprint()
+        ours = self.tokenizer_fingerprint
         if theirs is not None and ours is not None and theirs != ours:
             raise UserError(
                 f"the generator learned the latents of tokenizer {theirs}, but model.tokenizer is {ours}: name the"

@@ -257,7 +257,7 @@ class TokenizerStage(Stage):
             return
         if hasattr(data, "calibration_dataloader"):
             self.measure_latents(batch["image"] for batch in data.calibration_dataloader())
-        elif bool((self.tokenizer.latent_std == 1).all()):
+        elif not self.tokenizer.is_measured:
             raise UserError(
                 f"{type(self).__name__} needs the statistics of the latents: call stage.measure_latents(images) before"
                 " fit, or use aligntok's LatentDataModule"

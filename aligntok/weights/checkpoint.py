@@ -7,18 +7,16 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
+from aligntok.networks.dit import DiT
 from aligntok.networks.lora import merge_lora
 from aligntok.networks.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from aligntok.networks.dit import DiT
 
 STAGE_KEY = "aligntok_stage"
 Module = TypeVar("Module", bound=nn.Module)
@@ -166,8 +164,6 @@ def load_network(path: str | Path) -> DiT:
     Raises:
         UserError: The file is no such checkpoint.
     """
-    from aligntok.networks.dit import DiT
-
     checkpoint = read_checkpoint(path)
     network = build(recipe_of(checkpoint, "network", path), DiT)
     load_strictly(network, part_of(checkpoint["state_dict"], "network"), str(path))

@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from aligntok.callbacks import LatentWriter
+from aligntok.callbacks import LatentWriter, LinearProbe
 from aligntok.data import LatentDataModule, LatentShards, Shapes
 from aligntok.errors import UserError
 from aligntok.stages import DecoderRefinement, LatentAlignment, PerceptualAlignment
@@ -65,6 +65,23 @@ def test_learns_from_the_cache_what_it_learns_from_the_images_and_the_encoder_re
     assert max(float((ours[key] - start[key]).abs().max()) for key in ours if "decoder" in key) > 1e-2
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_the_linear_probe_reads_cached_latents_and_leaves_the_encoder_alone(tiny, tmp_path, measured):
+    write(tiny, tmp_path / "cache", measured.tokenizer)
+    val = LatentShards(str(tmp_path / "cache"), images=Shapes(COUNT, 16))
+    probed = {}
+    for name, data in (
+        ("cached", cached(tmp_path / "cache", val=val)),
+        ("images", LatentDataModule(Shapes(COUNT, 16), 16, 8, val=Shapes(COUNT, 16), crop="center", flip=False)),
+    ):
+        calls = []
+        hook = measured.tokenizer.encoder.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainer = tiny.trainer(tmp_path, 1, [LinearProbe()], limit_val_batches=None)
+        probed[name] = trainer.validate(measured, datamodule=data, verbose=False)[0]["val/probe"], len(calls)
+        hook.remove()
+    assert probed["cached"] == (pytest.approx(probed["images"][0]), 0)
+    assert probed["images"][1] > 0
 
 
 def test_mirrored_latents_come_with_mirrored_images(tiny, tmp_path, measured):
