@@ -1,4 +1,4 @@
-"""The tokenizer: encoder, adapter and decoder as one network, and the contract that everything else relies on."""
+"""The tokenizer: encoder, adapter, quantizer and decoder as one network, and the contract that everything else relies on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError
 from aligntok.networks.encoders import pair
+from aligntok.networks.quantizers import VectorQuantizer
 
 
 @dataclass(frozen=True)
@@ -19,28 +20,48 @@ class TokenizerSpec:
 
     Attributes:
         kind: ``continuous`` (latents) or ``discrete`` (tokens).
-        latent_shape: (C, h, w) of one latent.
+        latent_shape: (C, h, w) of one latent; (C, 1, N) where an encoder writes a sequence of N.
         image_size: (H, W) of one image in pixels.
-        downsampling: Image pixels per latent cell, f.
+        downsampling: Image pixels per cell of the grid, f.
+        codebook_size: Number of codes of a discrete tokenizer; none for a continuous one.
     """
 
     kind: Literal["continuous", "discrete"]
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]
     downsampling: int
+    codebook_size: int | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches of an image."""
+        return self.image_size[0] // self.downsampling, self.image_size[1] // self.downsampling
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of an image, N."""
+        return self.latent_shape[1] * self.latent_shape[2]
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before those of the grid."""
+        return self.sequence_length - self.grid[0] * self.grid[1]
 
 
 class Tokenizer(nn.Module):
-    """Image to latent and back: ``decode(encode(image))`` is the reconstruction.
+    """Image to latent or tokens and back: ``decode(encode(image))`` is the reconstruction.
 
-    ``encode`` gives normalised latents, ``(adapter(encoder(image)) - latent_mean) / latent_std``, and ``decode`` takes
-    them; mean and std are buffers of the tokenizer, 0 and 1 until they are measured, and nobody else scales.
+    A continuous tokenizer, without quantizer: ``encode`` gives normalised latents,
+    ``(adapter(encoder(image)) - latent_mean) / latent_std``, and ``decode`` takes them; mean and std are buffers of the
+    tokenizer, 0 and 1 until they are measured, and nobody else scales. A discrete one: ``encode`` gives the tokens
+    (B, N) of the codes nearest to the adapter's output, which is not scaled, and ``decode`` takes them.
 
     Args:
-        encoder: Image (B, 3, H, W) in [0, 1] to features (B, width, h, w); has ``width``,
-            ``image_size`` and ``downsampling``.
+        encoder: Image (B, 3, H, W) in [0, 1] to features (B, width, h, w), or (B, width, 1, N) of a sequence; has
+            ``width``, ``image_size`` and ``downsampling``, and ``grid``, (h, w), where that is not the image's.
         adapter: Features to raw latent (B, latent_dim, h, w); has ``width`` and ``latent_dim``.
         decoder: Raw latent to image, nominally in [0, 1]; has ``latent_dim``, ``downsampling`` and ``last_layer``.
+        quantizer: Raw latent to tokens and back; has ``latent_dim`` and ``codebook_size``. None for a continuous one.
 
     Raises:
         UserError: Parts that do not fit each other; both values are named.
@@ -49,15 +70,19 @@ class Tokenizer(nn.Module):
     encoder: Any  # any module with the attributes above
     adapter: Any
     decoder: Any
+    quantizer: Any
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, encoder: nn.Module, adapter: nn.Module, decoder: nn.Module) -> None:
+    def __init__(
+        self, encoder: nn.Module, adapter: nn.Module, decoder: nn.Module, quantizer: VectorQuantizer | None = None
+    ) -> None:
         super().__init__()
-        self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
+        self.encoder, self.adapter, self.decoder, self.quantizer = encoder, adapter, decoder, quantizer
         for ours, theirs, part, key in (
             (adapter, encoder, "encoder", "width"),
             (adapter, decoder, "decoder", "latent_dim"),
+            (adapter, quantizer or adapter, "quantizer", "latent_dim"),
         ):
             if getattr(ours, key) != getattr(theirs, key):
                 raise UserError(f"adapter.{key} {getattr(ours, key)} differs from {part}.{key} {getattr(theirs, key)}")
@@ -74,14 +99,25 @@ class Tokenizer(nn.Module):
     def spec(self) -> TokenizerSpec:
         """What generators, caches and callbacks need to know."""
         size, factor = pair(self.encoder.image_size), int(self.encoder.downsampling)
-        shape = (int(self.latent_mean.shape[0]), size[0] // factor, size[1] // factor)
-        return TokenizerSpec("continuous", shape, size, factor)
+        h, w = getattr(self.encoder, "grid", (size[0] // factor, size[1] // factor))
+        shape = (int(self.latent_mean.shape[0]), h, w)
+        if self.quantizer is None:
+            return TokenizerSpec("continuous", shape, size, factor)
+        return TokenizerSpec("discrete", shape, size, factor, int(self.quantizer.codebook_size))
 
     def encode(self, image: Tensor) -> Tensor:
-        """Return the normalised latent (B, C, h, w) of an image (B, 3, H, W) in [0, 1]."""
-        return self.normalize(self.adapter(self.encoder(image)))
+        """Return what stands for an image (B, 3, H, W) in [0, 1]: normalised latent (B, C, h, w), or tokens (B, N)."""
+        latent = self.normalize(self.adapter(self.encoder(image)))
+        return latent if self.quantizer is None else self.quantizer.tokens(latent)
 
-    def decode(self, latent: Tensor, clamp: bool = True) -> Tensor:
+    def decode(self, code: Tensor, clamp: bool = True) -> Tensor:
+        """Return the image (B, 3, H, W) of what ``encode`` gives, in [0, 1] unless ``clamp`` is off."""
+        latent = (
+            code if self.quantizer is None else self.quantizer.lookup(code).unflatten(2, self.spec.latent_shape[1:])
+        )
+        return self.decode_latent(latent, clamp)
+
+    def decode_latent(self, latent: Tensor, clamp: bool = True) -> Tensor:
         """Return the image (B, 3, H, W) of a normalised latent (B, C, h, w), in [0, 1] unless ``clamp`` is off."""
         image: Tensor = self.decoder(latent * self.latent_std + self.latent_mean)
         return image.clamp(0, 1) if clamp else image
@@ -96,8 +132,8 @@ class Tokenizer(nn.Module):
 
     @property
     def is_measured(self) -> bool:
-        """Whether mean and standard deviation of the latents were measured."""
-        return not bool((self.latent_std == 1).all() and (self.latent_mean == 0).all())
+        """Whether latents are as generators want them: mean and standard deviation measured, or tokens."""
+        return self.quantizer is not None or not bool((self.latent_std == 1).all() and (self.latent_mean == 0).all())
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -122,6 +158,8 @@ class Tokenizer(nn.Module):
             f"{part}.{key}": value for part, net in latent_parts.items() for key, value in net.state_dict().items()
         }
         tensors |= {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
+        if self.quantizer is not None:
+            tensors["codebook"] = self.quantizer.codebook
         return hash_tensors(tensors, repr(self.spec))
 
 
