@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
@@ -23,7 +24,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; whatever ``weights_only`` says, no code is run."""
-        return read_checkpoint(path, map_location)
+        checkpoint = read_checkpoint(path, map_location)
+        checkpoint.setdefault("pytorch-lightning_version", pl.__version__)  # an exported one knows none
+        return checkpoint
 
 
 class MetricsCSV(CSVLogger):

@@ -17,17 +17,21 @@ from aligntok.errors import UserError
 from aligntok.networks.dit import DiT
 from aligntok.networks.lora import merge_lora
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.weights.exported import SUFFIX, read_exported
 
 STAGE_KEY = "aligntok_stage"
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a training checkpoint with tensors and plain values only.
+    """Load a training checkpoint, or an exported one (``.safetensors``), with tensors and plain values only.
 
     Raises:
         UserError: There is no such file, it is no checkpoint, or it holds pickled code.
     """
+    if Path(path).suffix == SUFFIX:
+        state, stage, parts = read_exported(Path(path), map_location)
+        return {"state_dict": state, STAGE_KEY: stage, "hyper_parameters": parts}
     checkpoint = read_file(path, map_location)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} is no training checkpoint: it has no state_dict")
