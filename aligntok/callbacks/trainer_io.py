@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
@@ -25,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; whatever ``weights_only`` says, no code is run."""
         checkpoint = read_checkpoint(path, map_location)
-        checkpoint.setdefault("pytorch-lightning_version", pl.__version__)  # an exported one knows none
+        checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)  # an exported one knows none
         return checkpoint
 
 
