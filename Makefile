@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
+ALITOK := runs/quickstart_alitok
 LAST := checkpoints/last.ckpt
 FIT := $(BIN)/aligntok fit --ckpt_path last --config
 
-.PHONY: install format check test test-slow test-gpu bench quickstart clean
+.PHONY: install format check test test-slow test-gpu bench quickstart quickstart-alitok clean
 
 install: .venv/installed
 
@@ -27,6 +28,18 @@ quickstart: install
 	$(BIN)/aligntok validate --config quickstart/dit.yaml --ckpt_path $(RUN)/dit/$(LAST)
 	$(BIN)/aligntok predict --config quickstart/samples.yaml --ckpt_path $(RUN)/dit/$(LAST)
 	$(BIN)/aligntok report $(RUN)
+
+# A classifier that judges, both stages of the discrete tokenizer; then tokens, generator, samples; report.
+quickstart-alitok: install
+	$(FIT) quickstart/encoder.yaml --output $(ALITOK)/encoder
+	$(FIT) quickstart_alitok/stage1.yaml
+	$(FIT) quickstart_alitok/stage2.yaml --init_from $(ALITOK)/stage1/$(LAST)
+	$(BIN)/aligntok validate --config quickstart_alitok/stage2.yaml --ckpt_path $(ALITOK)/stage2/$(LAST)
+	$(BIN)/aligntok predict --config quickstart_alitok/cache.yaml --ckpt_path $(ALITOK)/stage2/$(LAST)
+	$(FIT) quickstart_alitok/ar.yaml
+	$(BIN)/aligntok validate --config quickstart_alitok/ar.yaml --ckpt_path $(ALITOK)/ar/$(LAST)
+	$(BIN)/aligntok predict --config quickstart_alitok/samples.yaml --ckpt_path $(ALITOK)/ar/$(LAST)
+	$(BIN)/aligntok report $(ALITOK)
 
 format: install
 	$(BIN)/ruff format aligntok tests benchmarks
@@ -53,4 +66,4 @@ bench: install
 	$(BIN)/python benchmarks/training_step.py
 
 clean:
-	rm -rf runs/quickstart .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf runs/quickstart runs/quickstart_alitok .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

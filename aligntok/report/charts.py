@@ -41,6 +41,7 @@ class Line(NamedTuple):
 
 STEPS, SAMPLING_STEPS = Axis("steps"), Axis("sampling steps", doubling=True)
 TIME = Axis("t: noise at 0, data at 1", end=1.0)
+POSITION = Axis("position in the sequence: prefix, then the grid row by row")
 
 
 def curves(lines: Sequence[Line], axis: Axis, percent: bool = False, markers: bool = False, key: str = "") -> str:

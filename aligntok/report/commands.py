@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from aligntok.report.predictions import Prediction
-from aligntok.report.runs import GENERATOR, Run, setting, tokenizer_path, wrote
+from aligntok.report.runs import Run, setting, tokenizer_path, wrote
 
 AGAIN = "again"  # the folder that the commands write to: the runs' own folders are taken
 NUM_SAMPLES = "100"  # ours: for the eye, where nobody said how many
@@ -49,7 +49,7 @@ def fit(run: Run, runs: list[Run], predictions: list[Prediction]) -> list[str]:
 def validate(run: Run) -> list[str]:
     """Return the line that measures again what was measured; a generator always, for the sweep is only done so."""
     measured = run.validation.get("checkpoint")
-    if not repeatable(run) or not (measured or run.stage == GENERATOR):
+    if not repeatable(run) or not (measured or run.is_generator):
         return []
     output = f"{AGAIN}/{run.name}"
     checkpoint = again(run, measured) if measured and wrote(run, measured) else f"{output}/checkpoints/last.ckpt"
@@ -69,7 +69,7 @@ def predict(written: Prediction, runs: list[Run], predictions: list[Prediction])
 def draw(run: Run) -> list[str]:
     """Return the line that draws a few samples of a generator that wrote none."""
     num_classes = run.setting("network", "init_args", "num_classes")
-    if run.stage != GENERATOR or num_classes is None or not repeatable(run):
+    if not run.is_generator or num_classes is None or not repeatable(run):
         return []
     output = f"{AGAIN}/{run.name}"
     words = ["--config", f"{output}/config.yaml", "--config", "sample.yaml", "--output", f"{output}_samples"]
@@ -84,7 +84,7 @@ def latents_again(config: dict[str, object], runs: list[Run], predictions: list[
     words = ["--model.init_args.tokenizer.init_args.path", again(tokenizer, path)] if tokenizer and path else []
     for part in ("train", "val", "test"):
         source = setting(config, "data", part) or {}
-        if str(source.get("class_path")).rpartition(".")[2] != "LatentShards":
+        if str(source.get("class_path")).rpartition(".")[2] not in ("LatentShards", "TokenShards"):
             continue
         cache = next((p for p in predictions if p.is_at(setting(source, "init_args", "folder"))), None)
         if cache is None:

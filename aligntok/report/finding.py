@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from aligntok.report.runs import ENCODER, GENERATOR, Run, setting, wrote
+from aligntok.report.runs import ENCODER, Run, setting, wrote
 
 SAME_DB = 0.05  # ours: a PSNR difference below this is not worth a word
 SAME_SHARE = 0.0005  # an accuracy is shown to 0.1 %
@@ -129,7 +129,7 @@ def frechet(run: Run, first: Run | None, runs: list[Run]) -> list[str]:
 
 def about_generators(runs: list[Run]) -> list[str]:
     """Return what a single generator draws, and at how many steps; of several, which has the lowest distance."""
-    generators = of_stage(runs, GENERATOR)
+    generators = [run for run in runs if run.is_generator]
     names = generation_distances(generators)
     measured = [run for run in generators if names and run.value(names[0]) is not None]
     if len(measured) == 1:
@@ -210,7 +210,7 @@ def pooled_probe(run: Run, first: Run | None) -> list[str]:
 
 def tokenizers(runs: list[Run]) -> list[Run]:
     """Return the runs that train a tokenizer."""
-    return [run for run in runs if run.stage not in (ENCODER, GENERATOR)]
+    return [run for run in runs if run.stage != ENCODER and not run.is_generator]
 
 
 def of_stage(runs: list[Run], stage: str) -> list[Run]:
@@ -249,7 +249,9 @@ def control_words(control: Run, run: Run) -> str:
 
 def label(run: Run, runs: list[Run]) -> str:
     """Return the stage's number where that is clear, else the run's name."""
-    numbers = {"LatentAlignment": 1, "PerceptualAlignment": 2, "DecoderRefinement": 3}
+    numbers = {"LatentAlignment": 1, "PerceptualAlignment": 2, "DecoderRefinement": 3, "CausalTokenization": 1}
+    if run.parent is not None and run.parent.stage == "CausalTokenization":
+        numbers["DecoderRefinement"] = 2
     same = [other for other in runs if other.stage == run.stage and is_control(other) == is_control(run)]
     if run.stage not in numbers or len(same) > 1 or is_control(run):
         return f"“{run.name}”"

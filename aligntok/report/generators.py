@@ -5,11 +5,11 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from aligntok.report.charts import SAMPLING_STEPS, TIME, Line
+from aligntok.report.charts import POSITION, SAMPLING_STEPS, TIME, Line
 from aligntok.report.finding import DASH, frechet_name, generation_distances, percent
 from aligntok.report.panels import figure, legend, panel
 from aligntok.report.pictures import data_uri, picture_rows
-from aligntok.report.runs import GENERATOR, Run, read_json, setting
+from aligntok.report.runs import AUTOREGRESSION, Run, read_json, setting
 from aligntok.report.table import Column, meanings, table
 
 ERROR = "/mse_t"  # LatentDiffusion's error per time bin: `val/mse_t0.3` is for t in [0.3, 0.4)
@@ -23,11 +23,13 @@ def generators(runs: list[Run], dots: dict[str, str]) -> str:
         runs: All runs; a run's place decides on its colour.
         dots: The coloured mark of each run's name.
     """
-    own = [run for run in runs if run.stage == GENERATOR]
+    own = [run for run in runs if run.is_generator]
     if not own:
         return ""
     shown = generation_columns(own)
-    what = "from noise to latent; guidance of scale 1 is none. “latents of” names the tokenizer's run."
+    what = (
+        "from noise to latent, or token by token; guidance of scale 1 is none. “latents of” names the tokenizer's run."
+    )
     text = f"<h2>Generators</h2>{table(own, dots, shown, 'Sampler', sampler)}{conditions(own)}"
     pictures = [samples(run, dots) for run in own if run.picture("samples")]
     explained = f"<div>{meanings(shown, 'Sampler', what)}</div>"
@@ -47,6 +49,11 @@ def generation_columns(own: list[Run]) -> list[Column]:
         "val/recall": ("Recall", percent, True, "share of reference images that lie among samples: variety."),
         "val/kid": ("KID", "{:.3g}".format, False, "kernel distance in a network's features; lower is better."),
     }
+    if any(run.stage == AUTOREGRESSION for run in own):
+        right = "share of the validation images' tokens that the network thinks most likely, given those before."
+        surprise = "mean surprise at the next token of validation images, in nats; lower is better."
+        known["val/accuracy"] = ("Token accuracy", percent, True, right)
+        known["val/loss"] = ("Cross-entropy", "{:.3f}".format, False, surprise)
     distances = generation_distances(own) or ["val/gfd_"]
     names = {name for run in own for name in run.metrics if "_steps" not in name} | {"val/class_agreement"}
     result = [Column(n, frechet_name(n).replace(" ()", ""), "{:.3g}".format, False, far) for n in distances]
@@ -61,7 +68,7 @@ def sampler(run: Run) -> str:
     """Return how it samples, as HTML."""
     name = str(run.setting("sampler", "class_path") or DASH).rpartition(".")[2]
     steps = f", {run.sampling_steps:,} steps" if run.sampling_steps else ""
-    scale = run.setting("guidance", "init_args", "scale")
+    scale = run.setting("guidance", "init_args", "scale") or run.setting("sampler", "init_args", "guidance_scale")
     return escape(name + steps) + (f"<small>guidance {escape(str(scale))}</small>" if scale is not None else "")
 
 
@@ -109,15 +116,15 @@ def generation_curves(own: list[Run], shown: list[Column], dots: dict[str, str],
     main = [column for column in shown if column.key.startswith(("val/gf", "val/class_agreement"))]
     titled = [(column.key, f"{column.heading} {'↑' if column.up else '↓'}") for column in main]
     panels = [panel(own, key, f"{title} in training", chained=True, colours=runs) for key, title in titled]
-    panels.append(error_over_time(own, runs))
+    panels += [error_over_time(own, runs), accuracy_per_position(own, runs)]
     tried = [*titled, *((column.key, f"{column.heading} ↑") for column in shown if column.heading.startswith("Recall"))]
     panels += [over_sampling_steps(own, key, title, runs) for key, title in tried]
     if not any(panels):
         return ""
     note = (
-        "<h3>Curves</h3><p class='note'>The error of the predicted velocity against time: 0 is noise, 1 is data."
-        " Solid: validation, with averaged weights; dashed: training, the last steps. The curves over the number of"
-        " sampling steps are of <code>aligntok validate</code>.</p>"
+        "<h3>Curves</h3><p class='note'>Of a diffusion generator, the error of the predicted velocity against time: 0"
+        " is noise, 1 is data. Solid: validation, with averaged weights; dashed: training, the last steps. The curves"
+        " over the number of sampling steps are of <code>aligntok validate</code>.</p>"
     )
     return f'{note}{legend(own, dots)}<div class="panels">{"".join(panels)}</div>'
 
@@ -131,6 +138,12 @@ def error_over_time(own: list[Run], runs: list[Run]) -> str:
             points = [(float(name.partition(ERROR)[2]) + HALF_BIN, run.curve(name)[-1][1]) for name in names]
             lines.append(Line(runs.index(run), points, dashed=part == "train"))
     return figure(lines, "Velocity error over time ↓", TIME, markers=True, key="error over time")
+
+
+def accuracy_per_position(own: list[Run], runs: list[Run]) -> str:
+    """Return how often the next token is foreseen, along the sequence."""
+    lines = [Line(runs.index(run), [(row["position"], row["accuracy"]) for row in run.per_position]) for run in own]
+    return figure(lines, "Token accuracy along the sequence ↑", POSITION, percent=True, key="accuracy per position")
 
 
 def over_sampling_steps(own: list[Run], name: str, title: str, runs: list[Run]) -> str:

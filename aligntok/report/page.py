@@ -14,7 +14,7 @@ from aligntok.report.generators import ERROR, generators
 from aligntok.report.panels import legend, panel
 from aligntok.report.pictures import data_uri, picture_rows
 from aligntok.report.predictions import find_predictions
-from aligntok.report.runs import ENCODER, GENERATOR, Run
+from aligntok.report.runs import ENCODER, Run
 from aligntok.report.table import columns, meanings, table
 
 NO_LOSS = ("train/images_per_s", "train/data_wait", "train/grad_norm")  # how training goes, not what it lowers
@@ -72,7 +72,7 @@ def unbroken(sentence: str) -> str:
 
 def tokenizer_table(runs: list[Run], dots: dict[str, str]) -> str:
     """Return the table of the runs that are no generators, which have their own."""
-    shown = [run for run in runs if run.stage != GENERATOR]
+    shown = [run for run in runs if not run.is_generator]
     if not shown:
         return ""
     what = "what was trained; “from” names the run whose weights it started with."
@@ -150,7 +150,7 @@ def losses(runs: list[Run], dots: dict[str, str]) -> str:
     groups = {
         "Tokenizers": tokenizers(runs),
         "Encoder": [run for run in runs if run.stage == ENCODER],
-        "Generators": [run for run in runs if run.stage == GENERATOR],
+        "Generators": [run for run in runs if run.is_generator],
     }
     text, folded = "", ""
     for title, group in groups.items():

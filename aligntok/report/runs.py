@@ -14,13 +14,16 @@ import yaml
 
 from aligntok.errors import UserError
 
-ENCODER, GENERATOR = "EncoderPretraining", "LatentDiffusion"
+ENCODER = "EncoderPretraining"
+DIFFUSION, AUTOREGRESSION = "LatentDiffusion", "AutoregressiveGeneration"
+GENERATORS = (DIFFUSION, AUTOREGRESSION)
 STAGES = (
     ENCODER,
     "LatentAlignment",
     "PerceptualAlignment",
+    "CausalTokenization",
     "DecoderRefinement",
-    GENERATOR,
+    *GENERATORS,
 )  # in the order of training
 MARKS = ("run.json", "config.yaml", "metrics.csv", "checkpoints")  # a folder with one of these is a run's
 
@@ -37,6 +40,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
+    per_position: list[dict[str, float]] = field(default_factory=list)
     parent: Run | None = None
     tokenizer: Run | None = None
 
@@ -50,6 +54,11 @@ class Run:
         """The class of the stage, or nothing where no file says it."""
         class_path = (self.config.get("model") or {}).get("class_path") or ""
         return str(self.record.get("stage") or class_path.rpartition(".")[2])
+
+    @property
+    def is_generator(self) -> bool:
+        """Whether it learns latents or tokens, not images."""
+        return self.stage in GENERATORS
 
     @property
     def finished(self) -> bool:
@@ -164,7 +173,7 @@ class Run:
     def measured_on(self) -> str:
         """Return what decides on which images it was measured: measures of two runs compare only if this is equal."""
         data = self.config.get("data") or {}
-        if self.stage == GENERATOR:
+        if self.is_generator:
             quality = {k: v for k, v in self.callback("GenerationQuality").items() if k not in ("batch_size", "sweep")}
             images = setting(data, "train", "init_args", "images") or data.get("train")
             given = quality.get("reference")
@@ -209,6 +218,7 @@ def read_run(folder: Path) -> Run:
         config=read_yaml(folder / "config.yaml"),
         validation=read_json(folder / "validate.json"),
         rows=read_rows(folder / "metrics.csv"),
+        per_position=read_rows(folder / "accuracy_per_position.csv", "position"),
     )
 
 
@@ -236,14 +246,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Return the finite numbers of each row that has a step; a run may be writing the last row just now."""
+def read_rows(path: Path, key: str = "step") -> list[dict[str, float]]:
+    """Return the finite numbers of each row that has a ``key``; a run may be writing the last row just now."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         rows = [{key: number(text) for key, text in row.items() if key} for row in csv.DictReader(file)]
     finite = [{key: value for key, value in row.items() if value is not None} for row in rows]
-    return [row for row in finite if "step" in row]
+    return [row for row in finite if key in row]
 
 
 def number(text: Any) -> float | None:

@@ -7,7 +7,7 @@ from html import escape
 from typing import NamedTuple
 
 from aligntok.report.finding import DASH, frechet_name, percent
-from aligntok.report.runs import Run
+from aligntok.report.runs import ENCODER, Run
 
 
 class Column(NamedTuple):
@@ -34,6 +34,11 @@ def columns(runs: list[Run]) -> list[Column]:
     ]
     if "val/lpips" in names:
         result.append(Column("val/lpips", "LPIPS", "{:.3f}".format, False, "perceptual distance; lower is better."))
+    if "val/codebook_usage" in names:
+        used = "share of the codes that the validation images use; higher is better."
+        evenly = "codes that would be as hard to guess if all were equally likely; higher is better."
+        result.append(Column("val/codebook_usage", "Codes used", percent, True, used))
+        result.append(Column("val/codebook_perplexity", "Code perplexity", "{:.0f}".format, True, evenly))
     for name in sorted(n for n in names if n.startswith(("val/rfd_", "val/rfid"))) or ["val/rfd_"]:
         heading = "rFD" if name == "val/rfd_" else frechet_name(name)
         meaning = "distance between image and reconstruction statistics in a network's features; lower is better."
@@ -84,7 +89,7 @@ def row(run: Run, shown: list[Column], best: dict[str, str | None], dot: str, wh
     )
     if run.tokenizer is not None:
         origin += f"<small>latents of {escape(run.tokenizer.name)}</small>"
-    if run.value("val/accuracy") is not None:
+    if run.stage == ENCODER and run.value("val/accuracy") is not None:
         origin += f"<small>accuracy {percent(run.value('val/accuracy'))}</small>"
     steps = f"{run.steps:,}" if run.steps or run.finished else DASH
     if not run.finished:

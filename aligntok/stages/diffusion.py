@@ -7,7 +7,6 @@ Reference:
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ from aligntok.networks.dit import DiT
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import Schedule
-from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import load_strictly, part_of
+from aligntok.stages.generator import GeneratorStage
 from aligntok.weights.lightningdit import is_lightningdit, load_lightningdit
 
 NUM_BINS = 10  # of time, for the logs
 GOLDEN_RATIO = 0.6180339887498949  # its multiples fill [0, 1) evenly: times of the validation images
 
 
-class LatentDiffusion(Stage):
+class LatentDiffusion(GeneratorStage):
     """Trains a network to predict the velocity from noise to latent, and samples with it.
 
     Batches hold ``latent`` (B, C, h, w), normalised, from the cache, or ``image`` (B, 3, H, W), which the tokenizer
@@ -77,40 +75,21 @@ class LatentDiffusion(Stage):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         max_nonfinite_steps: int = 10,
     ) -> None:
-        super().__init__(learning_rate, optimizer, max_nonfinite_steps)
-        self.network = network
-        self.frozen_tokenizer = Frozen(tokenizer) if tokenizer is not None else None
+        super().__init__(network, tokenizer, learning_rate, label_dropout, seed, optimizer, max_nonfinite_steps)
         self.time_sampling = time_sampling or TimeSampling()
         self.uniform_from = uniform_from
-        self.cosine_weight, self.label_dropout = cosine_weight, label_dropout
+        self.cosine_weight = cosine_weight
         self.representation_alignment = representation_alignment
         self.sampler = sampler or Euler(50)
         self.guidance = guidance or Guidance()
         self.guide = Frozen(guide) if guide is not None else None
-        self.seed = seed
         self.bins: dict[str, Tensor] = {}
         self.check_parts()
 
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that decodes, if there is one."""
-        return None if self.frozen_tokenizer is None else self.frozen_tokenizer.network
-
-    @cached_property
-    def tokenizer_fingerprint(self) -> str | None:
-        """Hash of the weights that shape the latents, which never change here."""
-        return None if self.tokenizer is None else self.tokenizer.fingerprint()
-
     def check_parts(self) -> None:
         """Raise a ``UserError`` where the parts do not fit each other: now, not at the first samples."""
+        super().check_parts()
         network, alignment = self.network, self.representation_alignment
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"model.label_dropout {self.label_dropout} is a share of the labels: give 0 to 1")
-        if self.label_dropout and network.null_label is None:
-            raise UserError(
-                f"model.label_dropout {self.label_dropout} needs a null class: set model.network.null_class true, or"
-                " label_dropout 0"
-            )
         if self.tokenizer is not None:
             check_fit("model.network.latent_shape", network, "model.tokenizer", self.tokenizer)
         for key in ("latent_shape", "num_classes"):
@@ -138,32 +117,16 @@ class LatentDiffusion(Stage):
         else:
             super().init_from(path)
 
-    def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Take the network (its EMA, where the run kept one)."""
-        load_strictly(self.network, part_of(checkpoint["state_dict"], "network"), f"--init_from {path}")
-
     # Training
 
-    def setup(self, stage: str) -> None:
-        """Refuse latents of another tokenizer, shape or scale, and classes that the network does not have."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "check_labels"):
-            data.check_labels(self.network.num_classes, "model.network.num_classes")
-        if stage != "predict" and hasattr(data, "check_latents"):
-            data.check_latents(self.network.latent_shape, self.tokenizer)
-            if self.tokenizer is not None and not data.has_latents and not self.tokenizer.is_measured:
-                raise UserError(
-                    "the latents of model.tokenizer were never measured, so they would be learned unscaled: stages 2"
-                    " and 3 measure them, name the checkpoint of one of these"
-                )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse labels that the network does not have while they are on the CPU, where looking costs nothing."""
-        label, count = batch["label"], self.network.num_classes
-        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:
-            wrong = label[(label < 0) | (label >= count)][0]
-            raise UserError(f"label {wrong} in a batch, but model.network.num_classes {count} means 0 .. {count - 1}")
-        return batch
+    def check_data(self, data: Any) -> None:
+        """Refuse latents of another tokenizer, shape or scale."""
+        data.check_latents(self.network.latent_shape, self.tokenizer)
+        if self.tokenizer is not None and not data.has_latents and not self.tokenizer.is_measured:
+            raise UserError(
+                "the latents of model.tokenizer were never measured, so they would be learned unscaled: stages 2"
+                " and 3 measure them, name the checkpoint of one of these"
+            )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the flow matching loss of one batch."""
@@ -221,13 +184,6 @@ class LatentDiffusion(Stage):
         if self.uniform_from is None or step < self.uniform_from:
             return self.time_sampling
         return TimeSampling("uniform", self.time_sampling.shift)
-
-    def drop(self, label: Tensor) -> Tensor:
-        """Replace some labels by the null class."""
-        if self.network.null_label is None:
-            return label
-        dropped = torch.rand(label.shape, device=label.device) < self.label_dropout
-        return torch.where(dropped, self.network.null_label, label)
 
     # Validation
 
@@ -288,30 +244,14 @@ class LatentDiffusion(Stage):
         guide = None if self.guide is None else self.guide.network
         return self.guidance.velocity(self.network, label, guide)
 
+    def sampling(self) -> dict[str, Any]:
+        """Return sampler and guidance."""
+        return {"sampler": self.sampler, "guidance": self.guidance}
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Return ``image`` (B, 3, H, W) in [0, 1] and ``latent`` (B, C, h, w) for each ``id`` and ``label`` (B,)."""
-        if self.tokenizer is None:
-            raise UserError("samples need a decoder: set model.tokenizer to the tokenizer's checkpoint")
-        latent = self.sample(batch["id"], batch["label"])
-        return {"image": self.tokenizer.decode(latent).float(), "latent": latent}
-
-    # Checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which tokenizer's latents these are."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["tokenizer_fingerprint"] = self.tokenizer_fingerprint
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a tokenizer with other latents; another decoder of the same latents is welcome."""
-        super().on_load_checkpoint(checkpoint)
-        theirs = checkpoint.get("tokenizer_fingerprint")
-        ours = self.tokenizer_fingerprint
-        if theirs is not None and ours is not None and theirs != ours:
-            raise UserError(
-                f"the generator learned the latents of tokenizer {theirs}, but model.tokenizer is {ours}: name the"
-                " checkpoint that the latents came from, or one whose decoder alone was refined"
-            )
+        image, latent = self.decoded(batch)
+        return {"image": image, "latent": latent}
 
 
 def check_fit(key: str, network: DiT, other: str, tokenizer: Tokenizer) -> None:
