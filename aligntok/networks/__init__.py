@@ -1,6 +1,7 @@
 """Plain torch networks: read, tested and used without Lightning."""
 
 from aligntok.networks.adapters import GaussianAdapter, LinearAdapter, MLPAdapter
+from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.networks.conv_decoder import ConvDecoder
 from aligntok.networks.conv_encoder import ConvEncoder
 from aligntok.networks.discriminators import BlurDiscriminator, PatchDiscriminator
@@ -11,6 +12,7 @@ from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.networks.transformer_decoder import TransformerDecoder
 
 __all__ = [
+    "AutoregressiveTransformer",
     "BlurDiscriminator",
     "ConvDecoder",
     "ConvEncoder",

@@ -25,37 +25,76 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, positions by rotation, with biases.
+    """Self-attention, positions by rotation, with biases.
 
     Args:
         width: Channels of a token, a multiple of `num_heads`.
         num_heads: Attention heads.
         qk_norm: RMSNorm with gain on each head's queries and keys, before the rotation (arXiv:2302.05442).
         eps: Of these norms.
+        causal: A token sees itself and earlier ones, not all.
+        dropout: Share of attention weights that are zeroed in training.
     """
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool = False, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        eps: float = 1e-6,
+        causal: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.causal, self.dropout = num_heads, causal, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // num_heads, eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // num_heads, eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: (B, N, width).
             rotary: Rotations of the N positions, from ``rotary_table``.
+            cache: Keys and values of earlier tokens, which are seen too; those of these N are added to it.
 
         Returns:
             (B, N, width).
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        causal = self.causal and x.shape[1] > 1  # the last token sees all
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        y = self.proj(y.transpose(1, 2).flatten(2))
         return y
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer, in tensors of fixed shape.
+
+    Args:
+        keys: (B, num_heads, length, head_dim).
+        values: Likewise.
+
+    Attributes:
+        length: Positions written so far.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.length = keys, values, 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write n more positions, all at the start or one later, and return all so far, as views."""
+        start, self.length = self.length, self.length + k.shape[2]
+        assert start == 0 or k.shape[2] == 1  # causal attention counts queries from the first key
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class SwiGLU(nn.Module):

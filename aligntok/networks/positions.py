@@ -56,6 +56,32 @@ def rotary_table(coordinates: Tensor, head_dim: int) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
+def class_first_rotary(grid: tuple[int, int], num_prefix: int, head_dim: int) -> Tensor:
+    """Return the rotations of a class token, prefix tokens and a grid of tokens.
+
+    The class token's are all zero, cosine too: its queries and keys become zero, so that attention to it does not
+    depend on what it is. The K prefix tokens have the positions 0 .. K - 1 in one dimension over the whole head, the
+    grid has two, both counted from K.
+
+    Args:
+        grid: Rows and columns.
+        num_prefix: K, at least 0.
+        head_dim: Channels of a head, a multiple of 4.
+
+    Returns:
+        As ``rotary_table``, (1 + K + h * w, head_dim / 2, 2).
+
+    Reference:
+        Sun et al., LlamaGen, arXiv:2406.06525 (the zeros); AliTok, arXiv:2506.05289 (the prefix).
+    """
+    parts = (
+        torch.zeros(1, head_dim // 2, 2),
+        rotary_table(torch.arange(num_prefix)[:, None], head_dim),
+        rotary_table(grid_coordinates(*grid) + num_prefix, head_dim),
+    )
+    return torch.cat(parts)
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate adjacent pairs of channels, (a, b) to (a cos - b sin, b cos + a sin), in float32.
 

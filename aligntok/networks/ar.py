@@ -1,0 +1,224 @@
+"""Autoregressive transformer: the next token of an image, given its class and the tokens before.
+
+Wu et al., AliTok, arXiv:2506.05289, section 4; after Sun et al., LlamaGen, arXiv:2406.06525.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aligntok.errors import UserError
+from aligntok.networks.layers import Attention, KeyValueCache, RMSNorm, SwiGLU
+from aligntok.networks.positions import class_first_rotary
+
+INIT_STD = 0.02  # arXiv:2406.06525
+NORM_EPS = 1e-5  # arXiv:2302.13971
+HIDDEN_MULTIPLE = 256  # of the MLP's hidden width, arXiv:2406.06525
+
+
+class AutoregressiveTransformer(nn.Module):
+    """Predict each token of an image from its class and the earlier tokens: first the prefix, then the grid.
+
+    AliTok's sizes are in ``configs/size/ar_*.yaml``. One table embeds what the sequence holds: the codes, one row
+    without use, the classes, and the null class; an unconditional network starts every sequence with the null class.
+
+    Args:
+        codebook_size: Codes 0 .. codebook_size - 1.
+        grid: Rows and columns of the token grid.
+        num_prefix: Tokens before the grid, at least 0.
+        num_classes: Classes 0 .. num_classes - 1; None for an unconditional network.
+        width: Channels of a token.
+        depth: Number of blocks.
+        num_heads: Attention heads; `width` is a multiple of 4 times this.
+        hidden: Channels inside the MLP; None for 8/3 of `width`, rounded up to a multiple of 256.
+        dropout: Share of zeros in training: embedded tokens, attention weights, outputs of attention and MLP.
+        null_class: One more class, `num_classes`, that means no class; without effect in an unconditional network.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+
+    Attributes:
+        sequence_length: N = num_prefix + h * w.
+        null_label: The label that means no class, or None.
+
+    Raises:
+        UserError: If an argument does not fit the others.
+
+    Reference:
+        AliTok, arXiv:2506.05289; Llama's blocks, arXiv:2302.13971, with QK-norm, arXiv:2302.05442.
+    """
+
+    rotary: Tensor
+
+    def __init__(
+        self,
+        codebook_size: int,
+        grid: tuple[int, int],
+        num_prefix: int,
+        num_classes: int | None,
+        width: int,
+        depth: int,
+        num_heads: int,
+        hidden: int | None = None,
+        dropout: float = 0.1,
+        null_class: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(codebook_size, grid, num_prefix, num_classes, dropout)
+        _check_transformer(width, depth, num_heads, hidden)
+        self.codebook_size, self.grid, self.num_prefix = codebook_size, (grid[0], grid[1]), num_prefix
+        self.sequence_length = num_prefix + grid[0] * grid[1]
+        self.num_classes, self.width = num_classes, width
+        self.null_label = num_classes if null_class else None
+        self.gradient_checkpointing = gradient_checkpointing
+        hidden = hidden or -(-(width * 8 // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+
+        num_starts = 1 if num_classes is None else num_classes + null_class
+        self.embed = nn.Embedding(codebook_size + 1 + num_starts, width)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("rotary", class_first_rotary(self.grid, num_prefix, width // num_heads), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, num_heads, hidden, dropout) for _ in range(depth))
+        self.norm = RMSNorm(width, NORM_EPS)
+        self.head = nn.Linear(width, codebook_size)
+        self._init_weights()
+
+    def forward(self, tokens: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict every token from those before it.
+
+        Args:
+            tokens: The first n tokens of the sequence, (B, n) int64, n from 0 to N.
+            label: Classes, (B,) int64, ``null_label`` for none; None in an unconditional network.
+
+        Returns:
+            Logits (B, n + 1, codebook_size); position p predicts token p, the last one the token after the given ones.
+
+        Raises:
+            UserError: More than N tokens; a token or a label out of range, where they are on the CPU (elsewhere that
+                would wait for the device).
+        """
+        self._check_tokens(tokens)
+        if tokens.device.type == "cpu":
+            self.check_labels(label)
+        ids = torch.cat((self.start_ids(label, len(tokens))[:, None].to(tokens.device), tokens), dim=1)
+        x = self.dropout(self.embed(ids))
+        rotary = self.rotary[: ids.shape[1]]
+        for block in self.blocks:
+            x = self._run(block, x, rotary)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def next_logits(self, ids: Tensor, caches: list[KeyValueCache]) -> Tensor:
+        """Continue sequences whose earlier positions are in caches, one for each block, and write these there too.
+
+        Args:
+            ids: Rows of the embedding table, (B, n) int64: from ``start_ids`` at position 0, else tokens.
+            caches: Of the positions before.
+
+        Returns:
+            Logits of the token after these, (B, codebook_size).
+        """
+        start = caches[0].length
+        x, rotary = self.dropout(self.embed(ids)), self.rotary[start : start + ids.shape[1]]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, rotary, cache)
+        logits: Tensor = self.head(self.norm(x[:, -1]))
+        return logits
+
+    def start_ids(self, label: Tensor | None, count: int) -> Tensor:
+        """Return the rows of the embedding table that start `count` sequences of labels (B,), (B,) int64."""
+        if label is None:
+            return torch.full((count,), self.codebook_size + 1, device=self.embed.weight.device)
+        return label + self.codebook_size + 1
+
+    def check_labels(self, label: Tensor | None) -> None:
+        """Raise a ``UserError`` if a label (B,) is none of this network's classes; waits for a GPU."""
+        if (label is None) != (self.num_classes is None):
+            kind = "unconditional" if label is not None else f"conditional, on num_classes={self.num_classes},"
+            raise UserError(
+                f"the network is {kind} and labels were {'not ' * (label is None)}given: change one of them"
+            )
+        if label is None or self.num_classes is None or not label.numel():
+            return
+        last = self.num_classes - (self.null_label is None)
+        if not 0 <= int(label.min()) <= int(label.max()) <= last:
+            wrong = int(label.min()) if label.min() < 0 else int(label.max())
+            null = "no null class" if self.null_label is None else f"null class {self.null_label}"
+            raise UserError(
+                f"label {wrong} is none of the network's classes 0..{self.num_classes - 1} ({null}): set num_classes to"
+                " the number of classes in the data"
+            )
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] > self.sequence_length:
+            raise UserError(
+                f"tokens have shape {tuple(tokens.shape)}, the network needs (B, n) with n up to num_prefix + h * w ="
+                f" {self.sequence_length}: set num_prefix={self.num_prefix} and grid={list(self.grid)} to the"
+                " tokenizer's"
+            )
+        if tokens.device.type != "cpu" or not tokens.numel():
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.codebook_size:
+            raise UserError(
+                f"token {low if low < 0 else high} is none of the network's codes 0..{self.codebook_size - 1}: set"
+                " codebook_size to the tokenizer's"
+            )
+
+    def _run(self, block: nn.Module, x: Tensor, rotary: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, rotary, use_reentrant=False)  # with the random state: blocks have dropout
+        else:
+            x = block(x, rotary)
+        return x
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.head.weight)
+
+
+class Block(nn.Module):
+    """Causal attention and gated MLP, each behind a norm."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_attention = RMSNorm(width, NORM_EPS)
+        self.attention = Attention(width, num_heads, qk_norm=True, eps=NORM_EPS, causal=True, dropout=dropout)
+        self.norm_mlp = RMSNorm(width, NORM_EPS)
+        self.mlp = SwiGLU(width, hidden, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map tokens (B, n, width); with a cache they continue those in it."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache))
+        y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        return y
+
+
+def _check_sizes(
+    codebook_size: int, grid: tuple[int, int], num_prefix: int, num_classes: int | None, dropout: float
+) -> None:
+    for key, value in {"codebook_size": codebook_size, "num_classes": num_classes}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{key}={value}: give at least 1")
+    if len(grid) != 2 or any(side < 1 for side in grid):
+        raise UserError(f"grid={list(grid)}: give rows and columns of the token grid")
+    if num_prefix < 0:
+        raise UserError(f"num_prefix={num_prefix}: give at least 0")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout}: give a share from 0 to below 1")
+
+
+def _check_transformer(width: int, depth: int, num_heads: int, hidden: int | None) -> None:
+    for key, value in {"depth": depth, "num_heads": num_heads, "hidden": hidden}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{key}={value}: give at least 1")
+    if width < 1 or width % (4 * num_heads):
+        raise UserError(
+            f"width={width}: give a multiple of 4 * num_heads={4 * num_heads}, as half of a head turns with the row and"
+            " half with the column, in pairs"
+        )
