@@ -24,8 +24,8 @@ from aligntok.networks.frozen import Frozen
 class GenerationQuality(Measurement):
     """gFID (``gfid``, or ``gfd_<features>``) and its companions on samples of the generator, drawn at every validation.
 
-    Sample i has the label i modulo the number of classes and the noise of id i: every validation, batch size and number
-    of ranks measures the same set.
+    Sample i has the label i modulo the number of classes (0 without classes) and the randomness of id i: every
+    validation, batch size and number of ranks measures the same set.
 
     Args:
         metrics: What is measured, in which features, under which protocol.
@@ -35,7 +35,8 @@ class GenerationQuality(Measurement):
             in evaluation and measured once; by default the training images, where the data has them.
         classifier: Image (B, 3, H, W) in [0, 1] to class logits; its agreement with the asked labels becomes
             ``val/class_agreement``.
-        sweep: Numbers of sampling steps that ``aligntok validate`` measures too, under ``..._steps<n>``.
+        sweep: Numbers of sampling steps that ``aligntok validate`` measures too, under ``..._steps<n>``; of a diffusion
+            generator.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class GenerationQuality(Measurement):
             return
         if getattr(pl_module, "tokenizer", None) is None or not hasattr(pl_module, "sample"):
             raise UserError("GenerationQuality needs a generator with model.tokenizer, which decodes its samples")
+        if self.classifier is not None and pl_module.network.num_classes is None:
+            raise UserError("GenerationQuality.classifier: model.network has no classes to agree with, leave it out")
         if self.sweep and not isinstance(pl_module.sampler, FixedSteps):
             raise UserError("GenerationQuality.sweep needs a sampler with num_steps, such as aligntok.flow.Euler")
         self.metrics.protocol.check_count(self.num_samples)
@@ -85,7 +88,7 @@ class GenerationQuality(Measurement):
             self.find_reference(trainer, module)
         sampler: Any = module.sampler
         self.values = self.measure(trainer, module, sampler)
-        self.conditions = f"{self.metrics.describe()}; {setting(sampler)}, {setting(module.guidance)}"
+        self.conditions = f"{self.metrics.describe()}; {', '.join(map(setting, module.sampling().values()))}"
         if trainer.is_global_zero:
             print(f"  {self.conditions}", flush=True)
         for num_steps in [] if trainer.state.fn == "fit" else self.sweep:
@@ -118,7 +121,7 @@ class GenerationQuality(Measurement):
         mine = torch.arange(self.num_samples)[trainer.global_rank :: trainer.world_size].to(module.device)
         began = printed = time.perf_counter()
         for ids in torch.split(mine, self.batch_size):
-            label = ids % module.network.num_classes
+            label = ids % (module.network.num_classes or 1)
             with trainer.precision_plugin.val_step_context():
                 image = module.tokenizer.decode(module.sample(ids, label, sampler)).float()
             yield ids, label, image

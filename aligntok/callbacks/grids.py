@@ -71,7 +71,8 @@ class Grid(pl.Callback):
 class ReconstructionGrid(Grid):
     """Originals, reconstructions and latents of the same few validation images.
 
-    The latents' three rows of numbers that vary most become red, green and blue.
+    The latents' three rows of numbers that vary most become red, green and blue; of a discrete tokenizer it is the
+    codes of the grid's tokens.
 
     Args:
         every_n_steps: Optimizer steps between two pictures.
@@ -91,12 +92,12 @@ class ReconstructionGrid(Grid):
         if not isinstance(tokenizer, Tokenizer) or not hasattr(data, "preview"):
             return None
         image = data.preview(self.num_images).to(module.device)
-        latent = tokenizer.encode(image)
-        return rows_of(image, tokenizer.decode(latent), latent)
+        code = tokenizer.encode(image)
+        return rows_of(image, tokenizer.decode(code), latent_of(tokenizer, code))
 
 
 class SampleGrid(Grid):
-    """Samples of a generator, a row for each class; the same noise every time.
+    """Samples of a generator, a row for each class; the same randomness every time.
 
     Args:
         every_n_steps: Optimizer steps between two pictures; null draws at validation alone, where the averaged weights
@@ -118,15 +119,24 @@ class SampleGrid(Grid):
         if not isinstance(tokenizer, Tokenizer) or not hasattr(module, "sample"):
             return None
         generator: Any = module
-        label = torch.arange(min(self.num_classes, generator.network.num_classes)).repeat_interleave(self.per_class)
-        latent = generator.sample(torch.arange(len(label)), label)
-        return tiled(tokenizer.decode(latent), self.per_class)
+        rows = min(self.num_classes, generator.network.num_classes or 1)
+        label = torch.arange(rows).repeat_interleave(self.per_class)
+        return tiled(tokenizer.decode(generator.sample(torch.arange(len(label)), label)), self.per_class)
 
 
 def rows_of(image: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:
     """Return one picture (3, H', W') with rows of images, reconstructions (B, 3, H, W) and latents (B, C, h, w)."""
     colours = interpolate(latent_colours(latent), image.shape[-2:], mode="nearest")
     return tiled(torch.cat([image, reconstruction, colours]), len(image))
+
+
+def latent_of(tokenizer: Tokenizer, code: Tensor) -> Tensor:
+    """Return the latent (B, C, h, w) of what a tokenizer encoded; of tokens, the codes of the grid."""
+    if tokenizer.quantizer is None:
+        return code
+    spec = tokenizer.spec
+    codes: Tensor = tokenizer.quantizer.lookup(code[:, spec.num_prefix :])
+    return codes.unflatten(2, spec.grid)
 
 
 def tiled(image: Tensor, columns: int) -> Tensor:

@@ -87,8 +87,7 @@ class SampleWriter(BlockWriter):
             "network": hash_tensors(module.network.state_dict()),
             "guide": None if module.guide is None else hash_tensors(module.guide.network.state_dict()),
             "tokenizer": hash_tensors(module.tokenizer.state_dict()),  # its fingerprint leaves out the decoder
-            "sampler": setting(module.sampler),
-            "guidance": setting(module.guidance),
+            **{name: setting(part) for name, part in module.sampling().items()},
             "seed": module.seed,
             "precision": str(trainer.precision),
             "count": len(self.labels),
@@ -143,6 +142,6 @@ class SampleWriter(BlockWriter):
 
 
 def setting(part: object) -> str:
-    """Return a class and its plain numbers."""
-    numbers = {key: value for key, value in vars(part).items() if not isinstance(value, list)}
+    """Return a class and its plain values; what begins with an underscore is no setting."""
+    numbers = {key: value for key, value in vars(part).items() if not isinstance(value, list) and key[0] != "_"}
     return f"{type(part).__name__}({', '.join(f'{key}={value}' for key, value in numbers.items())})"
