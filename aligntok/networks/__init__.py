@@ -8,6 +8,9 @@ from aligntok.networks.discriminators import BlurDiscriminator, PatchDiscriminat
 from aligntok.networks.dit import DiT, WideHead
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.frozen import Frozen
+from aligntok.networks.quantizers import Quantized, VectorQuantizer
+from aligntok.networks.query_encoder import QueryEncoder
+from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.networks.transformer_decoder import TransformerDecoder
 
@@ -22,9 +25,13 @@ __all__ = [
     "LinearAdapter",
     "MLPAdapter",
     "PatchDiscriminator",
+    "Quantized",
+    "QueryEncoder",
+    "TokenDecoder",
     "Tokenizer",
     "TokenizerSpec",
     "TransformerDecoder",
+    "VectorQuantizer",
     "VisionEncoder",
     "WideHead",
 ]

@@ -1,0 +1,105 @@
+"""An encoder that writes a sequence of tokens about an image: AliTok, arXiv:2506.05289, section 3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from aligntok.errors import UserError
+from aligntok.networks.encoders import VisionEncoder, grid_of, pair
+from aligntok.networks.transformer import Transformer, init_weights, learned
+
+
+class QueryEncoder(nn.Module):
+    """Patches of the image and learned queries pass a vision transformer together; what became of the queries goes on.
+
+    The queries are `num_prefix` for the prefix, then one per patch in raster order, N in all. Nothing but training ties
+    a query to its patch: the causal decoder does. AliTok's sizes: width 768, depth 12, num_heads 12, patch_size 16.
+
+    Args:
+        image_size: Height and width of the image in pixels; one number for a square image.
+        patch_size: Side of a patch in pixels, the downsampling factor.
+        width: Channels of a token, a multiple of `num_heads`.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        num_prefix: Queries before those of the grid, at least 0.
+        causal: The ablation: patches in raster order see earlier ones only, a query sees earlier queries and the
+            patches up to its own. Those of the prefix stand for the first row: the last of them owns its last patch.
+        backbone: A vision encoder whose features take the place of the embedded patches, so that the tokens are
+            semantic as well.
+        mlp_ratio: Hidden width of the MLP in units of `width`.
+        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        UserError: If an argument does not fit the others.
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        num_prefix: int,
+        causal: bool = False,
+        backbone: VisionEncoder | None = None,
+        mlp_ratio: float = 4.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_prefix < 0:
+            raise UserError(f"encoder.num_prefix={num_prefix}: give at least 0")
+        if causal and backbone is not None:
+            raise UserError("encoder.causal: a backbone sees the whole image at once, set backbone null")
+        h, w = grid_of(image_size, patch_size)
+        self.width, self.image_size, self.downsampling = width, pair(image_size), patch_size
+        self.num_prefix, self.grid = num_prefix, (1, num_prefix + h * w)
+        self.backbone = backbone
+        if backbone is None:
+            self.embed = nn.Conv2d(3, width, patch_size, patch_size)
+        elif backbone.grid != (h, w) or backbone.image_size != self.image_size:
+            raise UserError(
+                f"encoder.backbone takes images of {backbone.image_size} to a grid of {backbone.grid}, the encoder"
+                f" images of {self.image_size} to {(h, w)}: give both the same image_size, and downsampling as patch_size"
+            )
+        else:
+            self.embed = nn.Conv2d(backbone.width, width, 1)
+        self.positions = learned(h * w, width)
+        self.queries = learned(self.grid[1], width)
+        self.transformer = Transformer(width, depth, num_heads, mlp_ratio, checkpoint_activations)
+        self.norm_out = nn.LayerNorm(width)
+        for part in (self.embed, self.transformer):  # not the backbone
+            part.apply(init_weights)
+        self.register_buffer("mask", causal_mask(h, w, num_prefix) if causal else None, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the features (B, width, 1, N) of an image (B, 3, H, W) in [0, 1].
+
+        Raises:
+            UserError: The image has another size than the encoder was built for.
+        """
+        if image.shape[-2:] != self.image_size:
+            got = tuple(image.shape[-2:])
+            raise UserError(
+                f"the encoder was built for images of {self.image_size} pixels but got {got}:"
+                " set the same image_size for data and encoder"
+            )
+        features = image if self.backbone is None else self.backbone(image)
+        patches = self.embed(features).flatten(2).transpose(1, 2) + self.positions
+        x = self.transformer(torch.cat((patches, self.queries.expand(len(image), -1, -1)), dim=1), self.mask)
+        x = self.norm_out(x[:, len(self.positions) :])
+        return x.transpose(1, 2).unsqueeze(2)
+
+
+def causal_mask(h: int, w: int, num_prefix: int) -> Tensor:
+    """Return which of the patches, then queries (columns) each of them (rows) sees in the causal encoder, bool."""
+    patches = torch.arange(h * w)
+    prefix = (torch.arange(num_prefix) - max(num_prefix - w, 0)).clamp(min=0)
+    own = torch.cat((prefix, patches))  # patch of each query
+    sees_patches = patches[None] <= torch.cat((patches, own))[:, None]
+    queries = torch.ones(len(own), len(own), dtype=torch.bool).tril()
+    sees_queries = torch.cat((torch.zeros(len(patches), len(own), dtype=torch.bool), queries))
+    return torch.cat((sees_patches, sees_queries), dim=1)

@@ -1,0 +1,80 @@
+"""The body of a plain vision transformer: a norm, then pre-norm blocks.
+
+Dosovitskiy et al., arXiv:2010.11929, with a norm before the first block as in CLIP (arXiv:2103.00020).
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aligntok.errors import UserError
+
+INIT_STD = 0.02  # AliTok, arXiv:2506.05289
+
+
+class Transformer(nn.Module):
+    """Norm and blocks with LayerNorm (eps 1e-5), biases everywhere, exact GELU.
+
+    Attention runs in the dtype of its input with a softmax in float32, as ``scaled_dot_product_attention`` does it:
+    the published code computes all of it in float32, which is the same without autocast.
+
+    Args:
+        width: Channels of a token, a multiple of `num_heads`.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP in units of `width`.
+        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        UserError: If an argument does not fit the others.
+    """
+
+    def __init__(
+        self, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, checkpoint_activations: bool = False
+    ) -> None:
+        super().__init__()
+        for key, value in {"width": width, "depth": depth, "num_heads": num_heads}.items():
+            if value < 1:
+                raise UserError(f"{key}={value}: give at least 1")
+        if width % num_heads:
+            raise UserError(f"width={width}: give a multiple of num_heads={num_heads}")
+        self.checkpoint_activations = checkpoint_activations
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Transform a sequence.
+
+        Args:
+            x: (B, N, width).
+            mask: Whether token i, a row, sees token j, (N, N) bool; all see all without it.
+            causal: Whether a token sees itself and earlier ones only, instead of a mask.
+
+        Returns:
+            (B, N, width), not normalised.
+        """
+        x = self.norm(x)
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, causal, use_reentrant=False)
+            else:
+                x = block(x, mask, causal)
+        return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw the weights of linear layers and convolutions, for ``Module.apply``; their biases are 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def learned(*shape: int) -> nn.Parameter:
+    """Return learned vectors, positions or tokens, of the given shape."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=INIT_STD))
