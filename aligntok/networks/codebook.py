@@ -27,7 +27,7 @@ def nearest(points: Tensor, targets: Tensor, max_distances: int) -> Tensor:
     """
     norms = targets.square().sum(1)
     with full_precision():
-        chunks = points.split(max(1, max_distances // len(targets)))
+        chunks = torch.split(points, max(1, max_distances // len(targets)))
         return torch.cat([torch.addmm(norms, chunk, targets.T, alpha=-2).min(1).indices for chunk in chunks])
 
 

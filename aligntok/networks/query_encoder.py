@@ -63,7 +63,7 @@ class QueryEncoder(nn.Module):
         elif backbone.grid != (h, w) or backbone.image_size != self.image_size:
             raise UserError(
                 f"encoder.backbone takes images of {backbone.image_size} to a grid of {backbone.grid}, the encoder"
-                f" images of {self.image_size} to {(h, w)}: give both the same image_size, and downsampling as patch_size"
+                f" images of {self.image_size} to {(h, w)}: give both one image_size, and patch_size as downsampling"
             )
         else:
             self.embed = nn.Conv2d(backbone.width, width, 1)
@@ -87,11 +87,11 @@ class QueryEncoder(nn.Module):
                 f"the encoder was built for images of {self.image_size} pixels but got {got}:"
                 " set the same image_size for data and encoder"
             )
-        features = image if self.backbone is None else self.backbone(image)
-        patches = self.embed(features).flatten(2).transpose(1, 2) + self.positions
+        seen = image if self.backbone is None else self.backbone(image)
+        patches = self.embed(seen).flatten(2).transpose(1, 2) + self.positions
         x = self.transformer(torch.cat((patches, self.queries.expand(len(image), -1, -1)), dim=1), self.mask)
-        x = self.norm_out(x[:, len(self.positions) :])
-        return x.transpose(1, 2).unsqueeze(2)
+        features: Tensor = self.norm_out(x[:, len(self.positions) :])
+        return features.transpose(1, 2).unsqueeze(2)
 
 
 def causal_mask(h: int, w: int, num_prefix: int) -> Tensor:

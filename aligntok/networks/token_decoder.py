@@ -111,7 +111,7 @@ class TokenDecoder(nn.Module):
         if self.prefix_head is None:
             raise UserError("the loss of the prefix needs a head for it: set decoder.prefix_head true")
         outputs = self._outputs(latent)
-        prefix, patches = outputs.split((self.num_prefix, self.sequence_length - self.num_prefix), dim=1)
+        prefix, patches = outputs[:, : self.num_prefix], outputs[:, self.num_prefix :]
         return self.head(patches, *self.grid), self.prefix_head(prefix, 1, self.num_prefix)
 
     def carried_over(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
