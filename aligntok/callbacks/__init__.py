@@ -9,6 +9,7 @@ from aligntok.callbacks.latent_writer import LatentWriter
 from aligntok.callbacks.measure import LinearProbe, ReconstructionFID, ReconstructionQuality
 from aligntok.callbacks.progress import ProgressBar, RunRecord
 from aligntok.callbacks.sample_writer import SampleWriter
+from aligntok.callbacks.token_writer import TokenWriter
 
 __all__ = [
     "EMA",
@@ -24,4 +25,5 @@ __all__ = [
     "SampleGrid",
     "SampleWriter",
     "SaveCheckpoint",
+    "TokenWriter",
 ]

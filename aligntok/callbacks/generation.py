@@ -65,7 +65,8 @@ class GenerationQuality(Measurement):
             return
         if getattr(pl_module, "tokenizer", None) is None or not hasattr(pl_module, "sample"):
             raise UserError("GenerationQuality needs a generator with model.tokenizer, which decodes its samples")
-        if self.classifier is not None and pl_module.network.num_classes is None:
+        generator: Any = pl_module
+        if self.classifier is not None and generator.network.num_classes is None:
             raise UserError("GenerationQuality.classifier: model.network has no classes to agree with, leave it out")
         if self.sweep and not isinstance(pl_module.sampler, FixedSteps):
             raise UserError("GenerationQuality.sweep needs a sampler with num_steps, such as aligntok.flow.Euler")
@@ -86,9 +87,10 @@ class GenerationQuality(Measurement):
             self.classifier.to(module.device)
         if self.metrics.given is None:
             self.find_reference(trainer, module)
-        sampler: Any = module.sampler
+        generator: Any = module
+        sampler = generator.sampler
         self.values = self.measure(trainer, module, sampler)
-        self.conditions = f"{self.metrics.describe()}; {', '.join(map(setting, module.sampling().values()))}"
+        self.conditions = f"{self.metrics.describe()}; {', '.join(map(setting, generator.sampling().values()))}"
         if trainer.is_global_zero:
             print(f"  {self.conditions}", flush=True)
         for num_steps in [] if trainer.state.fn == "fit" else self.sweep:

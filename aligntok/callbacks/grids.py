@@ -136,7 +136,7 @@ def latent_of(tokenizer: Tokenizer, code: Tensor) -> Tensor:
         return code
     spec = tokenizer.spec
     codes: Tensor = tokenizer.quantizer.lookup(code[:, spec.num_prefix :])
-    return codes.unflatten(2, spec.grid)
+    return codes.view(*codes.shape[:2], *spec.grid)
 
 
 def tiled(image: Tensor, columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images or latents in, batches out."""
+"""Images, latents or tokens in, batches out."""
 
 from aligntok.data.batches import BatchSource
 from aligntok.data.datamodule import LatentDataModule
@@ -6,5 +6,15 @@ from aligntok.data.labels import ClassLabels
 from aligntok.data.latents import LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.data.sources import Digits, ImageFolder
+from aligntok.data.tokens import TokenShards
 
-__all__ = ["BatchSource", "ClassLabels", "Digits", "ImageFolder", "LatentDataModule", "LatentShards", "Shapes"]
+__all__ = [
+    "BatchSource",
+    "ClassLabels",
+    "Digits",
+    "ImageFolder",
+    "LatentDataModule",
+    "LatentShards",
+    "Shapes",
+    "TokenShards",
+]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +15,6 @@ from aligntok.data.sampler import Key
 from aligntok.data.sources import Indices, Part, length
 
 Batch = dict[str, Tensor]
-Flags = npt.NDArray[np.bool_]
 
 
 class BatchSource(Dataset[Any]):
@@ -29,17 +27,23 @@ class BatchSource(Dataset[Any]):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def batch(self, ids: Indices, mirrored: Flags) -> Batch:
+    def batch(self, ids: Indices, views: Indices) -> Batch:
         """Return a dict of tensors, one row for each id, ``label`` among them.
 
         Args:
             ids: Of the items, in any order, (B,).
-            mirrored: Which rows are to be of the mirrored image, (B,); only where ``has_mirrored``.
+            views: Which view of each, (B,), in 0 .. ``num_views`` - 1: first those of the image as it is, of which 0 is
+                the one to evaluate, then, where ``has_mirrored``, as many of the mirrored image.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash of what the source gives."""
+
+    @property
+    def num_views(self) -> int:
+        """Rows that there are of an item."""
+        return 1
 
     @property
     def has_mirrored(self) -> bool:
@@ -57,14 +61,14 @@ class BatchDataset(Dataset[Any]):
 
     Args:
         source: Gives the rows.
-        seed: Of the flips.
-        flip: Take the mirrored image in half of the cases.
+        seed: Of the choice of views.
+        num_views: Take one of the first so many, each as often as the others.
         num_threads: So many threads read ahead.
     """
 
-    def __init__(self, source: Dataset[Any], seed: int, flip: bool, num_threads: int) -> None:
+    def __init__(self, source: Dataset[Any], seed: int, num_views: int, num_threads: int) -> None:
         self.source: Any = source
-        self.seed, self.flip, self.num_threads = seed, flip, num_threads
+        self.seed, self.num_views, self.num_threads = seed, num_views, num_threads
 
     def __len__(self) -> int:
         return length(self.source)
@@ -75,8 +79,8 @@ class BatchDataset(Dataset[Any]):
     def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
         """Return the batch of these keys; torch's loader calls this instead of asking for one item after the other."""
         epochs, ids = np.array([key if isinstance(key, tuple) else (0, key) for key in keys], dtype=np.int64).T.copy()
-        mirrored = coins(self.seed, epochs, ids) if self.flip else np.zeros(len(ids), np.bool_)
-        return {**self.source.batch(ids, mirrored), "id": torch.from_numpy(ids)}
+        views = choices(self.num_views, self.seed, epochs, ids)
+        return {**self.source.batch(ids, views), "id": torch.from_numpy(ids)}
 
     @staticmethod
     def collate(batch: Batch) -> Batch:
@@ -91,8 +95,8 @@ def batch_source(source: Dataset[Any]) -> BatchSource | None:
     return source if isinstance(source, BatchSource) else None
 
 
-def coins(seed: int, epochs: Indices, ids: Indices) -> Flags:
-    """Return a fair coin for each (seed, epoch, id), (B,).
+def choices(count: int, seed: int, epochs: Indices, ids: Indices) -> Indices:
+    """Return a fair choice among ``count``, below 2^32, for each (seed, epoch, id), (B,).
 
     Reference:
         Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014: the mixing of SplitMix64.
@@ -103,5 +107,5 @@ def coins(seed: int, epochs: Indices, ids: Indices) -> Flags:
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
-    flags: Flags = state >> np.uint64(63) == 1
-    return flags
+    chosen: Indices = ((state >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
+    return chosen

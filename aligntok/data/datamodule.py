@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from aligntok.data.batches import Batch, BatchDataset, batch_source
 from aligntok.data.dataset import WHOLE_RANGE, Crop, ImageDataset, evaluation_crop, training_crop
-from aligntok.data.latents import LatentShards
 from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader, Walk
 from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
+from aligntok.data.shards import Shards
 from aligntok.data.sources import Indices, crop_id, length, reduced, source_id, split_holdout, spread_over
 from aligntok.errors import UserError
 from aligntok.networks.encoders import pair
@@ -25,11 +25,11 @@ Split = Literal["train", "val", "test"]
 
 
 class LatentDataModule(pl.LightningDataModule):
-    """Images, or latents that were cached, as batches for every stage.
+    """Images, or latents or tokens that were cached, as batches for every stage.
 
     A batch is a dict: ``label`` (B,), ``id`` (B,), the index in its source, and ``image`` (B, 3, H, W) in [0, 1] or
-    ``latent`` (B, C, h, w), or both. Loaders give bytes and bfloat16, which become floats on the device
-    (``on_after_batch_transfer``), a fraction of the traffic.
+    ``latent`` (B, C, h, w), or both, or ``tokens`` (B, N). Loaders give bytes and bfloat16, which become floats
+    on the device (``on_after_batch_transfer``), a fraction of the traffic.
 
     The order of training images is a function of (seed, epoch), and augmentation one of (seed, epoch, index): a resumed
     run goes on with the very next image, with any number of workers and ranks. Evaluation sees each image once, in
@@ -37,7 +37,7 @@ class LatentDataModule(pl.LightningDataModule):
 
     Args:
         train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset; or
-            ``LatentShards``.
+            ``LatentShards`` or ``TokenShards``.
         image_size: Height and width that the network gets, in pixels; one number for a square. Cached latents need
             none.
         global_batch_size: Images per optimizer step, over all ranks and accumulated batches. Adding devices or
@@ -48,7 +48,7 @@ class LatentDataModule(pl.LightningDataModule):
         crop: In training: ``random`` (resize the shorter side, crop anywhere), ``random_resized`` (also scale and
             aspect), or ``center``. Evaluation always takes ADM's centre crop.
         crop_scale: Range of the area that ``random_resized`` keeps, as a share of the image's.
-        flip: Mirror half of the training images; of cached latents, take those of the mirrored image.
+        flip: Mirror half of the training images; of a cache, take what was encoded of the mirrored image.
         num_workers: Processes per rank that read images, or threads that gather latents; 0 does it in the training
             process.
         seed: Of order and augmentation.
@@ -97,6 +97,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.datasets: dict[str, ImageDataset | BatchDataset] = {}
         self.position = Position()
         self.walked: Sequence[Sequence[int]] | None = None
+        self.predicted_size: tuple[int, int] | None = None
 
     # What others ask
 
@@ -113,23 +114,23 @@ class LatentDataModule(pl.LightningDataModule):
     def fingerprint(self, split: str) -> str:
         """Return a hash of the images that evaluation sees: their source and their crop."""
         source = self.sources[split]
-        return source_id(source) if batch_source(source) else crop_id(source, self.size)
+        return source_id(source) if batch_source(source) else crop_id(source, self.size_of(split))
 
     @property
     def has_latents(self) -> bool:
-        """Whether some of the data are cached latents."""
-        return bool(self.latent_sources)
+        """Whether some of the data are cached latents or tokens."""
+        return bool(self.cached_sources)
 
     @property
     def has_images(self) -> bool:
         """Whether all batches hold images, be it beside cached latents."""
-        return all(source.images is not None for source in self.latent_sources.values())
+        return all(source.images is not None for source in self.cached_sources.values())
 
     @property
-    def latent_sources(self) -> dict[str, LatentShards]:
-        """The splits that are cached latents."""
+    def cached_sources(self) -> dict[str, Shards]:
+        """The splits that are a cache."""
         sources = {split: batch_source(self.sources[split]) for split in ("train", "val", "test")}
-        return {split: source for split, source in sources.items() if isinstance(source, LatentShards)}
+        return {split: source for split, source in sources.items() if isinstance(source, Shards)}
 
     def check_latents(
         self, latent_shape: tuple[int, ...], tokenizer: Tokenizer | None, key: str = "model.network.latent_shape"
@@ -141,8 +142,18 @@ class LatentDataModule(pl.LightningDataModule):
             tokenizer: Of the model, if it has one.
             key: Config key of the shape.
         """
-        for split, source in self.latent_sources.items():
+        for split, source in self.cached_sources.items():
             source.check_latents(latent_shape, tokenizer, f"data.{split}", key)
+
+    def check_tokens(self, sizes: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+        """Raise a ``UserError`` where cached tokens are not those of a model; images are always right.
+
+        Args:
+            sizes: What the model's network expects of a ``TokenizerSpec``, by name.
+            tokenizer: Of the model, if it has one.
+        """
+        for split, source in self.cached_sources.items():
+            source.check_tokens(sizes, tokenizer, f"data.{split}")
 
     def check_labels(self, num_classes: int, key: str) -> None:
         """Raise a ``UserError`` where a source has more classes than a model, as far as it can tell beforehand.
@@ -153,7 +164,7 @@ class LatentDataModule(pl.LightningDataModule):
         """
         for split, source in self.sources.items():
             batches = batch_source(source)
-            if isinstance(batches, LatentShards):
+            if isinstance(batches, Shards):
                 count = int(batches.opened.labels.max(initial=-1)) + 1
             else:
                 count = getattr(batches, "num_classes", len(getattr(source, "classes", ())))
@@ -163,6 +174,11 @@ class LatentDataModule(pl.LightningDataModule):
     def walk(self, batches: Sequence[Sequence[int]]) -> None:
         """Let prediction see exactly these batches of ids on this rank; call it before its loader is made."""
         self.walked = batches
+
+    def enlarge_predicted(self, image_size: tuple[int, int]) -> None:
+        """Let prediction see images of another height and width, for a callback to cut out crops."""
+        self.predicted_size = image_size
+        self.open("predict")
 
     @property
     def batch_size(self) -> int:
@@ -318,12 +334,14 @@ class LatentDataModule(pl.LightningDataModule):
         source = self.sources[split]
         batches = batch_source(source)
         if batches is not None:
-            flip = training and self.flip
-            if flip and not batches.has_mirrored:
-                raise UserError(f"data.flip, but {batches} has no mirrored latents: set data.flip false, or write some")
-            return BatchDataset(source, self.seed, flip, 0 if batches.needs_processes else self.num_workers)
+            if training and self.flip and not batches.has_mirrored:
+                raise UserError(f"data.flip, but {batches} has no mirrored images: set data.flip false, or encode some")
+            plain = batches.num_views // (1 + batches.has_mirrored)
+            views = 1 if not training else batches.num_views if self.flip else plain
+            return BatchDataset(source, self.seed, views, 0 if batches.needs_processes else self.num_workers)
         if not training:
-            return ImageDataset(source, evaluation_crop(self.size), self.seed, replace_bad, self.on_bad_image)
+            crop = evaluation_crop(self.size_of(split))
+            return ImageDataset(source, crop, self.seed, replace_bad, self.on_bad_image)
         if self.crop == "random":
             source = reduced(source, max(self.size))
         transform = training_crop(self.crop, self.size, self.crop_scale, self.flip)
@@ -335,6 +353,10 @@ class LatentDataModule(pl.LightningDataModule):
         if self.image_size is None:
             raise UserError("data.image_size is missing: images need it, only cached latents do not")
         return self.image_size
+
+    def size_of(self, split: str) -> tuple[int, int]:
+        """Return height and width of the images of a split as evaluation sees them."""
+        return self.predicted_size if split == "predict" and self.predicted_size is not None else self.size
 
     def check_counts(self) -> None:
         """Raise a ``UserError`` where the images do not fill a step, or not every device has one to evaluate."""

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from aligntok.data.batches import Batch, BatchSource, Flags
+from aligntok.data.batches import Batch, BatchSource
 from aligntok.data.sources import Indices
 from aligntok.errors import UserError
 
@@ -52,7 +52,7 @@ class ClassLabels(BatchSource):
     def __len__(self) -> int:
         return self.num_samples
 
-    def batch(self, ids: Indices, mirrored: Flags) -> Batch:
+    def batch(self, ids: Indices, views: Indices) -> Batch:
         """Return the ``label`` of each id, (B,)."""
         return {"label": torch.from_numpy(self.labels[ids])}
 

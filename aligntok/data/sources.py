@@ -158,9 +158,9 @@ class Part(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.source[int(self.indices[index])]
 
-    def batch(self, ids: Indices, mirrored: npt.NDArray[np.bool_]) -> dict[str, torch.Tensor]:
+    def batch(self, ids: Indices, views: Indices) -> dict[str, torch.Tensor]:
         """Return a batch of the source, where that is a ``BatchSource``."""
-        batch: dict[str, torch.Tensor] = self.source.batch(self.indices[ids], mirrored)  # type: ignore[attr-defined]
+        batch: dict[str, torch.Tensor] = self.source.batch(self.indices[ids], views)  # type: ignore[attr-defined]
         return batch
 
     def reduced(self, min_size: int) -> Part:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from aligntok.cache import Manifest, Record, hash_file, shard_name
 from aligntok.data import BatchSource, LatentDataModule, LatentShards, Shapes
-from aligntok.data.batches import coins
+from aligntok.data.batches import choices
 from aligntok.data.images import center_crop
 from aligntok.data.sampler import shuffled
 from aligntok.data.sources import crop_id
@@ -202,7 +202,7 @@ def test_a_flip_is_a_function_of_seed_epoch_and_id_alone(cache):
 
 def test_coins_are_fair_and_independent():
     ids = np.arange(20_000)
-    heads = {key: coins(key[0], np.full_like(ids, key[1]), ids) for key in ((0, 0), (0, 1), (1, 0), (1, 1))}
+    heads = {key: choices(2, key[0], np.full_like(ids, key[1]), ids) for key in ((0, 0), (0, 1), (1, 0), (1, 1))}
     for flags in heads.values():
         assert abs(flags.mean() - 0.5) < 0.015
         assert abs((flags[1:] ^ flags[:-1]).mean() - 0.5) < 0.015

@@ -1,0 +1,36 @@
+"""The files of a cache: safetensors shards, and a manifest beside them."""
+
+from aligntok.cache.manifest import CROPS, Manifest, Record, hash_file, open_shards
+from aligntok.cache.shards import (
+    LABELS,
+    LATENT_LAYOUT,
+    LATENTS,
+    MIRRORED,
+    TOKEN_LAYOUT,
+    TOKENS,
+    Layout,
+    Rows,
+    Shard,
+    shard_name,
+)
+from aligntok.cache.statistics import code_counts, latent_statistics
+
+__all__ = [
+    "CROPS",
+    "LABELS",
+    "LATENTS",
+    "LATENT_LAYOUT",
+    "MIRRORED",
+    "TOKENS",
+    "TOKEN_LAYOUT",
+    "Layout",
+    "Manifest",
+    "Record",
+    "Rows",
+    "Shard",
+    "code_counts",
+    "hash_file",
+    "latent_statistics",
+    "open_shards",
+    "shard_name",
+]

@@ -1,0 +1,163 @@
+"""The manifest of a cache: what it holds, where it comes from, and which shards are whole.
+
+LightningDiT writes its folders without a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aligntok.cache.shards import LATENT_LAYOUT, MIRRORED, TOKEN_LAYOUT, Layout, Shard, numbered_shards
+from aligntok.errors import UserError
+from aligntok.weights.checkpoint import write_text
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CROPS = {"center": 1, "ten": 5}  # places that an image is cut out at; each may be there mirrored too
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the manifest says of a shard.
+
+    Attributes:
+        file: Its name.
+        first: Id of its first image in the source.
+        count: Number of its images.
+        missing: Ids of images that could not be read; they have no row.
+        sha256: Of the whole file.
+    """
+
+    file: str
+    first: int
+    count: int
+    missing: list[int]
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """What a cache holds and where it comes from; without ``statistics`` it is unfinished.
+
+    Attributes:
+        tokenizer: ``fingerprint`` and the fields of its ``spec``.
+        images: ``source`` (hash of images and crop), ``split``, ``crop`` (a key of ``CROPS``), ``count``, ``classes``.
+        dtype: ``float32`` or ``bfloat16`` of latents, ``uint16`` of tokens.
+        flips: Whether there are rows of the mirrored images.
+        shard_size: Images of a shard; shard k begins at image k * shard_size.
+        statistics: ``mean`` and ``std`` per channel of the latents as stored (not mirrored); of tokens, ``usage`` and
+            ``perplexity`` of the codes in the first views.
+        shards: In order.
+    """
+
+    tokenizer: dict[str, Any]
+    images: dict[str, Any]
+    dtype: str
+    flips: bool
+    shard_size: int
+    statistics: dict[str, list[float]] | None = None
+    shards: list[Record] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Read the manifest of a folder, if there is one.
+
+        Raises:
+            UserError: It is damaged, or of another version.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text())
+            version = content.pop("format")
+            if version != FORMAT:
+                raise UserError(f"{path} is of format {version}, this aligntok reads {FORMAT}: write the cache again")
+            manifest = cls(**{**content, "shards": [Record(**shard) for shard in content["shards"]]})
+            _ = manifest.shard_shape(0), manifest.count
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{path} is no manifest of a cache ({error!r}): restore it, or write the cache again"
+            ) from error
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write it, atomically."""
+        write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+
+    @property
+    def layout(self) -> Layout:
+        """Of the shards."""
+        return TOKEN_LAYOUT if self.dtype == "uint16" else LATENT_LAYOUT
+
+    def shard_shape(self, count: int) -> tuple[int, ...]:
+        """Return the shape of ``latents`` or ``tokens`` of ``count`` images."""
+        channels, h, w = self.tokenizer["latent_shape"]
+        if self.layout is LATENT_LAYOUT:
+            return count, channels, h, w
+        return count, CROPS[self.images["crop"]] * (1 + self.flips), h * w
+
+    @property
+    def count(self) -> int:
+        """Number of images of the source."""
+        return int(self.images["count"])
+
+    def difference(self, other: Manifest) -> tuple[str, Any, Any] | None:
+        """Return the first thing in which two caches differ, and its two values; results do not count."""
+        ours, theirs = asdict(self), asdict(other)
+        for part in ("tokenizer", "images"):
+            for values in (ours, theirs):
+                values |= {f"{part} {key}": value for key, value in values.pop(part).items()}
+        for key in ours.keys() - {"statistics", "shards"}:
+            if ours[key] != theirs.get(key):
+                return key, ours[key], theirs.get(key)
+        return None
+
+
+def open_shards(folder: Path, manifest: Manifest | None, layout: Layout) -> tuple[list[Shard], dict[str, str]]:
+    """Return the shards of a cache that are as they should be, and what is wrong with the others, by name.
+
+    Args:
+        folder: Of the cache.
+        manifest: Its manifest; without one, all shards must be alike.
+        layout: Of the shards.
+
+    Raises:
+        UserError: LightningDiT's folder holds none, or one is missing between others.
+    """
+    records = manifest.shards if manifest else []
+    paths = [folder / record.file for record in records] if manifest else numbered_shards(folder, layout)
+    shards: list[Shard] = []
+    problems: dict[str, str] = {}
+    for index, path in enumerate(paths):
+        try:
+            shard = Shard.open(path, layout)
+        except UserError as error:
+            problems[path.name] = str(error)
+            continue
+        if manifest:
+            mirrored = manifest.flips and layout is LATENT_LAYOUT
+            expected: Any = (manifest.shard_shape(records[index].count), f"torch.{manifest.dtype}", mirrored)
+            found: Any = (shard.shape, str(shard.dtype), MIRRORED in shard.offsets)
+        else:
+            expected, found = ((s.shape[1:], s.dtype, s.offsets.keys()) for s in ((shards or [shard])[0], shard))
+        if found == expected:
+            shards.append(shard)
+        else:
+            problems[path.name] = f"{path} is altered: it holds {found}, not {expected}"
+    return shards, problems
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
