@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PHILOX_MULTIPLIER, PHILOX_WEYL, PHILOX_ROUNDS = 0xD256D193, 0x9E3779B9, 10  # Philox-2x32, SC 2011, table 2
+LOW_32_BITS = 2**32 - 1
+
 
 def noise_like_ids(ids: Tensor, shape: Sequence[int], seed: int) -> Tensor:
     """Return standard normal noise, each row a function of ``(seed, id)`` alone, drawn on the CPU.
@@ -26,7 +29,52 @@ def noise_like_ids(ids: Tensor, shape: Sequence[int], seed: int) -> Tensor:
         Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
     """
     noise = np.empty((len(ids), *shape), dtype=np.float32)
-    for row, key in zip(noise, ids.tolist(), strict=True):
-        stream = np.random.Philox(key=(seed % 2**64) * 2**64 + key % 2**64)
+    for row, stream in zip(noise, _streams(ids, seed), strict=True):
         np.random.Generator(stream).standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(noise).to(ids.device)
+
+
+def keys_like_ids(ids: Tensor, seed: int) -> Tensor:
+    """Return 64 bits for each id, a function of ``(seed, id)`` alone, for ``gumbel_noise``.
+
+    Args:
+        ids: (B,) int64.
+        seed: Any whole number.
+
+    Returns:
+        (B, 2) int64 in 0 .. 2^32 - 1, on the device of `ids`.
+    """
+    bits = [stream.random_raw() for stream in _streams(ids, seed)]
+    pairs = [(word >> 32, word & LOW_32_BITS) for word in bits]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(ids.device)
+
+
+def gumbel_noise(keys: Tensor, step: int, count: int) -> Tensor:
+    """Return Gumbel noise, a function of key, step and index alone, drawn where the keys are.
+
+    The index of the largest ``logits + gumbel_noise`` is a draw from the softmax of the logits, and one that hardly
+    depends on how they were rounded: a uniform number on the distribution function's scale is tipped much more often.
+
+    Args:
+        keys: From ``keys_like_ids``, (B, 2).
+        step: Of the sequence; ``(step + 1) * count`` is at most 2^32.
+        count: Numbers.
+
+    Returns:
+        (B, count) float32.
+
+    Reference:
+        Philox-2x32-10 of Salmon et al., SC 2011; Maddison et al., A* Sampling, arXiv:1411.0030.
+    """
+    left = torch.arange(step * count, (step + 1) * count, device=keys.device).expand(len(keys), -1)
+    right, key = keys[:, :1], keys[:, 1:]
+    for _ in range(PHILOX_ROUNDS):
+        product = left * PHILOX_MULTIPLIER  # 64 bits, whatever their sign
+        left, right = (product >> 32 & LOW_32_BITS) ^ key ^ right, product & LOW_32_BITS
+        key = key + PHILOX_WEYL & LOW_32_BITS
+    uniform = ((left >> 9).float() + 0.5) * 2**-23  # 23 bits: exact, and neither 0 nor 1
+    return -(-(-uniform).log1p()).log()
+
+
+def _streams(ids: Tensor, seed: int) -> list[np.random.Philox]:
+    return [np.random.Philox(key=(seed % 2**64) * 2**64 + key % 2**64) for key in ids.tolist()]

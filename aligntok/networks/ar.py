@@ -69,7 +69,7 @@ class AutoregressiveTransformer(nn.Module):
         _check_transformer(width, depth, num_heads, hidden)
         self.codebook_size, self.grid, self.num_prefix = codebook_size, (grid[0], grid[1]), num_prefix
         self.sequence_length = num_prefix + grid[0] * grid[1]
-        self.num_classes, self.width = num_classes, width
+        self.num_classes, self.width, self.num_heads = num_classes, width, num_heads
         self.null_label = num_classes if null_class else None
         self.gradient_checkpointing = gradient_checkpointing
         hidden = hidden or -(-(width * 8 // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
@@ -108,20 +108,21 @@ class AutoregressiveTransformer(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
-    def next_logits(self, ids: Tensor, caches: list[KeyValueCache]) -> Tensor:
+    def next_logits(self, ids: Tensor, caches: list[KeyValueCache], start: int | Tensor) -> Tensor:
         """Continue sequences whose earlier positions are in caches, one for each block, and write these there too.
 
         Args:
-            ids: Rows of the embedding table, (B, n) int64: from ``start_ids`` at position 0, else tokens.
+            ids: Rows of the embedding table, (B, n) int64: ``start_ids`` at position 0, then tokens.
             caches: Of the positions before.
+            start: Position of the first of the ids, see ``KeyValueCache.write``.
 
         Returns:
             Logits of the token after these, (B, codebook_size).
         """
-        start = caches[0].length
-        x, rotary = self.dropout(self.embed(ids)), self.rotary[start : start + ids.shape[1]]
+        x = self.dropout(self.embed(ids))
+        rotary = self.rotary[start] if isinstance(start, Tensor) else self.rotary[start : start + ids.shape[1]]
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, rotary, cache)
+            x = block(x, rotary, cache, start)
         logits: Tensor = self.head(self.norm(x[:, -1]))
         return logits
 
@@ -192,9 +193,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Map tokens (B, n, width); with a cache they continue those in it."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache))
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None, start: int | Tensor = 0) -> Tensor:
+        """Map tokens (B, n, width); with a cache they continue those in it from position `start`."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache, start))
         y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
         return y
 
