@@ -114,7 +114,7 @@ class Manifest:
         for part in ("tokenizer", "images"):
             for values in (ours, theirs):
                 values |= {f"{part} {key}": value for key, value in values.pop(part).items()}
-        for key in ours.keys() - {"statistics", "shards"}:
+        for key in sorted(ours.keys() - {"statistics", "shards"}):
             if ours[key] != theirs.get(key):
                 return key, ours[key], theirs.get(key)
         return None
