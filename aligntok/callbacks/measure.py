@@ -210,7 +210,8 @@ class LinearProbe(Measurement):
             return
         for batch in data.calibration_dataloader():
             cached = batch.get("latent")
-            latent = tokenizer.encode(batch["image"].to(module.device)) if cached is None else cached
+            code = tokenizer.encode(batch["image"].to(module.device)) if cached is None else cached
+            latent = tokenizer.latent(code)
             self.train.append((latent.float(), batch["label"], batch["id"]))
 
     def update(self, batch: Batch, outputs: Outputs) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer: encoder, adapter, quantizer and decoder as one network, and the contract that everything else relies on."""
+"""The tokenizer: encoder, adapter, quantizer and decoder as one network, and the contract that all else relies on."""
 
 from __future__ import annotations
 
@@ -112,10 +112,14 @@ class Tokenizer(nn.Module):
 
     def decode(self, code: Tensor, clamp: bool = True) -> Tensor:
         """Return the image (B, 3, H, W) of what ``encode`` gives, in [0, 1] unless ``clamp`` is off."""
-        latent = (
-            code if self.quantizer is None else self.quantizer.lookup(code).unflatten(2, self.spec.latent_shape[1:])
-        )
-        return self.decode_latent(latent, clamp)
+        return self.decode_latent(self.latent(code), clamp)
+
+    def latent(self, code: Tensor) -> Tensor:
+        """Return the latent (B, C, h, w) of what ``encode`` gives: itself, or the codes of tokens (B, N)."""
+        if self.quantizer is None:
+            return code
+        codes: Tensor = self.quantizer.lookup(code)
+        return codes.view(len(code), *self.spec.latent_shape)
 
     def decode_latent(self, latent: Tensor, clamp: bool = True) -> Tensor:
         """Return the image (B, 3, H, W) of a normalised latent (B, C, h, w), in [0, 1] unless ``clamp`` is off."""

@@ -18,16 +18,18 @@ from aligntok.losses import AdversarialLoss
 from aligntok.losses.semantic import Distance, semantic_preservation
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.lora import DOWN, UP, add_lora
+from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import Schedule, check_schedule, value_at
-from aligntok.stages.tokenizer_stage import Terms, TokenizerStage
+from aligntok.stages.image_loss import Terms
+from aligntok.stages.tokenizer_stage import TokenizerStage
 from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of, tokenizer_state
 
 
 class LatentAlignment(TokenizerStage):
     """Stage 1: adapter and decoder learn to reconstruct from the frozen encoder; the latent keeps its semantics."""
 
-    trains = ("adapter", "decoder")
+    trains = ("adapter", "quantizer", "decoder")
     previous_stages = ("LatentAlignment",)  # to train it for longer
 
 
@@ -78,13 +80,13 @@ class PerceptualAlignment(TokenizerStage):
         super().__init__(
             tokenizer,
             learning_rate,
-            perceptual,
-            perceptual_weight,
-            adversarial,
-            discriminator_learning_rate,
-            kl_weight,
-            optimizer,
-            max_nonfinite_steps,
+            perceptual=perceptual,
+            perceptual_weight=perceptual_weight,
+            adversarial=adversarial,
+            discriminator_learning_rate=discriminator_learning_rate,
+            kl_weight=kl_weight,
+            optimizer=optimizer,
+            max_nonfinite_steps=max_nonfinite_steps,
         )
         self.semantic_weight = check_schedule("semantic_weight", semantic_weight)
         self.semantic_distance: Distance = semantic_distance
@@ -124,19 +126,26 @@ class PerceptualAlignment(TokenizerStage):
 
 
 class DecoderRefinement(TokenizerStage):
-    """Stage 3: only the decoder learns, on the final latents, whose mean and standard deviation are measured first.
+    """Stage 3, and the second of AliTok: only the decoder learns, on the final latents.
 
-    The latent space stays as it is, so this stage may also come after a generator was trained. On a cache of the
-    previous stage's latents with their images (``LatentShards`` with ``images``) the encoder never runs, and the
-    statistics that the cache is scaled by stay.
+    The latent space stays as it is, so this stage may also come after a generator was trained. Of a continuous
+    tokenizer, mean and standard deviation of the latents are measured first; but on a cache of the previous stage's
+    latents with their images (``LatentShards`` with ``images``) the encoder never runs, and the statistics that the
+    cache is scaled by stay. After ``CausalTokenization`` the decoder is a new one without the causal mask: what of
+    the old one fits carries over (AliTok, arXiv:2506.05289, section 3.4).
     """
 
     trains = ("decoder",)
-    previous_stages = ("PerceptualAlignment", "LatentAlignment", "DecoderRefinement")
+    previous_stages = ("PerceptualAlignment", "LatentAlignment", "DecoderRefinement", "CausalTokenization")
     needs_previous = True
     measures_latents = True
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Take the tokenizer; the latents of another decoder refinement stay as its generators know them."""
-        super().load_previous(checkpoint, path)
-        self.keeps_statistics = checkpoint[STAGE_KEY] == type(self).__name__
+        stage, state, decoder = checkpoint[STAGE_KEY], tokenizer_state(checkpoint), self.tokenizer.decoder
+        if stage == "CausalTokenization" and isinstance(decoder, TokenDecoder):
+            carried = decoder.carried_over(part_of(state, "decoder"))
+            state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
+            state |= {f"decoder.{key}": value for key, value in carried.items()}
+        load_strictly(self.tokenizer, state, f"--init_from {path}")
+        self.keeps_statistics = stage == type(self).__name__

@@ -1,20 +1,16 @@
-"""What the tokenizer stages share: frozen parts, the reconstruction losses and the adversarial step.
+"""What the tokenizer stages share: frozen parts, the way of an image through the tokenizer, the reconstruction losses.
 
-The step: ONE optimizer with a group for the generator and one for the discriminator, under automatic optimisation. The
-reconstruction is cut off from the decoder; the gradients of the reconstruction terms and of the adversarial term at
-the cut are taken once each. Through the decoder's last layer they give the adaptive weight, and their weighted sum is
-what goes on into the decoder. The same discriminator pass serves its own loss. One backward, one step: accumulation,
-mixed precision, clipping, DDP without unused parameters, and one honest ``global_step`` come from Lightning.
+ONE optimizer with a group for the generator and one for the discriminator, under automatic optimisation; ``image_loss``
+says how both learn from one backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,26 +21,33 @@ from aligntok.losses import AdversarialLoss
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import Schedule, check_schedule, value_at
+from aligntok.stages.image_loss import Terms, image_loss, weighted_sum
 from aligntok.stages.stage import Stage
+from aligntok.stages.statistics import channel_statistics
 from aligntok.weights.checkpoint import load_strictly, tokenizer_state
 
-PARTS = ("encoder", "adapter", "decoder")
-Terms = dict[str, tuple[float, Tensor]]  # the loss: name to weight and value ()
+PARTS = ("encoder", "adapter", "quantizer", "decoder")
+COMMITMENT_WEIGHT = 0.25  # van den Oord et al., arXiv:1711.00937, section 3.2
 
 
 class TokenizerStage(Stage):
     """Trains some parts of a tokenizer to reconstruct images; a stage says which, and adds its terms.
 
     Batches are dicts with ``image`` (B, 3, H, W) in [0, 1]; with a cached ``latent`` (B, C, h, w) beside it, the
-    encoder does not run. The loss is
-    ``L1 + perceptual_weight * perceptual + adversarial.weight * adaptive weight * adversarial`` (AlignTok, section 3;
-    weights as in VA-VAE), each a mean over pixels or images, plus the stage's own terms.
+    encoder does not run. The loss is ``pixel_loss + perceptual_weight * perceptual + lpips_weight * lpips +
+    adversarial.weight * adaptive weight * adversarial`` (AlignTok, section 3; weights as in VA-VAE), each a mean over
+    pixels or images, plus the stage's own terms and, where a quantizer learns, its commitment and codebook terms.
+    A perceptual term is not computed at steps where its weight is 0.
 
     Args:
-        tokenizer: Encoder, adapter, decoder.
+        tokenizer: Encoder, adapter, quantizer if it is a discrete one, decoder.
         learning_rate: Of the tokenizer, over the optimizer steps.
-        perceptual: Distance of two images (B, 3, H, W) in [0, 1] as a scalar, e.g. ``LPIPS`` or ``FeatureDistance``.
+        pixel_loss: ``l1``, the mean absolute difference, or ``mse``, the mean squared one.
+        perceptual: Distance of two images (B, 3, H, W) in [0, 1] as a scalar: ``LPIPS``, ``LogitDistance`` or
+            ``FeatureDistance``.
         perceptual_weight: Over the steps.
+        lpips: A second such distance (AliTok's first phase has LPIPS beside the logits), or null.
+        lpips_weight: Over the steps.
         adversarial: Discriminator and its weight, or null for none.
         discriminator_learning_rate: By default the tokenizer's.
         kl_weight: Of the KL divergence, averaged over the image's pixels; needs a ``GaussianAdapter``. For the
@@ -62,12 +65,18 @@ class TokenizerStage(Stage):
     keeps_statistics = False
     """Whether the tokenizer came with statistics that hold, because only its decoder has learned since."""
 
+    commitment_weight = COMMITMENT_WEIGHT
+    """Of the term that draws the latent to its codes, where a quantizer learns."""
+
     def __init__(
         self,
         tokenizer: Tokenizer,
         learning_rate: Schedule = 1e-4,
+        pixel_loss: Literal["l1", "mse"] = "l1",
         perceptual: nn.Module | None = None,
         perceptual_weight: Schedule = 1.0,
+        lpips: nn.Module | None = None,
+        lpips_weight: Schedule = 1.0,
         adversarial: AdversarialLoss | None = None,
         discriminator_learning_rate: Schedule | None = None,
         kl_weight: float = 0.0,
@@ -76,8 +85,11 @@ class TokenizerStage(Stage):
     ) -> None:
         super().__init__(learning_rate, optimizer, max_nonfinite_steps)
         self.tokenizer = tokenizer
+        self.pixel_loss = pixel_loss
         self.perceptual: Any = perceptual
+        self.lpips: Any = lpips
         self.perceptual_weight = check_schedule("perceptual_weight", perceptual_weight)
+        self.lpips_weight = check_schedule("lpips_weight", lpips_weight)
         self.adversarial = adversarial
         if discriminator_learning_rate is not None and adversarial is None:
             raise UserError(
@@ -91,9 +103,13 @@ class TokenizerStage(Stage):
         if not kl_weight and isinstance(tokenizer.adapter, GaussianAdapter):
             tokenizer.adapter.project_log_variance.requires_grad_(False)  # unused: distributed training would refuse it
         self.kl_weight = kl_weight
-        for part in PARTS:
-            if part not in self.trains:
-                getattr(tokenizer, part).requires_grad_(False)
+        for network in self.frozen_parts():
+            network.requires_grad_(False)
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """Return the parts of the tokenizer that do not learn."""
+        parts = [getattr(self.tokenizer, part) for part in PARTS if part not in self.trains]
+        return [part for part in parts if part is not None]
 
     def train(self, mode: bool = True) -> TokenizerStage:
         """Set the mode, but leave the frozen parts in eval mode, and the batch norms of a pretrained encoder always.
@@ -105,9 +121,8 @@ class TokenizerStage(Stage):
         for module in self.tokenizer.encoder.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        for part in PARTS:
-            if part not in self.trains:
-                getattr(self.tokenizer, part).eval()
+        for network in self.frozen_parts():
+            network.eval()
         return self
 
     def parameter_groups(self) -> dict[str, tuple[list[nn.Parameter], Schedule]]:
@@ -132,7 +147,8 @@ class TokenizerStage(Stage):
         if self.global_step == 0:
             check_range(image)
         latent, terms = (batch["latent"], {}) if "latent" in batch else self.encode(image)
-        reconstruction = self.tokenizer.decode(latent, clamp=False)
+        reconstruction, more_terms = self.decode(latent, image)
+        terms |= more_terms
         logs: dict[str, Tensor] = {name: value.detach() for name, (_, value) in terms.items()}
         loss = self.image_loss(image, reconstruction, logs) + weighted_sum(terms, like=latent)
         logs["loss"] = loss.detach()
@@ -140,10 +156,12 @@ class TokenizerStage(Stage):
         return loss
 
     def encode(self, image: Tensor) -> tuple[Tensor, Terms]:
-        """Return the normalised latent (B, C, h, w) of an image (B, 3, H, W), and the terms that concern it."""
+        """Return the latent (B, C, h, w) that the decoder gets of an image (B, 3, H, W), and the terms on the way."""
         features = self.tokenizer.encoder(image)
         latent, terms = self.adapt(features)
-        return latent, terms | self.latent_terms(image, features, latent)
+        terms |= self.latent_terms(image, features, latent)
+        latent, more_terms = self.quantize(latent)
+        return latent, terms | more_terms
 
     def adapt(self, features: Tensor) -> tuple[Tensor, Terms]:
         """Return the normalised latent (B, C, h, w) of features (B, width, h, w), sampled if there is a KL term."""
@@ -153,95 +171,88 @@ class TokenizerStage(Stage):
         pixels = 3 * self.tokenizer.spec.image_size[0] * self.tokenizer.spec.image_size[1]
         return self.tokenizer.normalize(latent), {"kl": (self.kl_weight, divergence.mean() / pixels)}
 
+    def quantize(self, latent: Tensor) -> tuple[Tensor, Terms]:
+        """Return the codes nearest to a latent (B, C, h, w), and the quantizer's terms if it learns."""
+        if self.tokenizer.quantizer is None:
+            return latent, {}
+        quantized = self.tokenizer.quantizer(latent)
+        if "quantizer" not in self.trains:
+            return quantized.latent, {}
+        terms = {"commitment": (self.commitment_weight, quantized.commitment), "codebook": (1.0, quantized.codebook)}
+        return quantized.latent, terms
+
+    def decode(self, latent: Tensor, image: Tensor) -> tuple[Tensor, Terms]:
+        """Return the reconstruction of a latent (B, C, h, w), not clamped, and terms on what else the decoder gives."""
+        return self.tokenizer.decode_latent(latent, clamp=False), {}
+
     def latent_terms(self, image: Tensor, features: Tensor, latent: Tensor) -> Terms:
         """Return the stage's own terms on features (B, width, h, w) and latent (B, C, h, w)."""
         return {}
 
     def reconstruction_terms(self, image: Tensor, reconstruction: Tensor) -> Terms:
-        """Return the reconstruction terms, in fp32."""
-        terms: Terms = {"l1": (1.0, F.l1_loss(reconstruction, image))}
-        if self.perceptual is not None:
-            weight = value_at(self.perceptual_weight, self.global_step)
-            with torch.autocast(image.device.type, enabled=False):
-                terms["perceptual"] = (weight, self.perceptual(reconstruction, image))
+        """Return the terms that compare a reconstruction with its image, both (B, 3, H, W) float32."""
+        loss = F.l1_loss if self.pixel_loss == "l1" else F.mse_loss
+        return {self.pixel_loss: (1.0, loss(reconstruction, image))} | self.perceptual_terms(image, reconstruction)
+
+    def perceptual_terms(self, image: Tensor, reconstruction: Tensor) -> Terms:
+        """Return the perceptual terms that count at this step, in fp32; both images (B, 3, H, W)."""
+        terms: Terms = {}
+        for name, judge, schedule in (
+            ("perceptual", self.perceptual, self.perceptual_weight),
+            ("lpips", self.lpips, self.lpips_weight),
+        ):
+            weight = value_at(schedule, self.global_step)
+            if judge is not None and weight:
+                with torch.autocast(image.device.type, enabled=False):
+                    terms[name] = (weight, judge(reconstruction, image))
         return terms
 
     def image_loss(self, image: Tensor, reconstruction: Tensor, logs: dict[str, Tensor]) -> Tensor:
-        """Return the loss in pixel space, generator and discriminator together, and add its terms to the log.
-
-        Args:
-            image: (B, 3, H, W) in [0, 1].
-            reconstruction: The decoder's output with its graph, (B, 3, H, W), not clamped.
-            logs: Gets each term.
-        """
-        cut = reconstruction.detach().float().requires_grad_()
-        terms = self.reconstruction_terms(image.float(), cut)
-        logs |= {name: value.detach() for name, (_, value) in terms.items()}
-        total = weighted_sum(terms, like=cut)
-        (gradient,) = torch.autograd.grad(total, cut)
-        value, discriminator_loss = total.detach(), total.new_zeros(())
-        if self.adversarial is not None:
-            step_gradient, generator_value, discriminator_loss = self.adversarial_step(
-                self.adversarial, image, cut, reconstruction, gradient, logs
-            )
-            gradient, value = gradient + step_gradient, value + generator_value
-        onward = (reconstruction.float() * gradient).sum()  # its gradient at the decoder's output is `gradient`
-        return onward - onward.detach() + value + discriminator_loss
-
-    def adversarial_step(
-        self,
-        adversarial: AdversarialLoss,
-        image: Tensor,
-        cut: Tensor,
-        reconstruction: Tensor,
-        gradient: Tensor,
-        logs: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the adversarial gradient at the cut, the generator's value and the discriminator's loss."""
-        zero = gradient.new_zeros(())
-        weight = adversarial.weight_at(self.global_step)
-        if not adversarial.active(self.global_step):
-            return zero, zero, adversarial.idle()
-        if not weight:
-            cut = cut.detach()
-        terms = adversarial(image, cut)
-        logs |= {f"gan_{name}": value for name, value in terms.health.items()}
-        logs["gan_discriminator"] = terms.discriminator.detach()
-        if not weight:
-            return zero, zero, terms.discriminator
-        (adversarial_gradient,) = torch.autograd.grad(terms.generator, cut, retain_graph=True)
-        scale = adversarial.adaptive_weight(
-            reconstruction, gradient, adversarial_gradient, self.tokenizer.decoder.last_layer
+        """Return the loss in pixel space of a reconstruction (B, 3, H, W) with its graph; log its terms."""
+        return image_loss(
+            image,
+            reconstruction,
+            self.reconstruction_terms,
+            self.adversarial,
+            self.tokenizer.decoder.last_layer,
+            self.global_step,
+            logs,
         )
-        logs |= {"gan_generator": terms.generator.detach(), "gan_adaptive_weight": scale}
-        return weight * scale * adversarial_gradient, (weight * scale * terms.generator).detach(), terms.discriminator
 
     # Validation, prediction
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Return latent (B, C, h, w) and reconstruction (B, 3, H, W) in [0, 1]; the callbacks measure them."""
-        latent = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"])
-        reconstruction = self.tokenizer.decode(latent)
+        """Return what the callbacks measure.
+
+        Returns:
+            ``latent`` (B, C, h, w), of a discrete tokenizer the codes; ``reconstruction`` (B, 3, H, W) in [0, 1]; of a
+            discrete tokenizer ``tokens`` (B, N).
+        """
+        code = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"])
+        latent = self.tokenizer.latent(code)
+        reconstruction = self.tokenizer.decode_latent(latent)
         terms = self.reconstruction_terms(batch["image"], reconstruction.float())
         prefix = "test" if self.trainer.testing else "val"
         logs = {f"{prefix}/{name}": value for name, (_, value) in terms.items()}
         self.log_mean(logs, len(latent))
-        return {"latent": latent, "reconstruction": reconstruction}
+        outputs = {"latent": latent, "reconstruction": reconstruction}
+        return outputs if self.tokenizer.quantizer is None else outputs | {"tokens": code}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Measure on the test images what validation measures."""
         return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the normalised latent (B, C, h, w)."""
+        """Return the normalised latent (B, C, h, w), or the tokens (B, N)."""
         return self.tokenizer.encode(batch["image"])
 
     # Before the first step
 
     def setup(self, stage: str) -> None:
         """Fetch the perceptual weights now, so that a missing file does not stop the run later."""
-        if stage == "fit" and hasattr(self.perceptual, "load"):
-            self.perceptual.load()
+        for judge in (self.perceptual, self.lpips):
+            if stage == "fit" and hasattr(judge, "load"):
+                judge.load()
 
     def on_fit_start(self) -> None:
         """Measure the latents of the tokenizer that came, unless the run goes on from a checkpoint.
@@ -253,7 +264,7 @@ class TokenizerStage(Stage):
         if getattr(data, "has_latents", False):
             self.check_cache(data)
             return
-        if not self.measures_latents or self.resumed or self.keeps_statistics:
+        if not self.measures_latents or self.resumed or self.keeps_statistics or self.tokenizer.quantizer is not None:
             return
         if hasattr(data, "calibration_dataloader"):
             self.measure_latents(batch["image"] for batch in data.calibration_dataloader())
@@ -277,8 +288,9 @@ class TokenizerStage(Stage):
         """Raise a ``UserError`` where this stage cannot work on the cached latents of the data."""
         name = type(self).__name__
         if set(self.trains) != {"decoder"}:
+            trained = [part for part in self.trains if getattr(self.tokenizer, part) is not None]
             raise UserError(
-                f"{name} trains the {' and '.join(self.trains)}: cached latents leave these out, give data.train images"
+                f"{name} trains the {' and '.join(trained)}: cached latents leave these out, give data.train images"
             )
         data.check_latents(self.tokenizer.spec.latent_shape, self.tokenizer, "model.tokenizer")
         if not data.has_images:
@@ -291,37 +303,16 @@ class TokenizerStage(Stage):
         Args:
             images: Batches (B, 3, H, W) in [0, 1], without augmentation; on several ranks, each rank's share.
         """
-        channels = self.tokenizer.latent_mean.numel()
-        sums = torch.zeros(2 * channels + 1, dtype=torch.float64)  # sum, sum of squares, count
         training = self.training
         self.eval()
-        for image in images:
-            latent = self.tokenizer.adapter(self.tokenizer.encoder(image.to(self.device))).double().cpu()
-            values = latent.transpose(0, 1).flatten(1)
-            count = sums.new_tensor([values.shape[1]])
-            sums += torch.cat([values.sum(1), values.square().sum(1), count])
+        raw_latents = (self.tokenizer.adapter(self.tokenizer.encoder(image.to(self.device))) for image in images)
+        mean, std = channel_statistics(raw_latents, self.tokenizer.latent_mean.numel(), self.device)
         self.train(training)
-        if dist.is_available() and dist.is_initialized():
-            sums = sums.to(self.device)
-            dist.all_reduce(sums)
-            sums = sums.cpu()
-        total, square, count = sums[:channels], sums[channels:-1], sums[-1]
-        if count < 2:
-            raise UserError("there are no images to measure the latents on")
-        variance = (square - total.square() / count) / (count - 1)
-        self.tokenizer.set_latent_statistics((total / count).float(), variance.clamp_min(0).sqrt().float())
+        self.tokenizer.set_latent_statistics(mean, std)
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Take the previous stage's tokenizer (its EMA, where it kept one)."""
         load_strictly(self.tokenizer, tokenizer_state(checkpoint), f"--init_from {path}")
-
-
-def weighted_sum(terms: Terms, like: Tensor) -> Tensor:
-    """Return the sum () of the weighted terms, in fp32 on the device of ``like``."""
-    total = torch.zeros((), device=like.device)
-    for weight, value in terms.values():
-        total = total + weight * value
-    return total
 
 
 def check_range(image: Tensor) -> None:
