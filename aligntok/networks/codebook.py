@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,10 +98,18 @@ def is_distributed() -> bool:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiply matrices of float32 in float32, whatever the run's setting for speed is (TF32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Multiply matrices of float32 in float32, whatever the run's setting for speed is (TF32, bfloat16)."""
+    cuda: Any = torch.backends.cuda.matmul
+    if hasattr(cuda, "fp32_precision"):
+        cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        switches: list[tuple[Any, str, Any]] = [(backend, "fp32_precision", "ieee") for backend in (cuda, cpu)]
+    else:  # torch before 2.9
+        switches = [(cuda, "allow_tf32", False)]
+    before = [getattr(backend, key) for backend, key, _ in switches]
     try:
+        for backend, key, exact in switches:
+            setattr(backend, key, exact)
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for (backend, key, _), value in zip(switches, before, strict=True):
+            setattr(backend, key, value)

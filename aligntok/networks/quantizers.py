@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError
 from aligntok.networks.codebook import all_reduced, kmeans, nearest, nearest_of_all_ranks
-from aligntok.networks.transformer import learned
 
 CLUSTERING_SHARPNESS, CLUSTERING_SHIFT = 10.0, 1e-3  # CVQ-VAE, equation 4
 
@@ -87,11 +86,11 @@ class VectorQuantizer(nn.Module):
         self.distance, self.gradient, self.update = distance, gradient, update
         self.decay, self.kmeans_start = decay, kmeans_start
         self.max_distances = chunk_size * codebook_size
-        codebook = learned(codebook_size, latent_dim)
+        codes = torch.randn(codebook_size, latent_dim)  # far apart: codes that begin alike move to one vector, together
         if update == "ema":
-            self.register_buffer("codebook", codebook.data)
+            self.register_buffer("codebook", codes)
         else:
-            self.codebook = codebook
+            self.codebook = nn.Parameter(codes)
         self.register_buffer("usage", torch.zeros(codebook_size))  # running share of the vectors that chose each code
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
 
