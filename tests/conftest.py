@@ -10,8 +10,19 @@ from aligntok.callbacks.trainer_io import AtomicCheckpointIO
 from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.losses import AdversarialLoss, FeatureDistance
-from aligntok.networks import ConvDecoder, DiT, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
-from aligntok.stages import DecoderRefinement, LatentAlignment, LatentDiffusion
+from aligntok.networks import (
+    AutoregressiveTransformer,
+    ConvDecoder,
+    DiT,
+    LinearAdapter,
+    PatchDiscriminator,
+    QueryEncoder,
+    TokenDecoder,
+    Tokenizer,
+    VectorQuantizer,
+    VisionEncoder,
+)
+from aligntok.stages import AutoregressiveGeneration, DecoderRefinement, LatentAlignment, LatentDiffusion
 
 WIDTH, LATENT = 16, 4
 
@@ -58,6 +69,32 @@ class Tiny:
         tokenizer = Tiny.tokenizer(seed, **options)
         tokenizer.set_latent_statistics(torch.full((LATENT,), 0.1), torch.full((LATENT,), 0.5))
         return tokenizer
+
+    @staticmethod
+    def discrete(seed=0, codebook_size=32, num_prefix=2, image_size=16):
+        """Return a tokenizer that writes 2 prefix tokens and a grid of 4 x 4."""
+        torch.manual_seed(seed + 4000)
+        encoder = QueryEncoder(image_size, 4, WIDTH, 1, 2, num_prefix)
+        decoder = TokenDecoder(LATENT, image_size, 4, WIDTH, 1, 2, num_prefix)
+        return Tokenizer(encoder, LinearAdapter(WIDTH, LATENT), decoder, VectorQuantizer(codebook_size, LATENT))
+
+    @staticmethod
+    def ar(seed=0, scale=0.2, **options):
+        """Return a network whose logits are far from those of a fresh one, which are zero."""
+        torch.manual_seed(seed + 5000)
+        sizes = {"codebook_size": 32, "grid": (4, 4), "num_prefix": 2, "num_classes": 12}
+        network = AutoregressiveTransformer(**{**sizes, "width": 16, "depth": 2, "num_heads": 2, **options})
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += scale * torch.randn_like(parameter)
+        return network
+
+    @staticmethod
+    def autoregressive(network=None, **options):
+        """Return a stage; its ``seed`` is that of the samples."""
+        tokenizer = options.pop("tokenizer") if "tokenizer" in options else Tiny.discrete()
+        network = network or Tiny.ar()
+        return AutoregressiveGeneration(network, tokenizer, **{"learning_rate": 1e-3, **options})
 
     @staticmethod
     def dit(seed=0, scale=0.2, **options):

@@ -1,14 +1,20 @@
 """What learns from what: the LightningModules."""
 
 from aligntok.stages.aligntok import DecoderRefinement, LatentAlignment, PerceptualAlignment
+from aligntok.stages.autoregression import AutoregressiveGeneration
+from aligntok.stages.causal import CausalTokenization
 from aligntok.stages.diffusion import LatentDiffusion
+from aligntok.stages.generator import GeneratorStage
 from aligntok.stages.pretraining import EncoderPretraining, load_classifier
 from aligntok.stages.stage import Stage
 from aligntok.stages.tokenizer_stage import TokenizerStage
 
 __all__ = [
+    "AutoregressiveGeneration",
+    "CausalTokenization",
     "DecoderRefinement",
     "EncoderPretraining",
+    "GeneratorStage",
     "LatentAlignment",
     "LatentDiffusion",
     "PerceptualAlignment",

@@ -1,0 +1,201 @@
+"""The autoregressive generator: a decoder-only transformer on a tokenizer's tokens, trained to name the next one.
+
+Reference:
+    Wu et al., AliTok, arXiv:2506.05289, section 4; after Sun et al., LlamaGen, arXiv:2406.06525.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from aligntok.decoding import TokenSampler
+from aligntok.errors import UserError
+from aligntok.networks.ar import AutoregressiveTransformer
+from aligntok.networks.tokenizer import Tokenizer
+from aligntok.schedule import Schedule
+from aligntok.stages.generator import GeneratorStage
+from aligntok.weights.checkpoint import write_text
+
+PER_POSITION = "accuracy_per_position.csv"
+SIZES = ("codebook_size", "grid", "num_prefix", "sequence_length")  # that tokenizer, cache and network share
+NUM_BEST = 5  # of the second accuracy
+
+
+class AutoregressiveGeneration(GeneratorStage):
+    """Trains a network to predict each token from the class and the tokens before it, and samples with it.
+
+    Batches hold ``tokens`` (B, N) int64 from the cache, or ``image`` (B, 3, H, W), which the tokenizer encodes;
+    ``label`` (B,); and ``id`` (B,). The loss is the cross-entropy, in nats, over all positions alike. Validation
+    measures it on all images, with the share of tokens that are the likeliest one (``val/accuracy``) and among the five
+    likeliest, and writes both per position to ``accuracy_per_position.csv``.
+
+    Args:
+        network: Tokens and label to logits.
+        tokenizer: Decodes samples, and encodes images where nothing is cached; from a checkpoint:
+            ``class_path: aligntok.weights.load_tokenizer``. Null trains on a cache that has none here.
+        learning_rate: Over the optimizer steps.
+        label_dropout: Share of labels that become the null class, in [0, 1], for classifier-free guidance.
+        sampler: From class to tokens.
+        seed: Of the samples; a sample is a function of (seed, id, label).
+        optimizer: Built with the parameters.
+        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
+
+    Raises:
+        UserError: Network, tokenizer and sampler that do not fit each other; both values are named.
+    """
+
+    previous_stages = ("AutoregressiveGeneration",)  # to train it for longer
+    learns = "tokens"
+
+    def __init__(
+        self,
+        network: AutoregressiveTransformer,
+        tokenizer: Tokenizer | None = None,
+        learning_rate: Schedule = 4e-4,
+        label_dropout: float = 0.1,
+        sampler: TokenSampler | None = None,
+        seed: int = 0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        max_nonfinite_steps: int = 10,
+    ) -> None:
+        super().__init__(network, tokenizer, learning_rate, label_dropout, seed, optimizer, max_nonfinite_steps)
+        self.sampler = sampler or TokenSampler()
+        self.sums: Tensor | None = None
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """Raise a ``UserError`` where the parts do not fit each other: now, not at the first samples."""
+        super().check_parts()
+        try:
+            self.sampler.check(self.network)
+        except UserError as error:
+            raise UserError(f"model.sampler: {error}") from error
+        if self.tokenizer is None:
+            return
+        spec = self.tokenizer.spec
+        if spec.kind != "discrete":
+            raise UserError(f"model.tokenizer is {spec.kind}, but an autoregressive generator needs a discrete one")
+        for name in SIZES:
+            ours, theirs = getattr(self.network, name), getattr(spec, name)
+            if ours != theirs:
+                raise UserError(
+                    f"model.network.{name} {ours} differs from the {name} of model.tokenizer {theirs}: set the first"
+                    " to the second"
+                )
+
+    def check_data(self, data: Any) -> None:
+        """Refuse tokens of another tokenizer, codebook, grid or prefix."""
+        data.check_tokens({name: getattr(self.network, name) for name in SIZES}, self.tokenizer)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse labels and tokens that the network does not have while they are on the CPU."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        tokens, count = batch.get("tokens"), self.network.codebook_size
+        if tokens is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
+            wrong = tokens[(tokens < 0) | (tokens >= count)][0]
+            raise UserError(f"token {wrong} in a batch, but model.network.codebook_size {count} means 0 .. {count - 1}")
+        return batch
+
+    # Training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy of one batch."""
+        tokens = self.tokens_of(batch)
+        logits = self.logits(tokens, self.drop(batch["label"]))
+        loss = cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, batch_size=len(tokens))
+        return loss
+
+    @torch.no_grad()
+    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the batch's tokens (B, N), cached or encoded now."""
+        if "tokens" in batch:
+            return batch["tokens"]  # type: ignore[no-any-return]
+        if self.tokenizer is None:
+            raise UserError("the data holds images, not tokens: set model.tokenizer, or give data.train a token cache")
+        return self.tokenizer.encode(batch["image"])
+
+    def logits(self, tokens: Tensor, label: Tensor) -> Tensor:
+        """Return the logits (B, N, codebook_size) of each token, given those before it, in fp32."""
+        logits: Tensor = self.network(tokens[:, :-1], self.asked(label))
+        return logits.float()
+
+    def asked(self, label: Tensor) -> Tensor | None:
+        """Return the labels (B,), or nothing for a network without classes."""
+        return None if self.network.num_classes is None else label
+
+    # Validation
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Add a batch to the sums per position."""
+        tokens = self.tokens_of(batch)
+        logits = self.logits(tokens, batch["label"])
+        target = logits.gather(2, tokens[..., None])
+        rank = (logits > target).sum(-1)  # how many are likelier
+        terms = cross_entropy(logits.transpose(1, 2), tokens, reduction="none"), rank < 1, rank < NUM_BEST
+        sums = torch.stack([term.float().sum(0) for term in (*terms, torch.ones_like(rank))])
+        self.sums = sums if self.sums is None else self.sums + sums
+        return {"tokens": tokens}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Measure on the test images what validation measures."""
+        return self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was measured, and write it per position."""
+        self.conclude("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was measured."""
+        self.conclude("test")
+
+    def conclude(self, split: str) -> None:
+        """Log the means over all images of all ranks."""
+        sums, self.sums = self.sums, None
+        if sums is None:
+            return
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        loss, accuracy, best = means = sums[:3] / sums[3]
+        prefix = self.network.num_prefix
+        values = {
+            "loss": loss,
+            "accuracy": accuracy,
+            f"accuracy_top{NUM_BEST}": best,
+            "accuracy_grid": accuracy[prefix:],
+        }
+        if prefix:
+            values["accuracy_prefix"] = accuracy[:prefix]
+        self.log_dict({f"{split}/{name}": value.mean() for name, value in values.items()})
+        if split == "val" and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self.write_positions(means)
+
+    def write_positions(self, means: Tensor) -> None:
+        """Write loss and accuracies (3, N) as a table with a line for each position; the prefix comes first."""
+        lines = [f"step,position,part,loss,accuracy,accuracy_top{NUM_BEST}"]
+        for position, values in enumerate(means.T.tolist()):
+            part = "prefix" if position < self.network.num_prefix else "grid"
+            lines.append(f"{self.global_step},{position},{part}," + ",".join(f"{value:.6f}" for value in values))
+        write_text(Path(self.trainer.default_root_dir) / PER_POSITION, "\n".join(lines) + "\n")
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(self, ids: Tensor, label: Tensor, sampler: TokenSampler | None = None) -> Tensor:
+        """Return tokens (B, N): each row a function of its id (B,), its label (B,) and the seed alone."""
+        chosen = self.asked(label)
+        self.network.check_labels(chosen)
+        chosen = None if chosen is None else chosen.to(self.device)
+        return (sampler or self.sampler)(self.network, chosen, ids.to(self.device), self.seed)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Return ``image`` (B, 3, H, W) in [0, 1] and ``tokens`` (B, N) for each ``id`` and ``label`` (B,)."""
+        image, tokens = self.decoded(batch)
+        return {"image": image, "tokens": tokens}
