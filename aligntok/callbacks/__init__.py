@@ -2,6 +2,7 @@
 
 from aligntok.callbacks.blocks import BlockWriter
 from aligntok.callbacks.checkpoint import SaveCheckpoint
+from aligntok.callbacks.codebook import CodebookHealth
 from aligntok.callbacks.ema import EMA
 from aligntok.callbacks.generation import GenerationQuality
 from aligntok.callbacks.grids import ReconstructionGrid, SampleGrid
@@ -14,6 +15,7 @@ from aligntok.callbacks.token_writer import TokenWriter
 __all__ = [
     "EMA",
     "BlockWriter",
+    "CodebookHealth",
     "GenerationQuality",
     "LatentWriter",
     "LinearProbe",

@@ -132,7 +132,7 @@ class DecoderRefinement(TokenizerStage):
     tokenizer, mean and standard deviation of the latents are measured first; but on a cache of the previous stage's
     latents with their images (``LatentShards`` with ``images``) the encoder never runs, and the statistics that the
     cache is scaled by stay. After ``CausalTokenization`` the decoder is a new one without the causal mask: what of
-    the old one fits carries over (AliTok, arXiv:2506.05289, section 3.4).
+    the old one fits carries over (AliTok, arXiv:2506.05289).
     """
 
     trains = ("decoder",)

@@ -1,7 +1,7 @@
 """The first stage of AliTok: a causal decoder teaches a bidirectional encoder to write tokens that depend forwards.
 
 Reference:
-    AliTok: Towards Sequence Modeling Alignment between Tokenizer and Autoregressive Model, arXiv:2506.05289, section 3.
+    AliTok: Towards Sequence Modeling Alignment between Tokenizer and Autoregressive Model, arXiv:2506.05289.
 """
 
 from __future__ import annotations

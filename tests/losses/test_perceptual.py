@@ -3,10 +3,16 @@ import urllib.error
 import pytest
 import torch
 import torchvision
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.transforms.v2 import functional
 
 from aligntok.errors import UserError
-from aligntok.losses import LPIPS, FeatureDistance
-from aligntok.losses.perceptual import VGG16_FILE, lpips_weights
+from aligntok.losses import LPIPS, FeatureDistance, LogitDistance
+from aligntok.losses.perceptual import CONVNEXT_FILE, VGG16_FILE, lpips_weights
+
+
+def offline(*_, **__):
+    raise urllib.error.URLError("no network")
 
 
 @pytest.fixture
@@ -46,9 +52,6 @@ def test_layers_that_are_not_there(tiny, layers):
 
 
 def test_lpips_without_its_weights_says_which_file_to_put_where(monkeypatch, tmp_path):
-    def offline(*_, **__):
-        raise urllib.error.URLError("no network")
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("ALIGNTOK_HOME", raising=False)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
@@ -81,3 +84,57 @@ def test_lpips_with_a_local_file(monkeypatch, tmp_path, tiny):
     weights = {tuple(p.shape): p for p in network.net.parameters()}
     assert torch.equal(weights[(64, 3, 3, 3)], state["features.0.weight"])
     assert len(list(network.net.parameters())) == len(state) == 26
+
+
+@pytest.fixture
+def small_convnext(monkeypatch, tmp_path):
+    """A ConvNeXt of 40,000 weights where torchvision's would be: its builder and its file."""
+    torch.manual_seed(0)
+    blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
+    network = ConvNeXt(blocks, num_classes=10).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    monkeypatch.setattr(torchvision.models, "convnext_small", lambda weights=None: ConvNeXt(blocks, num_classes=10))
+    torch.save(network.state_dict(), tmp_path / CONVNEXT_FILE)
+    monkeypatch.setenv("ALIGNTOK_HOME", str(tmp_path))
+    return network
+
+
+def test_logit_distance_is_the_mean_square_between_torchvisions_logits(small_convnext, tiny):
+    distance = LogitDistance(image_size=24)
+    image, other = tiny.images(2, size=40).requires_grad_(), tiny.images(2, seed=1, size=40).requires_grad_()
+
+    def logits(x):
+        resized = functional.resize(x, [24, 24], functional.InterpolationMode.BILINEAR, antialias=True)
+        return small_convnext(functional.normalize(resized, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+    value = distance(image, other)
+    torch.testing.assert_close(value, (logits(image) - logits(other)).square().mean(), rtol=1e-4, atol=1e-6)
+    assert float(value) > 1e-3
+    value.backward()
+    assert image.grad.abs().sum() > 0
+    assert other.grad is None
+    assert distance.state_dict() == {}
+    assert list(distance.parameters()) == []
+    assert not distance._network[0].training
+
+
+def test_logit_distance_is_of_torchvisions_convnext_small(monkeypatch, tmp_path):
+    """Its weights' names and shapes, with numbers that cost nothing."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in torchvision.models.convnext_small().state_dict().items()}
+    torch.save({name: torch.ones(()).expand(shape) for name, shape in shapes.items()}, tmp_path / CONVNEXT_FILE)
+    monkeypatch.setenv("ALIGNTOK_HOME", str(tmp_path))
+    distance = LogitDistance()
+    assert distance.image_size == 224
+    distance.load()
+    assert sum(p.numel() for p in distance._network[0].parameters()) == 50_223_688
+    assert all(bool((p == 1).all()) for p in distance._network[0].parameters())
+
+
+def test_logit_distance_without_its_weights_says_which_file_to_put_where(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("ALIGNTOK_HOME", raising=False)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match=rf"LogitDistance needs torchvision's {CONVNEXT_FILE}.*ALIGNTOK_HOME"):
+        LogitDistance().load()

@@ -1,0 +1,107 @@
+"""How much of a codebook is in use, in training and on the validation images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from aligntok.callbacks.measure import Batch, Measurement, Outputs
+from aligntok.errors import UserError
+from aligntok.networks.quantizers import VectorQuantizer
+
+
+class CodebookHealth(Measurement):
+    """Use of the codes: in training over windows of steps, in validation over all images, each over all ranks.
+
+    Logs ``train/codebook_usage`` (share of the codes that were chosen at all), ``train/codebook_perplexity`` (number of
+    codes in equal use that would have the same entropy) and ``train/codebook_dead`` (codes that were never chosen), of
+    the last full window; and ``val/codebook_usage``, ``val/codebook_perplexity`` and ``val/codebook_entropy`` (of the
+    distribution of codes, in bits). A quantizer that does not learn is measured in validation alone.
+
+    Args:
+        window: Batches of a window.
+        floor: Usage under which a window counts as a collapse: the run warns, once.
+
+    Raises:
+        UserError: The module has no quantizer.
+    """
+
+    def __init__(self, window: int = 100, floor: float = 0.1) -> None:
+        if window < 1 or not 0 <= floor <= 1:
+            raise UserError(f"CodebookHealth: window {window} and floor {floor}, give at least 1 and a share in [0, 1]")
+        self.window, self.floor = window, floor
+        self.batches, self.warned = 0, False
+        self.health: dict[str, float] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Look for the quantizer."""
+        tokenizer: Any = getattr(pl_module, "tokenizer", None)
+        self.quantizer: Any = getattr(tokenizer, "quantizer", None)
+        if self.quantizer is None:
+            raise UserError("CodebookHealth needs a tokenizer with a quantizer: remove the callback")
+
+    # Training
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a window."""
+        self.batches = 0
+        self.quantizer.reset_counts()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure at the end of a window; log at every step, so that no logging interval misses it."""
+        if not self.quantizer.training:
+            return
+        self.batches += 1
+        if self.batches == self.window:
+            self.health = self.quantizer.health(self.quantizer.counts)
+            self.batches = 0
+            self.quantizer.reset_counts()
+            if self.health["usage"] < self.floor and not self.warned:
+                self.warned = True
+                rank_zero_warn(collapse(self.health, self.quantizer, self.window, trainer.global_step))
+        pl_module.log_dict({f"train/codebook_{name}": value for name, value in self.health.items()})
+
+    # Validation
+
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Count anew."""
+        self.counts = torch.zeros(self.quantizer.codebook_size, dtype=torch.int64, device=module.device)
+
+    def update(self, batch: Batch, outputs: Outputs) -> None:
+        """Count the tokens of a batch."""
+        self.counts += torch.bincount(outputs["tokens"].flatten(), minlength=len(self.counts))
+
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        """Return the use of the codes by the images of all ranks."""
+        counts: Tensor = self.counts
+        if trainer.world_size > 1:
+            dist.all_reduce(counts)
+        health = self.quantizer.health(counts)
+        return {
+            "codebook_usage": health["usage"],
+            "codebook_perplexity": health["perplexity"],
+            "codebook_entropy": math.log2(health["perplexity"]),
+        }
+
+
+def collapse(health: dict[str, float], quantizer: VectorQuantizer, window: int, step: int) -> str:
+    """Return the warning of a collapsed codebook, with the switches that are not on yet."""
+    remedies = {
+        "update clustering (codes in little use move to where the vectors are)": quantizer.update != "clustering",
+        "kmeans_start true": not quantizer.kmeans_start,
+        "gradient rotation": quantizer.gradient != "rotation",
+    }
+    switches = ", ".join(name for name, helps in remedies.items() if helps)
+    return (
+        f"step {step}: the codebook has collapsed, {health['usage']:.1%} of its {quantizer.codebook_size} codes were"
+        f" chosen in the last {window} batches (perplexity {health['perplexity']:.0f}). What helps: a lower"
+        f" learning_rate or a longer warm-up" + (f"; of model.tokenizer.quantizer {switches}" if switches else "")
+    )
