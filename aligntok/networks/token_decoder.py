@@ -11,7 +11,7 @@ from aligntok.networks.encoders import grid_of
 from aligntok.networks.transformer import Transformer, init_weights, learned
 
 PIXEL = 3  # colours
-RESIZED = ("buffer_tokens", "positions")  # another decoder may have another count of them
+STAGES_OWN = ("buffer_tokens", "positions", "prefix_head.")  # need not be the same in the next stage
 
 
 class TokenDecoder(nn.Module):
@@ -117,20 +117,19 @@ class TokenDecoder(nn.Module):
     def carried_over(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a state dict of a previous stage's decoder as this decoder can load it.
 
-        What does not exist here is dropped. Buffer tokens and positions of another count, and a prefix head that is
-        missing there, keep this decoder's own values. Whatever else does not fit is left for a strict load to name.
+        Buffer tokens and positions of another count, and a prefix head that is missing there, keep this decoder's own
+        values; those that this decoder lacks are dropped. Whatever else does not fit is left for a strict load to name.
 
         Args:
             state: State dict of a ``TokenDecoder``.
         """
-        own = self.state_dict()
-        kept = {
+        own = {key: value for key, value in self.state_dict().items() if key.startswith(STAGES_OWN)}
+        fitting = {
             key: value
-            for key, value in own.items()
-            if (key in RESIZED and (key not in state or state[key].shape != value.shape))
-            or (key.startswith("prefix_head.") and key not in state)
+            for key, value in state.items()
+            if not key.startswith(STAGES_OWN) or (key in own and own[key].shape == value.shape)
         }
-        return {key: value for key, value in state.items() if key in own} | kept
+        return own | fitting
 
     def _outputs(self, latent: Tensor) -> Tensor:
         """Return the normalised outputs (B, N, width) at the vectors of a latent."""
