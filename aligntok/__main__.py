@@ -24,6 +24,10 @@ def main(args: list[str] | None = None) -> int:
         silence()
         if arguments[:1] == ["repair"]:
             repair_command(arguments[1:])
+        elif arguments[:1] == ["import"]:
+            from aligntok.importing import import_command
+
+            import_command(arguments[1:])
         elif arguments[:1] == ["evaluate"]:
             from aligntok.evaluate import evaluate_command
 

@@ -42,6 +42,7 @@ Train image tokenizers from pretrained vision encoders, and generators on their 
   aligntok predict --config stage3.yaml --config cache.yaml --ckpt_path STAGE3.ckpt --output FOLDER
                                                                  cached latents of the training images
   aligntok repair FOLDER                                         write again what is broken in such a folder
+  aligntok import alitok AliTok.pth                              published weights as a checkpoint and a config
   aligntok evaluate SAMPLES --reference REFERENCE                FID and its companions of stored images
   aligntok report FOLDER                                         report.html of the runs in a folder
 

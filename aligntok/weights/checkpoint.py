@@ -185,11 +185,14 @@ def recipe_of(checkpoint: dict[str, Any], part: str, path: str | Path) -> dict[s
     return recipe
 
 
-def without_encoder_weights(recipe: dict[str, Any]) -> dict[str, Any]:
+def without_encoder_weights(recipe: Any) -> Any:
     """Return the recipe of a tokenizer whose encoder does not load its own weights, because others will come."""
-    encoder = recipe["init_args"]["encoder"]
-    plain = {**encoder, "init_args": {**encoder.get("init_args", {}), "weights": None}}
-    return {**recipe, "init_args": {**recipe["init_args"], "encoder": plain}}
+    if not isinstance(recipe, dict):
+        return recipe
+    plain = {key: without_encoder_weights(value) for key, value in recipe.items()}
+    if str(recipe.get("class_path")).endswith(".VisionEncoder"):
+        plain["init_args"]["weights"] = None
+    return plain
 
 
 def build(recipe: dict[str, Any], kind: type[Module]) -> Module:
