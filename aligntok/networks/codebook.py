@@ -26,10 +26,13 @@ def nearest(points: Tensor, targets: Tensor, max_distances: int) -> Tensor:
         targets: (T, C) float32.
         max_distances: Distances held at once; at least T of them are.
     """
-    norms = targets.square().sum(1)
+    rows, norms, found = max(1, max_distances // len(targets)), targets.square().sum(1), []
+    distances = targets.new_empty(min(rows, len(points)), len(targets))  # less the point's own norm
     with full_precision():
-        chunks = torch.split(points, max(1, max_distances // len(targets)))
-        return torch.cat([torch.addmm(norms, chunk, targets.T, alpha=-2).min(1).indices for chunk in chunks])
+        for chunk in torch.split(points, rows):
+            torch.addmm(norms, chunk, targets.T, alpha=-2, out=distances[: len(chunk)])
+            found.append(distances[: len(chunk)].min(1).indices)
+    return torch.cat(found)
 
 
 @torch.no_grad()
