@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from aligntok.errors import UserError
 from aligntok.flow.noise import gumbel_noise, keys_like_ids
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.networks.layers import KeyValueCache
+from aligntok.networks.light import light_copy
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -22,8 +21,8 @@ class TokenSampler:
     """Draw token sequences one token at a time, with keys and values of the earlier tokens kept.
 
     The logits are guided without a classifier: ``null + scale * (class - null)``, with the power-cosine scale at step i
-    of N, ``1 + (guidance_scale - 1) * (1 - cos(pi * (i / N)^guidance_power)) / 2``. The null class is computed from the
-    first step on at which the scale is not 1.
+    of N, ``1 + (guidance_scale - 1) * (1 - cos(pi * (i / N)^guidance_power)) / 2``. While that is 1 the null class
+    is not computed. It joins one step before it matters, and one pass makes its keys and values of the tokens before that.
 
     Args:
         guidance_scale: 1 is no guidance. AliTok uses 16 (B), 6 (L) and 13 (XL).
@@ -67,7 +66,6 @@ class TokenSampler:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.dtype, self.compile = dtype, compile
 
-    @torch.no_grad()
     def __call__(self, network: AutoregressiveTransformer, label: Tensor | None, ids: Tensor, seed: int) -> Tensor:
         """Draw a sequence for each id: a function of (seed, id, label) alone, at any batch size.
 
@@ -88,8 +86,9 @@ class TokenSampler:
         """
         self.check(network)
         network.check_labels(label)
-        with torch.autocast(network.rotary.device.type, enabled=False):
-            return self._sample(network, label, ids, seed)
+        with torch.inference_mode(), torch.autocast(network.rotary.device.type, enabled=False):
+            tokens = self._sample(network, label, ids, seed)
+        return tokens.clone()  # an ordinary tensor
 
     def check(self, network: AutoregressiveTransformer) -> None:
         """Raise a ``UserError`` where the settings do not fit a network."""
@@ -108,31 +107,26 @@ class TokenSampler:
 
     def _sample(self, network: AutoregressiveTransformer, label: Tensor | None, ids: Tensor, seed: int) -> Tensor:
         device, count, length = network.rotary.device, len(ids), network.sequence_length
-        scales = self.scales(length)
-        guided = next((i for i, scale in enumerate(scales) if scale != 1), length)  # the first step with guidance
-        joins = max(guided - 1, 0) if guided < length else length  # the null class needs its own keys one step before
+        scales, dtype = self.scales(length), getattr(torch, self.dtype)
+        joins = next((max(i - 1, 0) for i, scale in enumerate(scales) if scale != 1), length)
         keys = keys_like_ids(ids, seed).to(device)
-        starts = network.start_ids(label, count).to(device)
-        if guided < length:
-            assert network.null_label is not None  # checked
-            starts = torch.cat((starts, network.start_ids(torch.full_like(starts, network.null_label), count)))
-        sequence = starts[:, None].repeat(1, length + 1)  # the start, then the tokens; rows: class, then null
-        light = light_copy(network, getattr(torch, self.dtype))
-        caches = new_caches(network, len(starts), getattr(torch, self.dtype))
+        sequence = start_rows(network, label, count, guided=joins < length)[:, None].repeat(1, length + 1)
+        light = light_copy(network, dtype, len(sequence), self.compile)
         step = torch.compile(light.next_logits, dynamic=False) if self.compile else light.next_logits
+        caches = new_caches(network, len(sequence), dtype)
+        current = part_of(caches, slice(count))
         for i, scale in enumerate(scales):
-            if i == joins and i > 0:
-                light.next_logits(sequence[count:, :i], rows(caches, slice(count, None)), 0)
-            if i in (0, joins):
-                current = caches if i == joins else rows(caches, slice(count))
-            batch = len(current[0].keys)
+            if i == joins:
+                if i > 0:
+                    light.next_logits(sequence[count:, :i], part_of(caches, slice(count, None)), 0)
+                current = caches
             start = torch.tensor([i], device=device) if self.compile else i
-            logits = step(sequence[:batch, i : i + 1], current, start).float()
-            logits, *null = logits.tensor_split([count])
+            logits = step(sequence[: len(current[0].keys), i : i + 1], current, start).float()
             if scale != 1:
-                logits = null[0] + (logits - null[0]) * scale
-            sequence.view(-1, count, length + 1)[:, :, i + 1] = self.draw(logits, keys, i)
-        return sequence[:count, 1:].clone()
+                null = logits[count:]
+                logits = null + (logits[:count] - null) * scale
+            sequence.view(-1, count, length + 1)[:, :, i + 1] = self.draw(logits[:count], keys, i)
+        return sequence[:count, 1:]
 
     def draw(self, logits: Tensor, keys: Tensor, step: int) -> Tensor:
         """Return tokens (B,) from guided logits (B, codebook_size) float32 and ``keys_like_ids`` (B, 2)."""
@@ -150,48 +144,23 @@ class TokenSampler:
         return (logits + gumbel_noise(keys, step, logits.shape[1])).argmax(dim=-1)
 
 
-class FewRows(nn.Module):
-    """A linear layer for few rows, whose time is that of reading the weight, in the weight's own dtype.
-
-    On a CPU the weight is the left factor, so that it is read as it lies: with F.linear the library first brings a
-    bfloat16 weight into another order, at each call (half the speed).
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("weight", linear.weight.detach().to(dtype))
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in) to (..., out)."""
-        x = x.to(self.weight.dtype)
-        if x.device.type != "cpu" or (x.dtype == torch.float32 and x.shape[0] <= 4):
-            return F.linear(x, self.weight, self.bias)
-        y = torch.mm(self.weight, x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-def light_copy(network: AutoregressiveTransformer, dtype: torch.dtype) -> AutoregressiveTransformer:
-    """Return a copy in eval mode with linear layers of a dtype, which shares all else: the residual stays as it is."""
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    light = copy.deepcopy(network, shared).eval()
-    for module in list(light.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, FewRows(child, dtype))
-    return light
+def start_rows(network: AutoregressiveTransformer, label: Tensor | None, count: int, guided: bool) -> Tensor:
+    """Return the first ids of `count` sequences and, where they are guided, of as many of the null class."""
+    device = network.rotary.device
+    starts = network.start_ids(None if label is None else label.to(device), count)
+    if guided:
+        assert network.null_label is not None  # checked
+        starts = torch.cat((starts, network.start_ids(torch.full_like(starts, network.null_label), count)))
+    return starts
 
 
 def new_caches(network: AutoregressiveTransformer, num_rows: int, dtype: torch.dtype) -> list[KeyValueCache]:
     """Return empty caches for so many sequences, one for each block."""
-    heads, head_dim = network.num_heads, network.width // network.num_heads
-    shape = (2, num_rows, heads, network.sequence_length, head_dim)
+    head_dim = network.width // network.num_heads
+    shape = (2, num_rows, network.num_heads, network.sequence_length, head_dim)
     return [KeyValueCache(*torch.zeros(shape, dtype=dtype, device=network.rotary.device)) for _ in network.blocks]
 
 
-def rows(caches: list[KeyValueCache], part: slice) -> list[KeyValueCache]:
+def part_of(caches: list[KeyValueCache], rows: slice) -> list[KeyValueCache]:
     """Return views of some sequences."""
-    return [KeyValueCache(cache.keys[part], cache.values[part]) for cache in caches]
+    return [KeyValueCache(cache.keys[rows], cache.values[rows]) for cache in caches]
