@@ -79,6 +79,14 @@ class Tiny:
         return Tokenizer(encoder, LinearAdapter(WIDTH, LATENT), decoder, VectorQuantizer(codebook_size, LATENT))
 
     @staticmethod
+    def causal(seed=0, num_prefix=4, prefix_head=True, causal=True, num_buffer=1, **quantizer):
+        """Return the tokenizer of AliTok's first stage: a causal decoder with a head for the prefix."""
+        torch.manual_seed(seed + 4000)
+        decoder = TokenDecoder(LATENT, 16, 4, WIDTH, 2, 2, num_prefix, num_buffer, causal, prefix_head)
+        encoder = QueryEncoder(16, 4, WIDTH, 1, 2, num_prefix)
+        return Tokenizer(encoder, LinearAdapter(WIDTH, LATENT), decoder, VectorQuantizer(32, LATENT, **quantizer))
+
+    @staticmethod
     def ar(seed=0, scale=0.2, **options):
         """Return a network whose logits are far from those of a fresh one, which are zero."""
         torch.manual_seed(seed + 5000)
@@ -163,6 +171,23 @@ class Tiny:
         return {name: value.detach().clone() for name, value in tensors}
 
 
+def assert_same(ours, theirs, where=""):
+    """Compare two nested structures bit by bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
 class NaNAt(nn.Module):
     """A perceptual loss that is not a number at the given calls, counted from 0."""
 
@@ -189,7 +214,7 @@ class Pixels(nn.Module):
         return nn.functional.adaptive_avg_pool2d(10 * image, 4).flatten(1)
 
 
-Tiny.NaNAt, Tiny.Pixels, Tiny.linear = NaNAt, Pixels, LinearAdapter
+Tiny.NaNAt, Tiny.Pixels, Tiny.linear, Tiny.assert_same = NaNAt, Pixels, LinearAdapter, staticmethod(assert_same)
 
 
 @pytest.fixture(scope="session")

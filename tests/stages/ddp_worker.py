@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
-from aligntok.callbacks import SaveCheckpoint
-from aligntok.stages import LatentAlignment, PerceptualAlignment
+from aligntok.callbacks import CodebookHealth, SaveCheckpoint
+from aligntok.data import LatentDataModule, Shapes
+from aligntok.stages import CausalTokenization, LatentAlignment, PerceptualAlignment
 
 WORLD = int(os.environ["WORLD_SIZE"])
 RANK = int(os.environ["LOCAL_RANK"])
@@ -39,12 +40,23 @@ class Recorder(SaveCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
+def parallel():
+    return {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": WORLD} if WORLD > 1 else {}
+
+
+def health(tiny, folder):
+    """Return the use of the codes by 37 images: neither batches nor ranks divide them."""
+    stage = tiny.stage(CausalTokenization, tokenizer=tiny.causal(), auxiliary="mse")
+    data = LatentDataModule(Shapes(72, 16), 16, 8, val=Shapes(37, 16, seed=1), crop="center", flip=False)
+    options = {"limit_val_batches": 1.0, "enable_checkpointing": False, **parallel()}
+    return tiny.trainer(folder, 1, [CodebookHealth()], **options).validate(stage, data, verbose=False)[0]
+
+
 def train(tiny, folder, cls, steps=5, **options):
     torch.set_num_threads(1)
     recorder = Recorder()
     stage = tiny.stage(cls, **{"learning_rate": 0.1, "optimizer": tiny.sgd, **options})
-    parallel = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": WORLD} if WORLD > 1 else {}
-    trainer = tiny.trainer(folder, steps, [recorder], **parallel)
+    trainer = tiny.trainer(folder, steps, [recorder], **parallel())
     start = tiny.copies(stage)
     trainer.fit(stage, datamodule=tiny.data(calibration_images=37))  # odd: the ranks measure shares of different sizes
     weights = {name: value.detach().clone() for name, value in [*stage.named_parameters(), *stage.named_buffers()]}
@@ -59,6 +71,11 @@ def main(output):
     results["stage1"] = train(tiny, output / "stage1", LatentAlignment, **gan)
     late = tiny.gan(weight={2: 0.0, 3: 0.5}, adaptive=True, discriminator_start=2)  # idle, then alone, then both
     results["stage2"] = train(tiny, output / "stage2", PerceptualAlignment, adversarial=late)
+
+    causal = {"tokenizer": tiny.causal(decay=0.5), "auxiliary": "mse", "pixel_loss": "mse"}
+    # a higher rate turns differences of rounding into another code for a vector
+    results["causal"] = train(tiny, output / "causal", CausalTokenization, learning_rate=0.02, **causal)
+    results["health"] = health(tiny, output / "health")
 
     bad = tiny.NaNAt(1) if RANK == WORLD - 1 else tiny.NaNAt()  # not finite on one rank only
     results["nonfinite"] = train(tiny, output / "nonfinite", LatentAlignment, steps=2, perceptual=bad)

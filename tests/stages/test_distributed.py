@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
     return [*finish(root / "one", one), *finish(root / "two", two)], root
 
 
-@pytest.mark.parametrize("run", ["stage1", "stage2"])
+@pytest.mark.parametrize("run", ["stage1", "stage2", "causal"])
 def test_two_ranks_equal_one(runs, run):
     (one, first, second), _ = runs
     assert one[run]["global_step"] == first[run]["global_step"] == second[run]["global_step"] == 5
@@ -102,3 +102,18 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(runs):
     assert sorted(line[:2] for line in lines) == [["1", "0"], ["1", "1"]]  # step, rank
     images = [set(line[2].split()) for line in lines]
     assert len(images[0] | images[1]) == 8  # both shares of the batch
+
+
+def test_codes_in_little_use_moved_in_the_run_that_clusters(runs):
+    (one, *_), _ = runs
+    change = one["causal"]["change"]
+    assert change["tokenizer.quantizer.codebook"] > 0.05
+    assert change["tokenizer.quantizer.usage"] > 0.05
+    assert change["tokenizer.decoder.prefix_head.colour.bias"] > 1e-3
+
+
+def test_the_use_of_the_codes_is_that_of_the_images_of_all_ranks(runs):
+    (one, first, second), _ = runs
+    assert {"val/codebook_usage", "val/codebook_perplexity", "val/codebook_entropy"} <= one["health"].keys()
+    for rank in (first, second):
+        assert rank["health"] == pytest.approx(one["health"], rel=1e-5)

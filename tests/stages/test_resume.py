@@ -11,23 +11,6 @@ from aligntok.stages import DecoderRefinement, LatentAlignment, PerceptualAlignm
 CUT, END = 4, 7  # 3 steps per epoch: the cut is in the middle of the second
 
 
-def assert_same(ours, theirs, where=""):
-    """Compare two nested structures bit by bit."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    else:
-        assert ours == theirs, where
-
-
 def fit(
     tiny, folder, max_steps, cls, seed=0, ckpt_path=None, ema=True, accumulate=1, gan=True, previous=None, **options
 ):
@@ -81,11 +64,11 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, cls, options, monkeypatch)
         )
     ignored = {"callbacks", "hparams_name", "pytorch-lightning_version", "loops"}
     for key in straight.keys() - ignored:
-        assert_same(resumed[key], straight[key], key)
+        tiny.assert_same(resumed[key], straight[key], key)
     progress = [c["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"] for c in (resumed, straight)]
-    assert_same(progress[0]["optimizer"]["step"]["total"], progress[1]["optimizer"]["step"]["total"])
+    tiny.assert_same(progress[0]["optimizer"]["step"]["total"], progress[1]["optimizer"]["step"]["total"])
     if cls is PerceptualAlignment:
-        assert_same(dict(stage.anchor.network.state_dict()), dict(first.anchor.network.state_dict()), "anchor")
+        tiny.assert_same(dict(stage.anchor.network.state_dict()), dict(first.anchor.network.state_dict()), "anchor")
 
 
 def test_the_resume_needs_no_file_of_the_previous_stage(tiny, tmp_path):
@@ -97,7 +80,7 @@ def test_the_resume_needs_no_file_of_the_previous_stage(tiny, tmp_path):
     path.unlink()
     last = str(tmp_path / "two/checkpoints/last.ckpt")
     stage, _ = fit(tiny, tmp_path / "two", END, PerceptualAlignment, seed=4, ckpt_path=last, gan=False)
-    assert_same(dict(stage.anchor.network.state_dict()), anchor)
+    tiny.assert_same(dict(stage.anchor.network.state_dict()), anchor)
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tiny, tmp_path):
