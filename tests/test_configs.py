@@ -21,13 +21,15 @@ from aligntok.metrics import InceptionFeatures, inception
 from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 
-LAST = {"cache.yaml", "sample.yaml"}  # last layers, with an output of their own
+LAST = {"cache.yaml", "token_cache.yaml", "sample.yaml"}  # last layers, with an output of their own
 RECIPES = [
     name for name in shipped_configs() if name not in LAST and "output" in yaml.safe_load(find_config(name).read_text())
 ]
 OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
 OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {"evaluate.yaml"}
-AFTER_OTHERS = {"quickstart/dit.yaml", "quickstart/samples.yaml"}  # built from files of other runs
+OPTIONAL |= {f"size/ar_{size}.yaml" for size in ("l", "xl", "debug")} | {"size/alitok_debug.yaml"}
+AFTER_OTHERS = {f"{folder}/samples.yaml" for folder in ("quickstart", "quickstart_alitok")}  # built from files of
+AFTER_OTHERS |= {"quickstart/dit.yaml", "quickstart_alitok/ar.yaml"}  # other runs
 DEBUG = ("--config", "size/debug.yaml", "--config", "data/shapes.yaml", "--data.global_batch_size", "4")
 
 
@@ -52,7 +54,7 @@ def test_every_layer_is_used():
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - AFTER_OTHERS))
 def test_recipe_builds_on_meta(name, monkeypatch, tmp_path):
-    generator = "dit.yaml" in layers_of(name)
+    generator = layers_of(name) & {"dit.yaml", "alitok_ar.yaml"}
     model = build(monkeypatch, tmp_path, "--config", name, *(("--model.tokenizer", "null") if generator else ())).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     groups = model.parameter_groups()

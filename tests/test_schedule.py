@@ -3,7 +3,7 @@ import pytest
 from aligntok.errors import UserError
 from aligntok.losses import AdversarialLoss
 from aligntok.networks import PatchDiscriminator
-from aligntok.schedule import check_schedule, first_nonzero_step, value_at
+from aligntok.schedule import CosineDecay, check_schedule, first_nonzero_step, value_at
 from aligntok.stages import LatentAlignment
 
 
@@ -67,3 +67,16 @@ def test_the_discriminator_warms_up_a_thousand_steps_before_its_term(weight, sta
     assert loss.discriminator_start == start
     assert loss.active(start)
     assert not start or not loss.active(start - 1)
+
+
+def test_cosine_after_a_warm_up():
+    rate = CosineDecay(4e-4, 1e-5, 100, 500)
+    assert [value_at(rate, step) for step in (0, 25, 100)] == pytest.approx([0.0, 1e-4, 4e-4])
+    assert value_at(rate, 200) == pytest.approx(1e-5 + 3.9e-4 * (1 + 2**-0.5) / 2)
+    assert [value_at(rate, step) for step in (300, 500, 10**6)] == pytest.approx([2.05e-4, 1e-5, 1e-5])
+    assert check_schedule("learning_rate", rate) is rate
+    assert value_at(CosineDecay(1.0, 0.0, 0, 10), 0) == 1.0
+    for schedule in (rate, CosineDecay(1.0, 0.0, 0, 10)):
+        assert first_nonzero_step(schedule) == next(step for step in range(9) if value_at(schedule, step))
+    with pytest.raises(UserError, match="warmup_steps 500, num_steps 500"):
+        CosineDecay(1.0, 0.0, 500, 500)

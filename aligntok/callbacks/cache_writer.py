@@ -49,6 +49,7 @@ class CacheWriter(BlockWriter):
 
     layout: Layout
     kind: str  # of the tokenizer
+    counted: str  # how the last line says what was written
     crops = "center"
 
     def __init__(self, shard_size: int, batch_size: int, dtype: str, flips: bool | None, min_psnr: float) -> None:
@@ -202,8 +203,8 @@ class CacheWriter(BlockWriter):
         self.manifest.write(self.folder)
         for record in records:
             record_path(self.folder / record.file).unlink(missing_ok=True)
-        count = sum(record.count for record in records)
-        print(f"{self.folder}: {count:,} {self.layout.name} in {len(shards)} shards, {words}, {about}", flush=True)
+        count = self.counted.format(sum(record.count for record in records))
+        print(f"{self.folder}: {count} in {len(shards)} shards, {words}, {about}", flush=True)
 
     @torch.no_grad()
     def self_check(

@@ -28,7 +28,7 @@ class LatentWriter(CacheWriter):
     """
 
     layout = LATENT_LAYOUT
-    kind = "continuous"
+    kind, counted = "continuous", "{:,} latents"
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class TokenWriter(CacheWriter):
     """
 
     layout = TOKEN_LAYOUT
-    kind = "discrete"
+    kind, counted = "discrete", "tokens of {:,} images"
 
     def __init__(
         self,

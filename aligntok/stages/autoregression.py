@@ -137,10 +137,11 @@ class AutoregressiveGeneration(GeneratorStage):
         """Add a batch to the sums per position."""
         tokens = self.tokens_of(batch)
         logits = self.logits(tokens, batch["label"])
-        target = logits.gather(2, tokens[..., None])
-        rank = (logits > target).sum(-1)  # how many are likelier
-        terms = cross_entropy(logits.transpose(1, 2), tokens, reduction="none"), rank < 1, rank < NUM_BEST
-        sums = torch.stack([term.float().sum(0) for term in (*terms, torch.ones_like(rank))])
+        likeliest = logits.topk(min(NUM_BEST, logits.shape[2])).indices  # in order; ties are broken, not counted twice
+        found = likeliest == tokens[..., None]
+        loss = cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+        terms = (loss, found[..., 0], found.any(-1), torch.ones_like(tokens))
+        sums = torch.stack([term.float().sum(0) for term in terms])
         self.sums = sums if self.sums is None else self.sums + sums
         return {"tokens": tokens}
 
@@ -179,10 +180,10 @@ class AutoregressiveGeneration(GeneratorStage):
 
     def write_positions(self, means: Tensor) -> None:
         """Write loss and accuracies (3, N) as a table with a line for each position; the prefix comes first."""
-        lines = [f"step,position,part,loss,accuracy,accuracy_top{NUM_BEST}"]
+        lines = [f"position,part,loss,accuracy,accuracy_top{NUM_BEST}"]
         for position, values in enumerate(means.T.tolist()):
             part = "prefix" if position < self.network.num_prefix else "grid"
-            lines.append(f"{self.global_step},{position},{part}," + ",".join(f"{value:.6f}" for value in values))
+            lines.append(f"{position},{part}," + ",".join(f"{value:.6f}" for value in values))
         write_text(Path(self.trainer.default_root_dir) / PER_POSITION, "\n".join(lines) + "\n")
 
     # Sampling

@@ -297,7 +297,7 @@ def test_the_self_check_finds_tokens_that_are_not_those_of_their_images(tmp_path
 def test_the_picture_and_the_line_at_the_end(ten, tmp_path, capsys):
     predict(tmp_path, crops="ten")
     out = capsys.readouterr().out
-    assert "11 tokens in 3 shards, PSNR " in out
+    assert "tokens of 11 images in 3 shards, PSNR " in out
     assert " mirrored on 11 images (check.png)" in out
     assert f"of {len(PALETTE)} codes used, perplexity " in out
     picture = Image.open(ten / "check.png")  # 20 px are shown as 60, with 2 between: 11 columns, 4 rows

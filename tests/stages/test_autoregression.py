@@ -181,6 +181,14 @@ def test_accuracies_and_loss_are_exact_over_uneven_batches_and_written_per_posit
     assert float(rows[5]["loss"]) == pytest.approx(base + float(shift.float().mean()), rel=1e-5)
 
 
+def test_equal_logits_are_no_accuracy(tiny, batch, tmp_path):
+    """As those of a fresh network are."""
+    stage = tiny.autoregressive(tiny.ar(scale=0))
+    stage.validation_step(batch, 0)
+    assert stage.sums[1].sum() / stage.sums[3].sum() < 0.15
+    assert stage.sums[2].sum() / stage.sums[3].sum() < 0.35
+
+
 TWO_RANKS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
