@@ -108,20 +108,34 @@ def test_chunks_bound_the_memory_and_change_nothing(options):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_always_float32(precision):
-    """Codes closer than half precision can tell apart."""
-    net = quantizer(50, 4, spread=0.01).eval()
+    """Codes closer than half precision can tell apart; a latent that comes in half precision."""
+    net, dtype = quantizer(50, 4, spread=0.01).eval(), getattr(torch, precision)
     net.codebook.data += 1
     latent = net.codebook.detach().T.view(1, 4, 1, 50).clone()
+    with torch.autocast("cpu", dtype):
+        quantized, rounded = net(latent), net(latent.to(dtype))
+        assert torch.equal(net.tokens(latent), quantized.tokens)
+    assert torch.equal(quantized.tokens[0], torch.arange(50))
+    assert_close(rounded, net(latent.to(dtype).float()), rtol=0, atol=0)
+    assert rounded.latent.dtype == rounded.commitment.dtype == torch.float32
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_distances_in_float32_where_the_run_multiplies_faster(monkeypatch):
+    seen, addmm = [], torch.addmm
+
+    def recorded(*args, **kwargs):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return addmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", getattr(torch, precision)):
-            quantized = net(latent)
-            assert torch.equal(net.tokens(latent), quantized.tokens)
+        quantizer()(randn(1, 4, 3, 3))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert torch.equal(quantized.tokens[0], torch.arange(50))
-    assert quantized.latent.dtype == quantized.commitment.dtype == torch.float32
+    assert set(seen) == {"ieee"}
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
@@ -281,3 +295,6 @@ def test_numbers_that_are_not_finite_stay_on_their_rank(ranks):
     _, first, second = (results["bad"] for results in ranks)
     assert torch.equal(first["codebook"], second["codebook"])
     assert first["codebook"].isfinite().all()
+    torch.manual_seed(0)
+    start = VectorQuantizer(len(first["codebook"]), 4).codebook.detach()
+    assert ((first["codebook"] - start).abs().amax(1) > 0.1).sum() >= 8  # by the other rank's vectors
