@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from aligntok.callbacks import LatentWriter
@@ -10,6 +11,8 @@ from aligntok.callbacks.trainer_io import AtomicCheckpointIO
 from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.losses import AdversarialLoss, FeatureDistance
+from aligntok.losses.perceptual import CONVNEXT_FILE, VGG16_FILE
+from aligntok.metrics import InceptionFeatures, inception
 from aligntok.networks import (
     AutoregressiveTransformer,
     ConvDecoder,
@@ -220,6 +223,26 @@ Tiny.NaNAt, Tiny.Pixels, Tiny.linear, Tiny.assert_same = NaNAt, Pixels, LinearAd
 @pytest.fixture(scope="session")
 def tiny():
     return Tiny
+
+
+@pytest.fixture(scope="module")
+def judge_weights(tmp_path_factory):
+    """Put other weights where VGG's, ConvNeXt's and Inception's would be: no network, but all of the loading code."""
+    home = tmp_path_factory.mktemp("home")
+    vgg = torchvision.models.vgg16().features.state_dict()
+    torch.save({f"features.{key}": value for key, value in vgg.items()}, home / VGG16_FILE)
+    with torch.device("meta"):
+        convnext = torchvision.models.convnext_small().state_dict()
+    torch.save({key: torch.tensor(0.02).expand(value.shape) for key, value in convnext.items()}, home / CONVNEXT_FILE)
+    network = inception.FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "load_state_dict", lambda self, state: None)
+        torch.save({}, home / "empty.pth")
+        untrained = network("inception", ["2048"], feature_extractor_weights_path=str(home / "empty.pth"))
+    torch.save(untrained.state_dict(), home / InceptionFeatures.FILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNTOK_HOME", str(home))
+        yield
 
 
 @pytest.fixture(autouse=True)

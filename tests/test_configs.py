@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 import yaml
 
 from aligntok import cli
@@ -16,8 +15,6 @@ from aligntok.__main__ import main
 from aligntok.callbacks import GenerationQuality, LatentWriter, SampleGrid
 from aligntok.cli import expand_layers, find_config, shipped_configs
 from aligntok.data import Shapes
-from aligntok.losses.perceptual import VGG16_FILE
-from aligntok.metrics import InceptionFeatures, inception
 from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 
@@ -103,23 +100,6 @@ def test_generator_recipes_are_lightningdits(name, epochs, monkeypatch, tmp_path
     assert abs(steps * 1024 / 1_281_167 - epochs) < 1
     assert f"{epochs} epochs" in find_config(name).read_text()
     assert cli.model.uniform_from is None or cli.model.uniform_from < steps
-
-
-@pytest.fixture(scope="module")
-def judge_weights(tmp_path_factory):
-    """Put random VGG and Inception weights where the real ones would be: no network, but all of the loading code."""
-    home = tmp_path_factory.mktemp("home")
-    vgg = torchvision.models.vgg16().features.state_dict()
-    torch.save({f"features.{key}": value for key, value in vgg.items()}, home / VGG16_FILE)
-    network = inception.FeatureExtractorInceptionV3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "load_state_dict", lambda self, state: None)
-        torch.save({}, home / "empty.pth")
-        untrained = network("inception", ["2048"], feature_extractor_weights_path=str(home / "empty.pth"))
-    torch.save(untrained.state_dict(), home / InceptionFeatures.FILE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNTOK_HOME", str(home))
-        yield
 
 
 @pytest.fixture
