@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
@@ -14,7 +15,7 @@ class QueryEncoder(nn.Module):
     """Patches of the image and learned queries pass a vision transformer together; what became of the queries goes on.
 
     The queries are `num_prefix` for the prefix, then one per patch in raster order, N in all. Nothing but training ties
-    a query to its patch: the causal decoder does. AliTok's sizes: width 768, depth 12, num_heads 12, patch_size 16.
+    a query to its patch, unless it is given its patch to start from (`from_patches`). AliTok's sizes: width 768, depth 12, num_heads 12, patch_size 16.
 
     Args:
         image_size: Height and width of the image in pixels; one number for a square image.
@@ -25,6 +26,8 @@ class QueryEncoder(nn.Module):
         num_prefix: Queries before those of the grid, at least 0.
         causal: The ablation: patches in raster order see earlier ones only, a query sees earlier queries and the
             patches up to its own. Those of the prefix stand for the first row: the last of them owns its last patch.
+        from_patches: Add each patch to its query: small networks then learn in hundreds of steps to look at the image,
+            where separate queries need thousands (ours; off in AliTok).
         backbone: A vision encoder whose features take the place of the embedded patches, so that the tokens are
             semantic as well.
         mlp_ratio: Hidden width of the MLP in units of `width`.
@@ -45,6 +48,7 @@ class QueryEncoder(nn.Module):
         num_heads: int,
         num_prefix: int,
         causal: bool = False,
+        from_patches: bool = False,
         backbone: VisionEncoder | None = None,
         mlp_ratio: float = 4.0,
         checkpoint_activations: bool = False,
@@ -57,7 +61,7 @@ class QueryEncoder(nn.Module):
         h, w = grid_of(image_size, patch_size)
         self.width, self.image_size, self.downsampling = width, pair(image_size), patch_size
         self.num_prefix, self.grid = num_prefix, (1, num_prefix + h * w)
-        self.backbone = backbone
+        self.backbone, self.from_patches = backbone, from_patches
         if backbone is None:
             self.embed = nn.Conv2d(3, width, patch_size, patch_size)
         elif backbone.grid != (h, w) or backbone.image_size != self.image_size:
@@ -88,9 +92,12 @@ class QueryEncoder(nn.Module):
                 " set the same image_size for data and encoder"
             )
         seen = image if self.backbone is None else self.backbone(image)
-        patches = self.embed(seen).flatten(2).transpose(1, 2) + self.positions
-        x = self.transformer(torch.cat((patches, self.queries.expand(len(image), -1, -1)), dim=1), self.mask)
-        features: Tensor = self.norm_out(x[:, len(self.positions) :])
+        patches = self.embed(seen).flatten(2).transpose(1, 2)
+        queries = self.queries.expand(len(image), -1, -1)
+        if self.from_patches:
+            queries = queries + F.pad(patches, (0, 0, self.num_prefix, 0))
+        x = self.transformer(torch.cat((patches + self.positions, queries), dim=1), self.mask)
+        features: Tensor = self.norm_out(x[:, patches.shape[1] :])
         return features.transpose(1, 2).unsqueeze(2)
 
 

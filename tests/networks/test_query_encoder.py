@@ -125,3 +125,20 @@ def test_a_backbone_that_does_not_fit(tiny):
 def test_another_image_size_is_refused():
     with pytest.raises(UserError, match=r"built for images of \(16, 24\) pixels but got \(24, 16\)"):
         encoder()(torch.rand(1, 3, 24, 16))
+
+
+def test_queries_from_patches_know_their_patch_without_attention():
+    for from_patches in (False, True):
+        net = encoder(from_patches=from_patches)
+        with torch.no_grad():
+            for block in net.transformer.blocks:
+                for layer in (block.attn.proj, block.mlp.fc2):
+                    layer.weight.zero_()
+        patches, _ = dependencies(net)
+        own = torch.cat((torch.zeros(3, 6), from_patches * torch.eye(6)))  # the prefix has none
+        assert torch.equal(patches, own.bool())
+
+
+def test_causal_stays_causal_with_queries_from_patches():
+    patches, _ = dependencies(encoder(causal=True, num_prefix=0, from_patches=True))
+    assert torch.equal(patches, torch.ones(6, 6).tril().bool())
