@@ -15,8 +15,8 @@ class QueryEncoder(nn.Module):
     """Patches of the image and learned queries pass a vision transformer together; what became of the queries goes on.
 
     The queries are `num_prefix` for the prefix, then one per patch in raster order, N in all. Nothing but training ties
-    a query to its patch, unless it is given its patch to start from (`from_patches`). AliTok's sizes: width 768, depth 12, num_heads 12,
-    patch_size 16.
+    a query to its patch, unless it starts from its patch (`from_patches`). AliTok's sizes: width 768, depth 12,
+    num_heads 12, patch_size 16.
 
     Args:
         image_size: Height and width of the image in pixels; one number for a square image.
