@@ -11,8 +11,7 @@ from torch import Tensor
 from aligntok.errors import UserError
 from aligntok.flow.noise import gumbel_noise, keys_like_ids
 from aligntok.networks.ar import AutoregressiveTransformer
-from aligntok.networks.layers import KeyValueCache
-from aligntok.networks.light import light_copy
+from aligntok.networks.cached import CachedTransformer
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -22,7 +21,7 @@ class TokenSampler:
 
     The logits are guided without a classifier: ``null + scale * (class - null)``, with the power-cosine scale at step i
     of N, ``1 + (guidance_scale - 1) * (1 - cos(pi * (i / N)^guidance_power)) / 2``. While that is 1 the null class
-    is not computed. It joins one step before it matters, and one pass makes its keys and values of the tokens before that.
+    is not computed. It joins one step before it matters; one pass makes its keys and values of the tokens before that.
 
     Args:
         guidance_scale: 1 is no guidance. AliTok uses 16 (B), 6 (L) and 13 (XL).
@@ -86,6 +85,8 @@ class TokenSampler:
         """
         self.check(network)
         network.check_labels(label)
+        if not len(ids):
+            return torch.empty(0, network.sequence_length, dtype=torch.int64, device=network.rotary.device)
         with torch.inference_mode(), torch.autocast(network.rotary.device.type, enabled=False):
             tokens = self._sample(network, label, ids, seed)
         return tokens.clone()  # an ordinary tensor
@@ -110,23 +111,20 @@ class TokenSampler:
         scales, dtype = self.scales(length), getattr(torch, self.dtype)
         joins = next((max(i - 1, 0) for i, scale in enumerate(scales) if scale != 1), length)
         keys = keys_like_ids(ids, seed).to(device)
-        sequence = start_rows(network, label, count, guided=joins < length)[:, None].repeat(1, length + 1)
-        light = light_copy(network, dtype, len(sequence), self.compile)
-        step = torch.compile(light.next_logits, dynamic=False) if self.compile else light.next_logits
-        caches = new_caches(network, len(sequence), dtype)
-        current = part_of(caches, slice(count))
+        starts = start_ids(network, label, count, guided=joins < length)
+        sequence = starts.repeat(length + 1, 1)  # position by position: the start, then the tokens
+        cached = CachedTransformer(network, len(starts), dtype, self.compile)
+        step = torch.compile(cached.__call__, dynamic=False) if self.compile else cached
         for i, scale in enumerate(scales):
-            if i == joins:
-                if i > 0:
-                    light.next_logits(sequence[count:, :i], part_of(caches, slice(count, None)), 0)
-                current = caches
-            start = torch.tensor([i], device=device) if self.compile else i
-            logits = step(sequence[: len(current[0].keys), i : i + 1], current, start).float()
+            if i == joins > 0:
+                cached(sequence[:i, count:], 0, slice(count, None))
+            rows = slice(count) if i < joins else slice(len(starts))
+            logits = step(sequence[i : i + 1, rows], torch.tensor([i], device=device) if self.compile else i, rows)
             if scale != 1:
                 null = logits[count:]
                 logits = null + (logits[:count] - null) * scale
-            sequence.view(-1, count, length + 1)[:, :, i + 1] = self.draw(logits[:count], keys, i)
-        return sequence[:count, 1:]
+            sequence[i + 1].view(-1, count)[:] = self.draw(logits[:count], keys, i)
+        return sequence[1:, :count].t()
 
     def draw(self, logits: Tensor, keys: Tensor, step: int) -> Tensor:
         """Return tokens (B,) from guided logits (B, codebook_size) float32 and ``keys_like_ids`` (B, 2)."""
@@ -144,23 +142,11 @@ class TokenSampler:
         return (logits + gumbel_noise(keys, step, logits.shape[1])).argmax(dim=-1)
 
 
-def start_rows(network: AutoregressiveTransformer, label: Tensor | None, count: int, guided: bool) -> Tensor:
-    """Return the first ids of `count` sequences and, where they are guided, of as many of the null class."""
+def start_ids(network: AutoregressiveTransformer, label: Tensor | None, count: int, guided: bool) -> Tensor:
+    """Return the ids that start `count` sequences and, where they are guided, as many of the null class."""
     device = network.rotary.device
     starts = network.start_ids(None if label is None else label.to(device), count)
     if guided:
         assert network.null_label is not None  # checked
         starts = torch.cat((starts, network.start_ids(torch.full_like(starts, network.null_label), count)))
     return starts
-
-
-def new_caches(network: AutoregressiveTransformer, num_rows: int, dtype: torch.dtype) -> list[KeyValueCache]:
-    """Return empty caches for so many sequences, one for each block."""
-    head_dim = network.width // network.num_heads
-    shape = (2, num_rows, network.num_heads, network.sequence_length, head_dim)
-    return [KeyValueCache(*torch.zeros(shape, dtype=dtype, device=network.rotary.device)) for _ in network.blocks]
-
-
-def part_of(caches: list[KeyValueCache], rows: slice) -> list[KeyValueCache]:
-    """Return views of some sequences."""
-    return [KeyValueCache(cache.keys[rows], cache.values[rows]) for cache in caches]

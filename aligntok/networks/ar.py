@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError
-from aligntok.networks.layers import Attention, KeyValueCache, RMSNorm, SwiGLU
+from aligntok.networks.layers import Attention, RMSNorm, SwiGLU
 from aligntok.networks.positions import class_first_rotary
 
 INIT_STD = 0.02  # arXiv:2406.06525
@@ -108,24 +108,6 @@ class AutoregressiveTransformer(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
-    def next_logits(self, ids: Tensor, caches: list[KeyValueCache], start: int | Tensor) -> Tensor:
-        """Continue sequences whose earlier positions are in caches, one for each block, and write these there too.
-
-        Args:
-            ids: Rows of the embedding table, (B, n) int64: ``start_ids`` at position 0, then tokens.
-            caches: Of the positions before.
-            start: Position of the first of the ids, see ``KeyValueCache.write``.
-
-        Returns:
-            Logits of the token after these, (B, codebook_size).
-        """
-        x = self.dropout(self.embed(ids))
-        rotary = self.rotary[start] if isinstance(start, Tensor) else self.rotary[start : start + ids.shape[1]]
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, rotary, cache, start)
-        logits: Tensor = self.head(self.norm(x[:, -1]))
-        return logits
-
     def start_ids(self, label: Tensor | None, count: int) -> Tensor:
         """Return the rows of the embedding table that start `count` sequences of labels (B,), (B,) int64."""
         if label is None:
@@ -193,9 +175,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None, start: int | Tensor = 0) -> Tensor:
-        """Map tokens (B, n, width); with a cache they continue those in it from position `start`."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache, start))
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Map tokens (B, n, width)."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary))
         y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
         return y
 

@@ -5,9 +5,6 @@ Touvron et al., LLaMA, arXiv:2302.13971.
 
 from __future__ import annotations
 
-from typing import cast
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,61 +52,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // num_heads, eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None, start: int | Tensor = 0) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """Attend.
 
         Args:
             x: (B, N, width).
             rotary: Rotations of the N positions, from ``rotary_table``.
-            cache: Keys and values of earlier tokens, which are seen too; those of these N are written to it.
-            start: Position of the first of the N tokens in the cache, see there.
 
         Returns:
             (B, N, width).
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.write(k, v, start)
         dropout = self.dropout if self.training else 0.0
-        causal = self.causal and x.shape[1] > 1  # a single token is the last one, it sees all
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return cast(Tensor, y)
-
-
-class KeyValueCache:
-    """Keys and values of an attention layer at the positions so far, in tensors of fixed shape.
-
-    Args:
-        keys: Zeros (B, num_heads, length, head_dim).
-        values: Likewise.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def write(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write those of N more positions and return all that their queries may see.
-
-        Args:
-            k: (B, num_heads, N, head_dim).
-            v: Likewise.
-            start: Position of the first of them: 0, or one at a time. A tensor (1,) keeps the shape of what is
-                returned fixed, for a compiled step.
-
-        Returns:
-            Keys, values and a mask: views of the positions up to these and None; with a tensor all and a mask.
-        """
-        if isinstance(start, Tensor):
-            self.keys.index_copy_(2, start, k)
-            self.values.index_copy_(2, start, v)
-            return self.keys, self.values, (torch.arange(self.keys.shape[2], device=k.device) <= start)[None]
-        end = start + k.shape[2]
-        assert start == 0 or k.shape[2] == 1  # a causal mask counts queries and keys from the same position
-        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
-        return self.keys[:, :, :end], self.values[:, :, :end], None
+        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
+        y: Tensor = self.proj(seen.transpose(1, 2).flatten(2))
+        return y
 
 
 class SwiGLU(nn.Module):

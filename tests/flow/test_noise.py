@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch.testing import assert_close
 
 from aligntok.flow import noise_like_ids
+from aligntok.flow.noise import gumbel_noise, keys_like_ids, philox
 
 SHAPE = (4, 8, 8)
 
@@ -48,3 +50,45 @@ def test_it_is_standard_normal():
 
 def test_no_ids_give_no_noise():
     assert noise_like_ids(torch.empty(0, dtype=torch.long), SHAPE, 0).shape == (0, *SHAPE)
+
+
+def test_gumbel_noise_depends_on_seed_id_and_step_alone():
+    ids = torch.arange(64)
+    keys = keys_like_ids(ids, seed=3)
+    noise = gumbel_noise(keys, step=2, count=101)
+    assert noise.shape == (64, 101)
+    assert noise.dtype == torch.float32
+    assert torch.equal(torch.cat([gumbel_noise(keys_like_ids(part, 3), 2, 101) for part in ids.split(7)]), noise)
+    others = [gumbel_noise(keys_like_ids(ids, 4), 2, 101), gumbel_noise(keys, 3, 101)]
+    rows = torch.cat([noise, *others])
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlation.abs().max() < 6 / 101**0.5
+    assert keys_like_ids(torch.empty(0, dtype=torch.long), 0).shape == (0, 2)
+
+
+def test_gumbel_noise_stays_the_same_between_versions():
+    """Token sequences of an old run are drawn again only while this holds."""
+    noise = gumbel_noise(keys_like_ids(torch.tensor([4711]), seed=0), step=1, count=5)[0]
+    assert_close(noise, torch.tensor([1.165133, 0.536556, 1.009001, 0.334791, 2.252705]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "key", "words"),
+    [
+        (0, 0, 0, (0x257A3673, 0xCD26BE2A)),
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, (0xAB302C4D, 0x3DC9D239)),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, (0xBEDBBE6B, 0xE4C770B3)),
+    ],
+)
+def test_philox_gives_the_known_answers(left, right, key, words):
+    """Of the authors' library Random123, 7 rounds."""
+    assert tuple(word.item() for word in philox(*map(torch.tensor, (left, right, key)))) == words
+
+
+def test_it_is_gumbel_distributed():
+    noise = gumbel_noise(keys_like_ids(torch.arange(300), seed=0), step=7, count=1000)
+    assert noise.isfinite().all()
+    uniform = (-(-noise.double()).exp()).exp().flatten().sort().values
+    gap = (uniform - torch.arange(1, len(uniform) + 1) / len(uniform)).abs().max()
+    assert gap < 1.63 / len(uniform) ** 0.5  # Kolmogorov-Smirnov at 1 percent
+    assert (noise.mean(0) - 0.5772).abs().max() < 6 * 1.2825 / 300**0.5

@@ -1,0 +1,158 @@
+"""An autoregressive transformer one token at a time, with the keys and values of the earlier ones kept.
+
+A few rows meet every weight, so that a step lasts as long as the weights take to come from memory; between two layers
+there are as few operations as we could find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aligntok.networks.ar import AutoregressiveTransformer, Block
+from aligntok.networks.layers import RMSNorm
+from aligntok.networks.positions import rotate
+
+FEW_ROWS = 4  # up to these F.linear reads a float32 weight as fast as memory gives it
+Linear = Callable[[Tensor], Tensor]
+
+
+class CachedTransformer:
+    """Gives the logits that the network would, from the newest tokens alone.
+
+    Args:
+        network: Not changed. Its weights are shared where their dtype is the same.
+        num_rows: Sequences at a time.
+        dtype: Of the weights of linear layers, and of keys and values; norms, residual and softmax stay in float32.
+        compiled: Whether the calls go through ``torch.compile``.
+
+    Attributes:
+        cache: Keys and values, (depth, 2, N, num_rows, num_heads, head_dim); its shape never changes.
+    """
+
+    def __init__(
+        self, network: AutoregressiveTransformer, num_rows: int, dtype: torch.dtype, compiled: bool = False
+    ) -> None:
+        def light(linear: nn.Linear) -> Linear:
+            return few_row_linear(linear, dtype, num_rows, compiled)
+
+        heads, depth = network.num_heads, len(network.blocks)
+        self.table = network.embed.weight.detach().float()
+        self.rotary = network.rotary
+        shape = (depth, 2, network.sequence_length, num_rows, heads, network.width // heads)
+        self.cache = torch.zeros(shape, dtype=dtype, device=network.rotary.device)
+        self.layers = [Layer(cast(Block, block), light) for block in network.blocks]
+        self.norm, self.head = ShortNorm([network.norm]), light(network.head)
+
+    def __call__(self, ids: Tensor, start: int | Tensor, rows: slice = slice(None)) -> Tensor:
+        """Continue sequences and keep what the next call needs.
+
+        Args:
+            ids: Rows of the network's embedding table, newest last, (n, R) int64: all from position 0, or one more.
+            start: Position of the first of them. A tensor (1,) keeps all shapes fixed, for ``torch.compile``.
+            rows: Which R of the sequences.
+
+        Returns:
+            Logits of the token after these, (R, codebook_size) float32.
+        """
+        cache, device = self.cache[:, :, :, rows], self.cache.device
+        if isinstance(start, Tensor):
+            positions, length = start, cache.shape[2]
+            mask = (torch.arange(length, device=device) <= start)[None]
+        else:
+            length, mask = start + len(ids), None
+            positions = torch.arange(start, length, device=device)
+        seen = cache[:, :, :length].permute(0, 1, 3, 4, 2, 5)
+        rotary = self.rotary[positions][:, None, None, None]  # of (n, R, q or k, num_heads, head_dim)
+        x = F.embedding(ids.flatten(), self.table)
+        for layer, *views in zip(
+            self.layers, *(part.unbind() for part in (*cache.unbind(1), *seen.unbind(1))), strict=True
+        ):
+            x = layer(x, rotary, positions, mask, Slot(*views))
+        return self.head(self.norm(x[-ids.shape[1] :])).float()
+
+
+class Slot(NamedTuple):
+    """Views of a layer's part of the cache: all of it, to write to, and what is to be seen."""
+
+    all_keys: Tensor  # (N, R, num_heads, head_dim)
+    all_values: Tensor
+    keys: Tensor  # (R, num_heads, up to N, head_dim)
+    values: Tensor
+
+
+class Layer:
+    """A block of the network."""
+
+    def __init__(self, block: Block, light: Callable[[nn.Linear], Linear]) -> None:
+        attention, mlp = block.attention, block.mlp
+        self.num_heads = attention.num_heads
+        self.norm_attention, self.norm_mlp = ShortNorm([block.norm_attention]), ShortNorm([block.norm_mlp])
+        self.norm_qk = ShortNorm([cast(RMSNorm, attention.q_norm), cast(RMSNorm, attention.k_norm)])
+        self.qkv, self.proj = light(attention.qkv), light(attention.proj)
+        self.proj_in, self.proj_out = light(mlp.proj_in), light(mlp.proj_out)
+
+    def __call__(self, x: Tensor, rotary: Tensor, positions: Tensor, mask: Tensor | None, slot: Slot) -> Tensor:
+        """Map the new tokens (n * R, width)."""
+        n, rows = len(positions), len(slot.keys)
+        qkv = self.qkv(self.norm_attention(x)).view(n, rows, 3, self.num_heads, -1)
+        qk = rotate(self.norm_qk(qkv[:, :, :2].float()), rotary).to(qkv.dtype)
+        slot.all_keys.index_copy_(0, positions, qk[:, :, 1])
+        slot.all_values.index_copy_(0, positions, qkv[:, :, 2])
+        q = qk[:, :, 0].permute(1, 2, 0, 3)
+        y = F.scaled_dot_product_attention(q, slot.keys, slot.values, mask, is_causal=n > 1)
+        x = x + self.proj(y.permute(2, 0, 1, 3).reshape(x.shape))
+        gate, value = self.proj_in(self.norm_mlp(x)).chunk(2, dim=-1)
+        return x + self.proj_out(F.silu(gate) * value)
+
+
+class ShortNorm:
+    """RMSNorm in four operations, of which torch takes about ten on a CPU: sqrt(d) gain x / sqrt(|x|^2 + d eps).
+
+    Args:
+        norms: One, or one for each index of the third last axis.
+    """
+
+    def __init__(self, norms: list[RMSNorm]) -> None:
+        size, eps = norms[0].normalized_shape[0], norms[0].eps
+        assert eps is not None
+        gains = torch.stack([norm.weight.detach().float() for norm in norms])
+        self.gain = gains[:, None] * size**0.5 if len(norms) > 1 else gains[0] * size**0.5
+        self.floor = torch.tensor((size * eps) ** 0.5, device=gains.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of float32 numbers."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)
+        return x.div(length).mul_(self.gain)
+
+
+def few_row_linear(linear: nn.Linear, dtype: torch.dtype, num_rows: int, compiled: bool) -> Linear:
+    """Return the function of a linear layer that is fastest for few rows.
+
+    On a CPU F.linear brings a weight into oneDNN's order at each call; here that is done once, with the operations that
+    torch's own compiler uses, except where it is no gain.
+
+    Args:
+        linear: (..., in) to (..., out).
+        dtype: Of its weight and of its result.
+        num_rows: At a time.
+        compiled: Whether it goes through ``torch.compile``, which knows no such weights.
+    """
+    weight = linear.weight.detach().to(dtype)
+    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+    gains = num_rows > FEW_ROWS if dtype == torch.float32 else dtype == torch.bfloat16
+    if compiled or weight.device.type != "cpu" or not gains or not can_pack(dtype):
+        return lambda x: F.linear(x.to(dtype), weight, bias)
+    packed, apply = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows), torch.ops.mkldnn._linear_pointwise
+    return lambda x: apply(x.to(dtype), packed, bias, "none", [], "")
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and computes in this dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
