@@ -4,9 +4,9 @@
 
 On procedural shapes (12 classes, 32 px, without textures and distractors) five discrete tokenizers with the same
 networks, codebook and steps are trained, 64 tokens on a grid of 8 x 8: with a bidirectional decoder, with a causal
-encoder, with a causal decoder, with prefix tokens too, and with the perceptual loss of the prefix; stage 2 then trains
-a bidirectional decoder on the frozen tokens of the last. On the cached tokens of each the same autoregressive
-transformer is trained for the same steps.
+encoder, with a causal decoder, with prefix tokens too, and with the perceptual loss of the prefix. Queries start from
+their patches and codes from data: hundreds of steps then do. Stage 2 trains a bidirectional decoder on the frozen
+tokens of the last. On the cached tokens of each the same autoregressive transformer is trained for the same steps.
 
 Measured on images that none of them saw, and on samples without guidance, a label each:
 
@@ -134,11 +134,15 @@ def experiment(run: str, seed: int, steps: int, generator_steps: int, judge: Any
 
 
 def tokenizer(num_prefix: int = 0, causal_encoder: bool = False, causal: bool = False, head: bool = False) -> Tokenizer:
-    encoder = QueryEncoder(IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal=causal_encoder)
+    encoder = QueryEncoder(
+        IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal=causal_encoder, from_patches=True
+    )
     decoder = TokenDecoder(
         LATENT_DIM, IMAGE_SIZE, PATCH, WIDTH, DECODER_DEPTH, NUM_HEADS, num_prefix, causal=causal, prefix_head=head
     )
-    return Tokenizer(encoder, LinearAdapter(WIDTH, LATENT_DIM), decoder, VectorQuantizer(CODES, LATENT_DIM))
+    return Tokenizer(
+        encoder, LinearAdapter(WIDTH, LATENT_DIM), decoder, VectorQuantizer(CODES, LATENT_DIM, kmeans_start=True)
+    )
 
 
 def tokenize(run: dict[str, Any], seed: int, steps: int, folder: Path) -> Any:
