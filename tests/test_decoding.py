@@ -9,7 +9,8 @@ from aligntok.decoding import TokenSampler
 from aligntok.errors import UserError
 from aligntok.flow.noise import gumbel_noise, keys_like_ids
 from aligntok.networks import AutoregressiveTransformer
-from aligntok.networks.cached import CachedTransformer
+from aligntok.networks.cached import CachedTransformer, ShortNorm
+from aligntok.networks.layers import RMSNorm
 
 SMALL = {"codebook_size": 20, "grid": (3, 4), "num_prefix": 2, "num_classes": 5}
 SMALL |= {"width": 32, "depth": 2, "num_heads": 2, "hidden": 48}
@@ -55,6 +56,17 @@ def test_cached_logits_are_those_of_the_network(changes, dtype, rows):
         assert same(logits, expected[:, i], DTYPES[dtype])
 
 
+def test_short_norm_is_the_norm():
+    """Also where its eps counts."""
+    norms = [RMSNorm(8, 1e-5), RMSNorm(8, 1e-5)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 2, 3, 8) * torch.tensor([0.0, 1e-3, 1e-2, 1.0, 100.0])[:, None, None, None]
+    torch.testing.assert_close(ShortNorm(norms[:1])(x), norms[0](x))
+    both = torch.stack([norm(x[:, i]) for i, norm in enumerate(norms)], dim=1)
+    torch.testing.assert_close(ShortNorm(norms)(x), both)
+
+
 @torch.no_grad()
 def test_one_pass_fills_the_cache_as_single_steps_do():
     """For some of the rows; the others' part of the cache is untouched."""
@@ -92,19 +104,31 @@ def test_a_tensor_for_the_position_keeps_shapes_and_results():
 # Draws
 
 
-def test_sampler_follows_the_network():
-    """Every token is the best of guided logits plus the noise of its id and step, of the plain network."""
+class Watched(TokenSampler):
+    """Keeps the guided logits."""
+
+    def draw(self, logits, keys, step):
+        self.seen.append(logits)
+        return super().draw(logits, keys, step)
+
+
+@pytest.mark.parametrize(
+    ("scale", "power"), [(1.0, 1.0), (5.0, 1.5), (5.0, 0.0), (0.0, 1.0), (50.0, 20.0)], ids=lambda x: str(x)
+)
+def test_sampler_follows_the_network(scale, power):
+    """Every token is the best of the plain network's guided logits plus the noise of its id and step."""
     network, ids = small(), torch.tensor([3, 11, 4])
-    for scale, power in ((1.0, 1.0), (5.0, 1.5), (5.0, 0.0), (0.0, 1.0), (5.0, 20.0)):
-        sampler = TokenSampler(scale, power, temperature=1.3)
-        tokens = sampler(network, labels(ids), ids, seed=7)
-        with torch.no_grad():
-            conditional, null = (network(tokens, label) for label in (labels(ids), torch.full((3,), 5)))
-        keys = keys_like_ids(ids, 7)
-        for i in range(LENGTH):
-            s = 1 + (scale - 1) * (1 - math.cos(math.pi * (i / LENGTH) ** power)) / 2
-            guided = null[:, i] + s * (conditional[:, i] - null[:, i])
-            assert torch.equal(tokens[:, i], (guided / 1.3 + gumbel_noise(keys, i, 20)).argmax(-1))
+    sampler = Watched(scale, power, temperature=1.3)
+    sampler.seen = []
+    tokens = sampler(network, labels(ids), ids, seed=7)
+    with torch.no_grad():
+        conditional, null = (network(tokens, label) for label in (labels(ids), torch.full((3,), 5)))
+    keys = keys_like_ids(ids, 7)
+    for i in range(LENGTH):
+        s = 1 + (scale - 1) * (1 - math.cos(math.pi * (i / LENGTH) ** power)) / 2
+        guided = null[:, i] + s * (conditional[:, i] - null[:, i])
+        torch.testing.assert_close(sampler.seen[i], guided, atol=1e-4, rtol=1e-4)
+        assert torch.equal(tokens[:, i], (guided / 1.3 + gumbel_noise(keys, i, 20)).argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
