@@ -97,7 +97,7 @@ class Layer:
         self.proj_in, self.proj_out = light(mlp.proj_in), light(mlp.proj_out)
 
     def __call__(self, x: Tensor, rotary: Tensor, positions: Tensor, mask: Tensor | None, slot: Slot) -> Tensor:
-        """Map the new tokens (n * R, width)."""
+        """Map the new tokens (n * R, width), in place."""
         n, rows = len(positions), len(slot.keys)
         qkv = self.qkv(self.norm_attention(x)).view(n, rows, 3, self.num_heads, -1)
         qk = rotate(self.norm_qk(qkv[:, :, :2].float()), rotary).to(qkv.dtype)
@@ -105,9 +105,10 @@ class Layer:
         slot.all_values.index_copy_(0, positions, qkv[:, :, 2])
         q = qk[:, :, 0].permute(1, 2, 0, 3)
         y = F.scaled_dot_product_attention(q, slot.keys, slot.values, mask, is_causal=n > 1)
-        x = x + self.proj(y.permute(2, 0, 1, 3).reshape(x.shape))
+        x += self.proj(y.permute(2, 0, 1, 3).reshape(x.shape))
         gate, value = self.proj_in(self.norm_mlp(x)).chunk(2, dim=-1)
-        return x + self.proj_out(F.silu(gate) * value)
+        x += self.proj_out(F.silu(gate).mul_(value))
+        return x
 
 
 class ShortNorm:

@@ -56,7 +56,7 @@ def load_alitok(path: str | Path) -> Tokenizer:
     Raises:
         UserError: There is no such file, it is no AliTok tokenizer, or it holds pickled code.
     """
-    return tokenizer_from_alitok(_weights(read_file(path, mmap=True)), str(path))
+    return tokenizer_from_alitok(weights_in(read_file(path, mmap=True)), str(path))
 
 
 def is_alitok(path: str | Path) -> bool:
@@ -65,7 +65,7 @@ def is_alitok(path: str | Path) -> bool:
     Raises:
         UserError: There is no such file, it is no checkpoint, or it holds pickled code.
     """
-    return _weights(read_file(path, mmap=True)).keys() >= {QUERIES, CODES}
+    return weights_in(read_file(path, mmap=True)).keys() >= {QUERIES, CODES}
 
 
 def tokenizer_from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> Tokenizer:
@@ -161,7 +161,7 @@ def _depth(state: dict[str, Tensor], part: str) -> int:
     return sum(key.startswith(f"{part}.transformer.") and key.endswith(".ln_1.weight") for key in state)
 
 
-def _weights(content: Any) -> dict[str, Tensor]:
+def weights_in(content: Any) -> dict[str, Tensor]:
     """Return the state dict in a file: ``ema``, ``model``, ``state_dict``, or the file itself; without ``module.``."""
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
