@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aligntok.callbacks import SaveCheckpoint
+from aligntok.callbacks import LinearProbe, SaveCheckpoint
 from aligntok.errors import UserError
 from aligntok.losses import AdversarialLoss
 from aligntok.networks import BlurDiscriminator
@@ -164,6 +164,12 @@ def test_what_validation_gives_is_what_the_tokens_decode_to(tiny):
     assert outputs["latent"].shape == (2, 4, 1, 20)
     assert torch.equal(outputs["latent"][1, :, 0, 7], stage.tokenizer.quantizer.codebook[tokens[1, 7]])
     assert torch.equal(outputs["reconstruction"], stage.tokenizer.decode(tokens))
+
+
+def test_the_linear_probe_takes_the_codes_of_the_tokens(tiny, tmp_path):
+    trainer = tiny.trainer(tmp_path, 1, [LinearProbe()], limit_val_batches=1.0, enable_checkpointing=False)
+    values = trainer.validate(stage_of(tiny), tiny.data(), verbose=False)[0]
+    assert {"val/probe", "val/probe_pooled"} <= values.keys()
 
 
 def test_a_quantizer_learns_in_alignment_too(tiny, tmp_path):
