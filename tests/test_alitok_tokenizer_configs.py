@@ -88,7 +88,7 @@ def test_both_stages_run(judge_weights, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(second)
     assert tokenizer.encode(torch.rand(2, 3, 32, 32)).shape == (2, 4 + 16)
     assert tokenizer.fingerprint() == load_tokenizer(first).fingerprint()
-    metrics = [json.loads(Path(f"runs/alitok_stage{n}/run.json").read_text())["metrics"].keys() for n in (1, 2)]
+    metrics = [json.loads(Path(f"runs/alitok/stage{n}/run.json").read_text())["metrics"].keys() for n in (1, 2)]
     both = {"train/mse", "train/perceptual", "train/lpips", "train/gan_generator", "train/gan_discriminator"}
     both |= {"val/rfid", "val/psnr", "val/codebook_usage", "val/codebook_entropy"}
     learned = {

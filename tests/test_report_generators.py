@@ -308,3 +308,49 @@ def test_cache_of_a_tokenizer_elsewhere_comes_first(tmp_path):
     lines = commands(tmp_path)
     assert lines[0] == "predict --config latents/predict.yaml --output again/latents"
     assert lines[1].endswith("--output again/dit --data.train.init_args.folder again/latents")
+
+
+def make_autoregressive(folder, name="ar"):
+    make_tokenizer(folder, "stage2", "DecoderRefinement")
+    path = folder / "stage2" / "run.json"
+    record = json.loads(path.read_text())
+    record["metrics"] |= {"val/codebook_usage": 0.9, "val/codebook_perplexity": 111.4}
+    write(path, record)
+    network = {"class_path": "aligntok.networks.AutoregressiveTransformer", "init_args": {"num_classes": 3}}
+    model = {
+        "network": network,
+        "tokenizer": {"class_path": "aligntok.weights.load_tokenizer", "init_args": {"path": last(folder, "stage2")}},
+        "sampler": {"class_path": "aligntok.decoding.TokenSampler", "init_args": {"guidance_scale": 2.5}},
+    }
+    train = {"class_path": "aligntok.data.TokenShards", "init_args": {"folder": str(folder / "tokens")}}
+    stage = {"class_path": "aligntok.stages.AutoregressiveGeneration", "init_args": model}
+    config = {"model": stage, "data": {"train": train}, "output": str(folder / name)}
+    write(folder / name / "config.yaml", config)
+    metrics = {"val/gfd_digits": 0.9, "val/class_agreement": 0.91, "val/accuracy": 0.123, "val/loss": 2.345}
+    write(folder / name / "run.json", {"stage": "AutoregressiveGeneration", "steps": 40, "metrics": metrics})
+    (folder / name / "metrics.csv").write_text("step,train/loss,val/accuracy\n19,3.0,\n39,2.5,0.123\n")
+    positions = "position,part,loss,accuracy\n0,prefix,3.0,0.1\n1,grid,2.0,0.5\n2,grid,1.0,0.3\n"
+    (folder / name / "accuracy_per_position.csv").write_text(positions)
+    make_cache(folder, "tokens", "stage2")
+
+
+def test_an_autoregressive_generator_has_its_measures_and_its_curve(tmp_path):
+    make_autoregressive(tmp_path)
+    page = write_report(tmp_path).read_text()
+    tokenizers, generators = (text_of(" ".join(rows)) for rows in tables(page))
+    assert "90.0 %" in tokenizers
+    assert "111" in tokenizers
+    assert "12.3 %" in generators
+    assert "2.345" in generators
+    assert "TokenSampler" in generators
+    assert "guidance 2.5" in generators
+    assert "accuracy 12.3 %" not in generators  # that line is the classifier's
+    ((points, _),) = figures(page)["Token accuracy along the sequence ↑"]
+    heights = [float(y) for _, y in points]
+    assert heights[1] < heights[2] < heights[0]  # downwards: 50 % above 30 % above 10 %
+
+
+def test_the_tokens_of_a_repeated_run_are_its_own(tmp_path):
+    make_autoregressive(tmp_path)
+    page = unescape(write_report(tmp_path).read_text())
+    assert "--data.train.init_args.folder again/tokens" in page
