@@ -168,7 +168,8 @@ def test_what_validation_gives_is_what_the_tokens_decode_to(tiny):
 
 def test_the_linear_probe_takes_the_codes_of_the_tokens(tiny, tmp_path):
     trainer = tiny.trainer(tmp_path, 1, [LinearProbe()], limit_val_batches=1.0, enable_checkpointing=False)
-    values = trainer.validate(stage_of(tiny), tiny.data(), verbose=False)[0]
+    stage = tiny.stage(CausalTokenization, tokenizer=tiny.causal(), auxiliary="mse")
+    values = trainer.validate(stage, tiny.data(), verbose=False)[0]
     assert {"val/probe", "val/probe_pooled"} <= values.keys()
 
 
