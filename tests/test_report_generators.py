@@ -340,6 +340,7 @@ def test_an_autoregressive_generator_has_its_measures_and_its_curve(tmp_path):
     tokenizers, generators = (text_of(" ".join(rows)) for rows in tables(page))
     assert "90.0 %" in tokenizers
     assert "111" in tokenizers
+    assert "Probe" not in page  # nobody measured it
     assert "12.3 %" in generators
     assert "2.345" in generators
     assert "TokenSampler" in generators

@@ -43,6 +43,8 @@ def columns(runs: list[Run]) -> list[Column]:
         heading = "rFD" if name == "val/rfd_" else frechet_name(name)
         meaning = "distance between image and reconstruction statistics in a network's features; lower is better."
         result.append(Column(name, heading, "{:.3g}".format, False, meaning))
+    if "val/codebook_usage" in names and "val/probe" not in names:
+        return result
     return [
         *result,
         Column("val/probe", "Probe", percent, True, probe + "what the latent knows of the content; higher is better."),
