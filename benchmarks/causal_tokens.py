@@ -5,7 +5,8 @@
 On procedural shapes (12 classes, 32 px, without textures and distractors) five discrete tokenizers with the same
 networks, codebook and steps are trained, 64 tokens on a grid of 8 x 8: with a bidirectional decoder, with a causal
 encoder, with a causal decoder, with prefix tokens too, and with the perceptual loss of the prefix. Queries start from
-their patches and codes from data: hundreds of steps then do. Stage 2 trains a bidirectional decoder on the frozen
+their patches, codes from data, the last layer from the identity, and the perceptual term waits until the middle: else
+the tokens collapse before the decoder reads them (11 dB after 400 steps). Stage 2 trains a bidirectional decoder on the frozen
 tokens of the last. On the cached tokens of each the same autoregressive transformer is trained for the same steps.
 
 Measured on images that none of them saw, and on samples without guidance, a label each:
@@ -47,6 +48,7 @@ from latents_for_diffusion import (
 from semantic_preservation import adamw, one_cycle, quiet
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.init import dirac_
 
 from aligntok.callbacks import EMA, TokenWriter
 from aligntok.data import LatentDataModule, TokenShards
@@ -65,7 +67,8 @@ from aligntok.stages import AutoregressiveGeneration, CausalTokenization, Decode
 
 PATCH, GRID, LATENT_DIM, CODES = 4, (8, 8), 16, 256
 WIDTH, NUM_HEADS, DEPTH, DECODER_DEPTH, GENERATOR_DEPTH = 96, 4, 3, 4, 4
-SAMPLES, AR_BATCH = 1200, 64
+SAMPLES, BATCH, AR_BATCH = 1200, 8, 64
+RATE = 2e-3  # of the tokenizers, at its peak
 RUNS: dict[str, dict[str, Any]] = {  # what differs: of the encoder, of the decoder, of the stage
     "bidirectional decoder": {},
     "causal encoder": {"causal_encoder": True},
@@ -91,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=[*RUNS], metavar="RUN")
-    parser.add_argument("--steps", type=int, default=500, help="of each tokenizer stage")
+    parser.add_argument("--steps", type=int, default=1500, help="of each tokenizer stage")
     parser.add_argument("--generator_steps", type=int, default=600)
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--results", type=Path, default=Path("runs/causal_tokens"), help="folder")
@@ -140,6 +143,9 @@ def tokenizer(num_prefix: int = 0, causal_encoder: bool = False, causal: bool = 
     decoder = TokenDecoder(
         LATENT_DIM, IMAGE_SIZE, PATCH, WIDTH, DECODER_DEPTH, NUM_HEADS, num_prefix, causal=causal, prefix_head=head
     )
+    for last in (decoder.head, decoder.prefix_head):
+        if last is not None:
+            dirac_(last.colour.weight)
     return Tokenizer(
         encoder, LinearAdapter(WIDTH, LATENT_DIM), decoder, VectorQuantizer(CODES, LATENT_DIM, kmeans_start=True)
     )
@@ -151,7 +157,7 @@ def tokenize(run: dict[str, Any], seed: int, steps: int, folder: Path) -> Any:
     parts = {key: value for key, value in run.items() if key != "auxiliary"}
     auxiliary = run.get("auxiliary", "none")
     stage = CausalTokenization(tokenizer(**parts, head=auxiliary != "none"), auxiliary=auxiliary, **losses(steps))
-    fit(stage, images(seed), steps, folder / "stage1")
+    fit(stage, small_batches(seed), steps, folder / "stage1")
     data = images(seed)
     data.predict = "train"
     trainer = pl.Trainer(**quietly(folder / "tokens"), callbacks=[TokenWriter()])
@@ -163,19 +169,25 @@ def refine(run: dict[str, Any], seed: int, steps: int, folder: Path) -> Any:
     pl.seed_everything(seed, verbose=False)
     stage = DecoderRefinement(tokenizer(run["num_prefix"]), **losses(steps))
     stage.init_from(folder / "stage1" / "last.ckpt")
-    fit(stage, images(seed), steps, folder / "stage2")
+    fit(stage, small_batches(seed), steps, folder / "stage2")
     return stage
+
+
+def small_batches(seed: int) -> LatentDataModule:
+    data = images(seed)
+    data.global_batch_size = BATCH
+    return data
 
 
 def losses(steps: int) -> dict[str, Any]:
     """Return the loss that all tokenizers share: MSE and a perceptual distance in an ImageNet network."""
     judge = VisionEncoder("tf_efficientnet_lite0", IMAGE_SIZE, PATCH, weights="offline", layer=2)
     return {
-        "learning_rate": one_cycle(steps),
+        "learning_rate": {0: 0.0, steps // 10: RATE, steps: 0.0},
         "optimizer": adamw(0.0),
         "pixel_loss": "mse",
         "perceptual": FeatureDistance(judge, [1, 2]),
-        "perceptual_weight": 0.1,
+        "perceptual_weight": {steps // 2: 0.0, steps // 2 + 1: 0.1},
     }
 
 
