@@ -6,8 +6,9 @@ On procedural shapes (12 classes, 32 px, without textures and distractors) five 
 networks, codebook and steps are trained, 64 tokens on a grid of 8 x 8: with a bidirectional decoder, with a causal
 encoder, with a causal decoder, with prefix tokens too, and with the perceptual loss of the prefix. Queries start from
 their patches, codes from data, the last layer from the identity, and the perceptual term waits until the middle: else
-the tokens collapse before the decoder reads them (11 dB after 400 steps). Stage 2 trains a bidirectional decoder on the frozen
-tokens of the last. On the cached tokens of each the same autoregressive transformer is trained for the same steps.
+the tokens collapse before the decoder reads them (11 dB after 400 steps). Stage 2 trains a bidirectional decoder on
+the frozen tokens of the last. On the cached tokens of each the same autoregressive transformer is trained for the same
+steps.
 
 Measured on images that none of them saw, and on samples without guidance, a label each:
 
