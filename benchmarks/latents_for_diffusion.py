@@ -191,7 +191,7 @@ def measure(stage: Any, judge: Any, seed: int, folder: Path) -> dict[str, float]
     real = [data.on_after_batch_transfer(batch, 0)["image"] for batch in data.in_order(data.dataset("train"))]
     shards = LatentShards(str(folder / "latents"))
     rows = np.arange(len(shards))
-    cached = shards.batch(rows, rows < 0)["latent"]  # none of them mirrored
+    cached = shards.batch(rows, np.zeros_like(rows))["latent"]  # the images as they are, none mirrored
     ids = torch.arange(SAMPLES)
     label = ids % NUM_CLASSES
     latent = torch.cat([stage.sample(i, y) for i, y in zip(ids.split(400), label.split(400), strict=True)])
