@@ -24,7 +24,7 @@ def published(tmp_path):
     state = alitok.to_alitok(tokenizer)
     del state[alitok.USAGE]
     torch.save(state, tmp_path / "AliTok.pth")
-    network = AutoregressiveTransformer(32, (16, 16), 17, 12, width=64, depth=1, num_heads=16)
+    network = AutoregressiveTransformer(32, (16, 16), 17, 12, width=64, depth=1, num_heads=16, hidden=192)
     torch.nn.init.normal_(network.head.weight)
     torch.save(alitok_generator.to_alitok(network), tmp_path / "AliTok_B.bin")
     return tokenizer, network.eval()
