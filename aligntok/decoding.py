@@ -30,7 +30,7 @@ class TokenSampler:
         top_k: Draw from the most likely tokens only, this many; None draws from all.
         top_p: Draw from the fewest most likely tokens that have this share of the probability.
         dtype: Of the weights of the linear layers and of keys and values, in a copy.
-        compile: Compile the step with ``torch.compile``, with a fixed shape: worth it on a GPU and for many batches.
+        compile: Compile the step with ``torch.compile``, with a fixed shape: a minute the first time. For a GPU.
 
     Raises:
         UserError: If an argument is out of range.

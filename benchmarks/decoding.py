@@ -4,7 +4,8 @@ The published way (written from a description of its generation code): float32; 
 ``torch.cat``, the whole sequence is embedded at each step, class and null class run as one batch, gate and value of the
 MLP are two layers, the mask of all positions is sliced. Both have the same weights and draw from the same logits; they
 take turns. A step is bound by reading the weights, so the last column is the share of the memory bandwidth, measured in
-the same run, at which the step reads them.
+the same run, at which the step reads them. "Layers alone" are the linear layers of a step one after another, with
+nothing between them: as fast as a step can be with torch's products of few rows.
 
     python benchmarks/decoding.py                 # 60 of the 273 tokens, batches 1, 4, 16
     python benchmarks/decoding.py --steps 12 --rounds 1 --batch 1
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from aligntok.decoding import TokenSampler
 from aligntok.networks import AutoregressiveTransformer
+from aligntok.networks.cached import few_row_linear
 
 GUIDANCE = (16.0, 1.8)  # of AliTok-B
 SIZE = {"width": 768, "depth": 24, "num_heads": 16}
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtype", nargs="+", choices=list(BYTES), default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=60, help="of the 273")
+    parser.add_argument("--compile", action="store_true", help="also ours compiled: a minute for each way")
     parser.add_argument("--rounds", type=int, default=3, help="the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -47,7 +50,7 @@ def main() -> None:
     print(f"{threads} threads, {kind} time, first {args.steps} steps, torch {torch.__version__}\n")
     print("| batch | way | ms / step | tokens / s | ratio (rounds) | GB/s | of the bandwidth |\n" + "|---" * 7 + "|")
     for batch in args.batch:
-        compare(network, batch, args.dtype, args.steps, args.rounds)
+        compare(network, batch, args.dtype, args.steps, args.rounds, args.compile)
 
 
 def clock() -> float:
@@ -55,11 +58,16 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def compare(network: AutoregressiveTransformer, batch: int, dtypes: list[str], steps: int, rounds: int) -> None:
+def compare(
+    network: AutoregressiveTransformer, batch: int, dtypes: list[str], steps: int, rounds: int, compile: bool
+) -> None:
     """Print the rows of one batch size."""
     ways: dict[str, Callable[[], list[float]]] = {"published": lambda: published(network, batch, steps)}
     for dtype in dtypes:
         ways[dtype] = lambda dtype=dtype: ours(network, batch, dtype, steps)
+        if compile:
+            ways[f"{dtype}, compiled"] = lambda dtype=dtype: ours(network, batch, dtype, steps, compile=True)
+        ways[f"{dtype}, layers alone"] = lambda dtype=dtype: layers_alone(network, batch, dtype, steps)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     bandwidths = []
     for _ in range(rounds):
@@ -70,7 +78,7 @@ def compare(network: AutoregressiveTransformer, batch: int, dtypes: list[str], s
     for name, values in seconds.items():
         step = statistics.median(values)
         ratios = sorted(theirs / own for theirs, own in zip(seconds["published"], values, strict=True))
-        rate = weight_bytes(network, BYTES.get(name, 4)) / step
+        rate = weight_bytes(network, BYTES.get(name.split(",")[0], 4)) / step
         print(
             f"| {batch} | {name} | {1e3 * step:.1f} | {batch / step:.0f} | **{statistics.median(ratios):.2f}**"
             f" ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {rate / 1e9:.1f} | {rate / peak:.0%} of {peak / 1e9:.1f} |",
@@ -111,13 +119,28 @@ class Clocked(TokenSampler):
         return tokens
 
 
-def ours(network: AutoregressiveTransformer, batch: int, dtype: str, steps: int) -> list[float]:
+def ours(network: AutoregressiveTransformer, batch: int, dtype: str, steps: int, compile: bool = False) -> list[float]:
     """Return the seconds of each step but the first."""
-    sampler = Clocked(*GUIDANCE, dtype=dtype)
+    sampler = Clocked(*GUIDANCE, dtype=dtype, compile=compile)
     sampler.times, sampler.steps = [], steps
     with contextlib.suppress(Enough):
         sampler(network, torch.arange(batch), torch.arange(batch), seed=0)
     return [later - now for now, later in itertools.pairwise(sampler.times)]
+
+
+@torch.inference_mode()
+def layers_alone(network: AutoregressiveTransformer, batch: int, dtype: str, steps: int) -> list[float]:
+    """Return the seconds that the linear layers of each step take."""
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    kind, rows = getattr(torch, dtype), 2 * batch
+    functions = [few_row_linear(linear, kind, rows, compiled=False) for linear in linears]
+    inputs = [torch.randn(rows, linear.in_features, dtype=kind) for linear in linears]
+    times = [clock()]
+    for _ in range(steps):
+        for function, x in zip(functions, inputs, strict=True):
+            function(x)
+        times.append(clock())
+    return [later - now for now, later in itertools.pairwise(times)]
 
 
 # The published way

@@ -77,9 +77,11 @@ def test_one_pass_fills_the_cache_as_single_steps_do():
     for i in range(6):
         expected = one_by_one(ids[i : i + 1], i)
     torch.testing.assert_close(logits, expected[2:])
-    torch.testing.assert_close(at_once.cache[:, :, :6, 2:], one_by_one.cache[:, :, :6, 2:])
-    assert not at_once.cache[:, :, :, :2].any()
-    assert not at_once.cache[:, :, 6:].any()
+    for left, right in zip(at_once.layers, one_by_one.layers, strict=True):
+        for filled, expected in ((left.keys, right.keys), (left.values, right.values)):
+            torch.testing.assert_close(filled[2:, :, :6], expected[2:, :, :6])
+            assert not filled[:2].any()
+            assert not filled[:, :, 6:].any()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ there are as few operations as we could find.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,6 @@ class CachedTransformer:
         dtype: Of the weights of linear layers, and of keys and values; norms, residual and softmax stay in float32.
         compiled: Whether the calls go through ``torch.compile``.
 
-    Attributes:
-        cache: Keys and values, (depth, 2, N, num_rows, num_heads, head_dim); its shape never changes.
     """
 
     def __init__(
@@ -40,12 +38,13 @@ class CachedTransformer:
         def light(linear: nn.Linear) -> Linear:
             return few_row_linear(linear, dtype, num_rows, compiled)
 
-        heads, depth = network.num_heads, len(network.blocks)
         self.table = network.embed.weight.detach().float()
         self.rotary = network.rotary
-        shape = (depth, 2, network.sequence_length, num_rows, heads, network.width // heads)
-        self.cache = torch.zeros(shape, dtype=dtype, device=network.rotary.device)
-        self.layers = [Layer(cast(Block, block), light) for block in network.blocks]
+        shape = (num_rows, network.num_heads, network.sequence_length, network.width // network.num_heads)
+        self.layers = [
+            Layer(cast(Block, block), light, *torch.zeros((2, *shape), dtype=dtype, device=network.rotary.device))
+            for block in network.blocks
+        ]
         self.norm, self.head = ShortNorm([network.norm]), light(network.head)
 
     def __call__(self, ids: Tensor, start: int | Tensor, rows: slice = slice(None)) -> Tensor:
@@ -59,52 +58,49 @@ class CachedTransformer:
         Returns:
             Logits of the token after these, (R, codebook_size) float32.
         """
-        cache, device = self.cache[:, :, :, rows], self.cache.device
+        device, end = self.rotary.device, self.layers[0].keys.shape[2]
         if isinstance(start, Tensor):
-            positions, length = start, cache.shape[2]
-            mask = (torch.arange(length, device=device) <= start)[None]
+            positions, mask = start, (torch.arange(end, device=device) <= start)[None]
         else:
-            length, mask = start + len(ids), None
-            positions = torch.arange(start, length, device=device)
-        seen = cache[:, :, :length].permute(0, 1, 3, 4, 2, 5)
+            end, mask = start + len(ids), None
+            positions = torch.arange(start, end, device=device)
         rotary = self.rotary[positions][:, None, None, None]  # of (n, R, q or k, num_heads, head_dim)
         x = F.embedding(ids.flatten(), self.table)
-        for layer, *views in zip(
-            self.layers, *(part.unbind() for part in (*cache.unbind(1), *seen.unbind(1))), strict=True
-        ):
-            x = layer(x, rotary, positions, mask, Slot(*views))
+        for layer in self.layers:
+            x = layer(x, rotary, positions, mask, rows, slice(end))
         return self.head(self.norm(x[-ids.shape[1] :])).float()
 
 
-class Slot(NamedTuple):
-    """Views of a layer's part of the cache: all of it, to write to, and what is to be seen."""
-
-    all_keys: Tensor  # (N, R, num_heads, head_dim)
-    all_values: Tensor
-    keys: Tensor  # (R, num_heads, up to N, head_dim)
-    values: Tensor
-
-
 class Layer:
-    """A block of the network."""
+    """A block of the network.
 
-    def __init__(self, block: Block, light: Callable[[nn.Linear], Linear]) -> None:
+    Args:
+        block: Of the network.
+        light: Makes the function of a linear layer.
+        keys: Room for those of all rows and positions, (num_rows, num_heads, N, head_dim).
+        values: Likewise.
+    """
+
+    def __init__(self, block: Block, light: Callable[[nn.Linear], Linear], keys: Tensor, values: Tensor) -> None:
         attention, mlp = block.attention, block.mlp
-        self.num_heads = attention.num_heads
         self.norm_attention, self.norm_mlp = ShortNorm([block.norm_attention]), ShortNorm([block.norm_mlp])
         self.norm_qk = ShortNorm([cast(RMSNorm, attention.q_norm), cast(RMSNorm, attention.k_norm)])
         self.qkv, self.proj = light(attention.qkv), light(attention.proj)
         self.proj_in, self.proj_out = light(mlp.proj_in), light(mlp.proj_out)
+        self.keys, self.values = keys, values
 
-    def __call__(self, x: Tensor, rotary: Tensor, positions: Tensor, mask: Tensor | None, slot: Slot) -> Tensor:
-        """Map the new tokens (n * R, width), in place."""
-        n, rows = len(positions), len(slot.keys)
-        qkv = self.qkv(self.norm_attention(x)).view(n, rows, 3, self.num_heads, -1)
+    def __call__(
+        self, x: Tensor, rotary: Tensor, positions: Tensor, mask: Tensor | None, rows: slice, seen: slice
+    ) -> Tensor:
+        """Map the new tokens (n * R, width), in place; `seen` are the positions that they attend to."""
+        keys, values, n = self.keys[rows], self.values[rows], len(positions)
+        num_rows, num_heads, _, _ = keys.shape
+        qkv = self.qkv(self.norm_attention(x)).view(n, num_rows, 3, num_heads, -1)
         qk = rotate(self.norm_qk(qkv[:, :, :2].float()), rotary).to(qkv.dtype)
-        slot.all_keys.index_copy_(0, positions, qk[:, :, 1])
-        slot.all_values.index_copy_(0, positions, qkv[:, :, 2])
-        q = qk[:, :, 0].permute(1, 2, 0, 3)
-        y = F.scaled_dot_product_attention(q, slot.keys, slot.values, mask, is_causal=n > 1)
+        q, k = qk.permute(2, 1, 3, 0, 4)
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, qkv[:, :, 2].permute(1, 2, 0, 3))
+        y = F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen], mask, is_causal=n > 1)
         x += self.proj(y.permute(2, 0, 1, 3).reshape(x.shape))
         gate, value = self.proj_in(self.norm_mlp(x)).chunk(2, dim=-1)
         x += self.proj_out(F.silu(gate).mul_(value))
