@@ -60,7 +60,8 @@ class Tokenizer(nn.Module):
         encoder: Image (B, 3, H, W) in [0, 1] to features (B, width, h, w), or (B, width, 1, N) of a sequence; has
             ``width``, ``image_size`` and ``downsampling``, and ``grid``, (h, w), where that is not the image's.
         adapter: Features to raw latent (B, latent_dim, h, w); has ``width`` and ``latent_dim``.
-        decoder: Raw latent to image, nominally in [0, 1]; has ``latent_dim``, ``downsampling`` and ``last_layer``.
+        decoder: Raw latent to image, nominally in [0, 1]; has ``latent_dim``, ``downsampling`` and ``last_layer``, and
+            ``sequence_length`` where it takes no other number of vectors.
         quantizer: Raw latent to tokens and back; has ``latent_dim`` and ``codebook_size``. None for a continuous one.
 
     Raises:
@@ -94,6 +95,12 @@ class Tokenizer(nn.Module):
         latent_dim = int(self.adapter.latent_dim)
         self.register_buffer("latent_mean", torch.zeros(latent_dim, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_dim, 1, 1))
+        given = self.spec.sequence_length
+        if getattr(decoder, "sequence_length", given) != given:
+            raise UserError(
+                f"the encoder gives {given} vectors, the decoder takes {decoder.sequence_length}: give both the same"
+                " image_size and num_prefix"
+            )
 
     @property
     def spec(self) -> TokenizerSpec:

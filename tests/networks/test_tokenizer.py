@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from aligntok.errors import UserError
-from aligntok.networks import ConvDecoder, LinearAdapter, Tokenizer, TokenizerSpec
+from aligntok.networks import ConvDecoder, LinearAdapter, QueryEncoder, TokenDecoder, Tokenizer, TokenizerSpec
 from aligntok.stages import DecoderRefinement
 
 
@@ -102,6 +102,13 @@ def test_parts_that_do_not_fit(tiny):
     shallow = ConvDecoder(latent_dim=4, width=8, multipliers=[1, 2], num_blocks=1, num_groups=4)
     with pytest.raises(UserError, match=r"encoder\.downsampling 4 differs from .*decoder.* 2"):
         Tokenizer(encoder, LinearAdapter(16, 4), shallow)
+
+
+def test_a_decoder_of_another_sequence_is_refused():
+    encoder = QueryEncoder(16, 4, width=16, depth=1, num_heads=2, num_prefix=3)
+    decoder = TokenDecoder(4, 16, 4, width=16, depth=1, num_heads=2, num_prefix=0)
+    with pytest.raises(UserError, match=r"encoder gives 19 vectors, the decoder takes 16: .* num_prefix"):
+        Tokenizer(encoder, LinearAdapter(16, 4), decoder)
 
 
 def test_an_adapter_of_another_width_is_refused(tiny):
