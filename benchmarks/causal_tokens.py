@@ -16,7 +16,7 @@ Measured on images that none of them saw, and on samples without guidance, a lab
   is averaged, and over all;
 - entropy of the codes in bits, and PSNR: tokens that repeat each other or say little are easy to foresee; two
   tokenizers compare where these are alike;
-- gain: entropy minus cross-entropy in bits, what the past and the class tell of a token;
+- foreseen: the share of the entropy that the past and the class tell, entropy minus cross-entropy over entropy;
 - rFD, gFD: Fréchet distance to the validation images in the features of a judge that no tokenizer knows.
 
 Runs that are in the results folder already are not repeated.
@@ -26,6 +26,7 @@ Reference:
 """
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -84,7 +85,7 @@ COLUMNS = {
     "accuracy_grid": ("AR accuracy, grid (%)", 100.0),
     "accuracy": ("AR accuracy, all (%)", 100.0),
     "cross_entropy_grid": ("cross-entropy, grid (bits)", 1.0),
-    "gain_grid": ("gain (bits)", 1.0),
+    "foreseen": ("foreseen (%)", 100.0),
     "rfd": ("rFD", 1.0),
     "gfd": ("gFD", 1.0),
     "agreement": ("agreement (%)", 100.0),
@@ -237,7 +238,6 @@ def foreseen(stage: Any, seed: int) -> dict[str, float]:
         "accuracy_grid": right[:, prefix:].mean().item(),
         "cross_entropy": surprise.mean().item(),
         "cross_entropy_grid": surprise[:, prefix:].mean().item(),
-        "gain_grid": entropy - surprise[:, prefix:].mean().item(),
     }
 
 
@@ -288,13 +288,16 @@ def report(folder: Path, setting: str, seeds: list[int]) -> None:
         for run, paths in files.items()
         if all(path.is_file() for path in paths)
     }
+    for value in itertools.chain(*values.values()):
+        value["foreseen"] = 1 - value["cross_entropy_grid"] / value["entropy"]
     for run, found in values.items():
         cells = [spread([scale * value[key] for value in found]) for key, (_, scale) in COLUMNS.items()]
         print(f"| {run} | {' | '.join(cells)} |")
     if {"causal decoder", "bidirectional decoder"} <= values.keys():
-        pairs = zip(values["causal decoder"], values["bidirectional decoder"], strict=True)
-        ahead = [round(100 * (ours["accuracy_grid"] - theirs["accuracy_grid"]), 2) for ours, theirs in pairs]
-        print(f"\nAR accuracy, causal minus bidirectional decoder, by seed: {ahead} points")
+        print("\ncausal minus bidirectional decoder, by seed:")
+        for key, (name, scale) in COLUMNS.items():
+            pairs = zip(values["causal decoder"], values["bidirectional decoder"], strict=True)
+            print(f"{name}: {', '.join(f'{scale * (ours[key] - theirs[key]):+.2f}' for ours, theirs in pairs)}")
 
 
 if __name__ == "__main__":
