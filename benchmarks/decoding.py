@@ -51,6 +51,7 @@ def main() -> None:
     print("| batch | way | ms / step | tokens / s | ratio (rounds) | GB/s | of the bandwidth |\n" + "|---" * 7 + "|")
     for batch in args.batch:
         compare(network, batch, args.dtype, args.steps, args.rounds, args.compile)
+    print(f"\nSumming the float32 weights of the linear layers one after another: {1e3 * summed(network):.1f} ms")
 
 
 def clock() -> float:
@@ -94,6 +95,18 @@ def bandwidth() -> float:
         values.sum()
         best = min(best, clock() - began)
     return 4e8 / best
+
+
+@torch.inference_mode()
+def summed(network: AutoregressiveTransformer) -> float:
+    """Return the seconds of reading each weight of the linear layers once, the median of ten times."""
+    times = [clock()]
+    for _ in range(10):
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.sum()
+        times.append(clock())
+    return statistics.median(later - now for now, later in itertools.pairwise(times))
 
 
 def weight_bytes(network: AutoregressiveTransformer, size: int) -> int:

@@ -264,6 +264,13 @@ def test_the_plain_attributes_are_the_settings():
     }
 
 
+def test_keys_and_values_of_a_layer_share_memory_with_no_other():
+    """torch.compile writes into a tensor of its own; of a view it copies the whole base at each write."""
+    cached = CachedTransformer(small(), 2, torch.float32)
+    caches = [tensor for layer in cached.layers for tensor in (layer.keys, layer.values)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in caches}) == len(caches) > 2
+
+
 def test_compile_option(monkeypatch):
     """With a compiler that only says what it was given: a real one takes a minute."""
     calls = []

@@ -40,9 +40,10 @@ class CachedTransformer:
 
         self.table = network.embed.weight.detach().float()
         self.rotary = network.rotary
+        device = network.rotary.device
         shape = (num_rows, network.num_heads, network.sequence_length, network.width // network.num_heads)
         self.layers = [
-            Layer(cast(Block, block), light, *torch.zeros((2, *shape), dtype=dtype, device=network.rotary.device))
+            Layer(cast(Block, block), light, *(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
             for block in network.blocks
         ]
         self.norm, self.head = ShortNorm([network.norm]), light(network.head)
