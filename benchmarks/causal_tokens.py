@@ -65,7 +65,7 @@ from aligntok.networks import (
     VectorQuantizer,
     VisionEncoder,
 )
-from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement
+from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement, TokenizerStage
 
 PATCH, GRID, LATENT_DIM, CODES = 4, (8, 8), 16, 256
 WIDTH, NUM_HEADS, DEPTH, DECODER_DEPTH, GENERATOR_DEPTH = 96, 4, 3, 4, 3
@@ -97,18 +97,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=[*RUNS], metavar="RUN")
     parser.add_argument("--steps", type=int, default=1000, help="of each tokenizer stage")
+    parser.add_argument("--warmup", type=int, default=0, help="steps without codes before these start from the latents")
     parser.add_argument("--generator_steps", type=int, default=600)
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--results", type=Path, default=Path("runs/causal_tokens"), help="folder")
     args = parser.parse_args()
     quiet()
     args.results.mkdir(parents=True, exist_ok=True)
-    setting = f"steps{args.steps}_generator{args.generator_steps}"
+    setting = f"warmup{args.warmup}_steps{args.steps}_generator{args.generator_steps}"
     judge = trained_judge(args.judge_steps, args.results / "judge.ckpt")
     for seed in args.seeds:
         for run in args.runs:
             if not place(args.results, setting, seed, run).is_file():
-                found = experiment(run, seed, args.steps, args.generator_steps, judge, args.results / "work")
+                steps = (args.warmup, args.steps, args.generator_steps)
+                found = experiment(run, seed, steps, judge, args.results / "work")
                 for name, values in found.items():
                     place(args.results, setting, seed, name).write_text(json.dumps(values))
                     print(
@@ -121,13 +123,14 @@ def place(folder: Path, setting: str, seed: int, run: str) -> Path:
     return folder / f"{setting}_seed{seed}_{run.replace(' ', '_')}.json"
 
 
-def experiment(run: str, seed: int, steps: int, generator_steps: int, judge: Any, work: Path) -> dict[str, Any]:
+def experiment(run: str, seed: int, all_steps: tuple[int, int, int], judge: Any, work: Path) -> dict[str, Any]:
     """Train a tokenizer, and a generator on its tokens; after the last run also stage 2. Return the measures."""
     began = time.perf_counter()
+    warmup, steps, generator_steps = all_steps
     work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
-        stage = tokenize(RUNS[run], seed, steps, folder)
+        stage = tokenize(RUNS[run], seed, warmup, steps, folder)
         generator = generate(stage.tokenizer, seed, generator_steps, folder)
         values = foreseen(generator, seed) | drawn(generator, judge, seed)
         found = {run: values | {"seconds": time.perf_counter() - began}}
@@ -152,12 +155,18 @@ def tokenizer(num_prefix: int = 0, causal_encoder: bool = False, causal: bool = 
     return Tokenizer(encoder, LinearAdapter(WIDTH, LATENT_DIM), decoder, quantizer)
 
 
-def tokenize(run: dict[str, Any], seed: int, steps: int, folder: Path) -> Any:
+def tokenize(run: dict[str, Any], seed: int, warmup: int, steps: int, folder: Path) -> Any:
     """Train stage 1 and write the tokens of the training images."""
     pl.seed_everything(seed, verbose=False)
     parts = {key: value for key, value in run.items() if key != "auxiliary"}
     auxiliary = run.get("auxiliary", "none")
-    stage = CausalTokenization(tokenizer(**parts, head=auxiliary != "none"), auxiliary=auxiliary, **losses(steps))
+    network = tokenizer(**parts, head=auxiliary != "none")
+    if warmup:
+        continuous = Tokenizer(network.encoder, network.adapter, network.decoder)
+        rate = {0: 0.0, warmup: RATE}
+        learner = TokenizerStage(continuous, rate, pixel_loss="mse", optimizer=adamw(0.0))
+        fit(learner, small_batches(seed), warmup, folder / "warmup")
+    stage = CausalTokenization(network, auxiliary=auxiliary, **losses(steps))
     fit(stage, small_batches(seed), steps, folder / "stage1")
     data = images(seed)
     data.predict = "train"
