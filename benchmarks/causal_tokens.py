@@ -141,10 +141,14 @@ def experiment(run: str, seed: int, all_steps: tuple[int, int, int], judge: Any,
     return found
 
 
-def tokenizer(num_prefix: int = 0, causal_encoder: bool = False, causal: bool = False, head: bool = False) -> Tokenizer:
-    encoder = QueryEncoder(
-        IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal=causal_encoder, from_patches=True
-    )
+def tokenizer(
+    num_prefix: int = 0,
+    causal_encoder: bool = False,
+    causal: bool = False,
+    head: bool = False,
+    from_patches: bool = True,
+) -> Tokenizer:
+    encoder = QueryEncoder(IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal_encoder, from_patches)
     decoder = TokenDecoder(
         LATENT_DIM, IMAGE_SIZE, PATCH, WIDTH, DECODER_DEPTH, NUM_HEADS, num_prefix, causal=causal, prefix_head=head
     )
