@@ -22,7 +22,6 @@ from semantic_preservation import quiet
 RUNS: dict[str, tuple[dict[str, Any], int]] = {  # what differs, and steps without codes
     "bidirectional decoder, queries from patches": ({}, 100),
     "bidirectional decoder, separate queries": ({"from_patches": False}, 500),
-    "causal decoder, queries from patches": ({"causal": True}, 100),
 }
 IMAGES, TOKENS = 200, 32  # to replace tokens in, and how many in each
 
