@@ -6,7 +6,7 @@ On procedural shapes (12 classes, 32 px, without textures and distractors) five 
 networks, codebook and steps are trained, 64 tokens on a grid of 8 x 8: with a bidirectional decoder, with a causal
 encoder, with a causal decoder, with prefix tokens too, and with the perceptual loss of the prefix. Queries start from
 their patches, codes from data, on a sphere, moved by running means, the last layer from the identity, and the
-perceptual term waits until the middle: else the tokens collapse before the decoder reads them (11 dB after 400 steps).
+perceptual term waits until the middle, as tokens easily collapse before the decoder reads them.
 Stage 2 trains a bidirectional decoder on the frozen tokens of the last. On the cached tokens of each the same
 autoregressive transformer is trained for the same steps.
 
@@ -131,6 +131,7 @@ def experiment(run: str, seed: int, all_steps: tuple[int, int, int], judge: Any,
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
         stage = tokenize(RUNS[run], seed, warmup, steps, folder)
+        write_tokens(stage, seed, folder)
         generator = generate(stage.tokenizer, seed, generator_steps, folder)
         values = foreseen(generator, seed) | drawn(generator, judge, seed)
         found = {run: values | {"seconds": time.perf_counter() - began}}
@@ -160,7 +161,7 @@ def tokenizer(
 
 
 def tokenize(run: dict[str, Any], seed: int, warmup: int, steps: int, folder: Path) -> Any:
-    """Train stage 1 and write the tokens of the training images."""
+    """Train stage 1."""
     pl.seed_everything(seed, verbose=False)
     parts = {key: value for key, value in run.items() if key != "auxiliary"}
     auxiliary = run.get("auxiliary", "none")
@@ -172,11 +173,15 @@ def tokenize(run: dict[str, Any], seed: int, warmup: int, steps: int, folder: Pa
         fit(learner, small_batches(seed), warmup, folder / "warmup")
     stage = CausalTokenization(network, auxiliary=auxiliary, **losses(steps))
     fit(stage, small_batches(seed), steps, folder / "stage1")
+    return stage
+
+
+def write_tokens(stage: Any, seed: int, folder: Path) -> None:
+    """Cache the tokens of the training images."""
     data = images(seed)
     data.predict = "train"
     trainer = pl.Trainer(**quietly(folder / "tokens"), callbacks=[TokenWriter()])
     trainer.predict(stage, datamodule=data)
-    return stage
 
 
 def refine(run: dict[str, Any], seed: int, steps: int, folder: Path) -> Any:

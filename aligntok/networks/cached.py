@@ -29,7 +29,6 @@ class CachedTransformer:
         num_rows: Sequences at a time.
         dtype: Of the weights of linear layers, and of keys and values; norms, residual and softmax stay in float32.
         compiled: Whether the calls go through ``torch.compile``.
-
     """
 
     def __init__(
