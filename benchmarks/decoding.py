@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from aligntok.decoding import TokenSampler
 from aligntok.networks import AutoregressiveTransformer
-from aligntok.networks.cached import few_row_linear
+from aligntok.networks.cached import FewRowLinear
+from aligntok.networks.native import fits
 
 GUIDANCE = (16.0, 1.8)  # of AliTok-B
 SIZE = {"width": 768, "depth": 24, "num_heads": 16}
@@ -39,7 +40,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtype", nargs="+", choices=list(BYTES), default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=60, help="of the 273")
-    parser.add_argument("--compile", action="store_true", help="also ours compiled: a minute for each way")
     parser.add_argument("--rounds", type=int, default=3, help="the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def main() -> None:
     print(f"{threads} threads, {kind} time, first {args.steps} steps, torch {torch.__version__}\n")
     print("| batch | way | ms / step | tokens / s | ratio (rounds) | GB/s | of the bandwidth |\n" + "|---" * 7 + "|")
     for batch in args.batch:
-        compare(network, batch, args.dtype, args.steps, args.rounds, args.compile)
+        compare(network, batch, args.dtype, args.steps, args.rounds)
     print(f"\nSumming the float32 weights of the linear layers one after another: {1e3 * summed(network):.1f} ms")
 
 
@@ -59,14 +59,12 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def compare(
-    network: AutoregressiveTransformer, batch: int, dtypes: list[str], steps: int, rounds: int, compile: bool
-) -> None:
+def compare(network: AutoregressiveTransformer, batch: int, dtypes: list[str], steps: int, rounds: int) -> None:
     """Print the rows of one batch size."""
     ways: dict[str, Callable[[], list[float]]] = {"published": lambda: published(network, batch, steps)}
     for dtype in dtypes:
         ways[dtype] = lambda dtype=dtype: ours(network, batch, dtype, steps)
-        if compile:
+        if fits(network, 2 * batch, getattr(torch, dtype)):
             ways[f"{dtype}, compiled"] = lambda dtype=dtype: ours(network, batch, dtype, steps, compile=True)
         ways[f"{dtype}, layers alone"] = lambda dtype=dtype: layers_alone(network, batch, dtype, steps)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -146,7 +144,7 @@ def layers_alone(network: AutoregressiveTransformer, batch: int, dtype: str, ste
     """Return the seconds that the linear layers of each step take."""
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
     kind, rows = getattr(torch, dtype), 2 * batch
-    functions = [few_row_linear(linear, kind, rows, compiled=False) for linear in linears]
+    functions = [FewRowLinear(linear, kind, rows, pack=True) for linear in linears]
     inputs = [torch.randn(rows, linear.in_features, dtype=kind) for linear in linears]
     times = [clock()]
     for _ in range(steps):

@@ -5,18 +5,21 @@ import math
 import pytest
 import torch
 
-from aligntok.decoding import TokenSampler
+from aligntok import decoding
+from aligntok.decoding import TokenSampler, fixed_shape
 from aligntok.errors import UserError
 from aligntok.flow.noise import gumbel_noise, keys_like_ids
-from aligntok.networks import AutoregressiveTransformer
+from aligntok.networks import AutoregressiveTransformer, native
 from aligntok.networks.cached import CachedTransformer, ShortNorm
 from aligntok.networks.layers import RMSNorm
+from aligntok.networks.native import NativeStep
 
 SMALL = {"codebook_size": 20, "grid": (3, 4), "num_prefix": 2, "num_classes": 5}
 SMALL |= {"width": 32, "depth": 2, "num_heads": 2, "hidden": 48}
 LENGTH = 14
 VARIANTS = [{}, {"num_prefix": 0, "grid": (2, 2)}, {"num_classes": None}, {"null_class": False, "num_heads": 1}]
 DTYPES = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+NATIVE = ["float32", "bfloat16"]
 
 
 def small(seed=0, std=0.3, **changes):
@@ -271,7 +274,87 @@ def test_keys_and_values_of_a_layer_share_memory_with_no_other():
     assert len({tensor.untyped_storage().data_ptr() for tensor in caches}) == len(caches) > 2
 
 
-def test_compile_option(monkeypatch):
+@pytest.mark.parametrize("changes", [*VARIANTS, {"hidden": 16, "width": 64, "depth": 3, "codebook_size": 23}])
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@torch.no_grad()
+def test_native_step_is_the_network(changes, dtype, rows):
+    """With the gains, biases and every weight drawn at random; keys and values in the cache's memory."""
+    network = small(**changes)
+    label = None if network.num_classes is None else labels(torch.arange(rows))
+    tokens = torch.randint(0, 20, (rows, network.sequence_length))
+    ids = torch.cat((network.start_ids(label, rows)[:, None], tokens), dim=1)
+    expected = network(tokens, label)
+    cached = CachedTransformer(network, rows, getattr(torch, dtype), pack=False)
+    step, eager = NativeStep(cached), CachedTransformer(network, rows, getattr(torch, dtype))
+    for i in range(network.sequence_length):
+        assert same(step(ids[:, i][None], i, slice(rows)), expected[:, i], DTYPES[dtype])
+        eager(ids[:, i][None], i)
+    for own, other in zip(cached.layers, eager.layers, strict=True):
+        assert same(own.keys, other.keys, DTYPES[dtype])
+        assert same(own.values, other.values, DTYPES[dtype])
+
+
+@torch.no_grad()
+def test_native_step_on_any_number_of_threads(monkeypatch):
+    """More threads than groups of channels too."""
+    network, ids, found = small(), torch.arange(2)[None], []
+    for threads in (1, 2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(NativeStep(CachedTransformer(network, 2, torch.float32, pack=False))(ids, 0, slice(2)))
+    for logits in found[1:]:
+        assert torch.equal(logits, found[0])
+
+
+@torch.no_grad()
+def test_native_norm_where_its_eps_counts():
+    network = small()
+    for parameter in (network.embed.weight, *(block.attention.qkv.weight for block in network.blocks)):
+        parameter.mul_(1e-3)
+    ids = torch.randint(0, 20, (1, 2))
+    expected = CachedTransformer(network, 2, torch.float32)(ids, 0)
+    assert same(NativeStep(CachedTransformer(network, 2, torch.float32, pack=False))(ids, 0, slice(2)), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("scale", "power"), [(1.0, 1.0), (4.0, 1.0), (4.0, 20.0)])
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_compiled_on_a_cpu(scale, power, dtype, monkeypatch):
+    """Also where the null class joins later; the same tokens, from the native step."""
+    rows = []
+    step = NativeStep.__call__
+
+    def counted(self, ids, start, part):
+        rows.append(ids.numel())
+        return step(self, ids, start, part)
+
+    monkeypatch.setattr(NativeStep, "__call__", counted)
+    network, ids = small(), torch.arange(3)
+    tokens = TokenSampler(scale, power, dtype=dtype, compile=True)(network, labels(ids), ids, seed=0)
+    assert torch.equal(tokens, TokenSampler(scale, power, dtype=dtype)(network, labels(ids), ids, seed=0))
+    assert rows == {(1.0, 1.0): [3] * LENGTH, (4.0, 1.0): [6] * LENGTH, (4.0, 20.0): [3] * 5 + [6] * 9}[scale, power]
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "options"),
+    [(5, {}, {}), (3, {"hidden": 40}, {}), (3, {"width": 40}, {}), (3, {}, {"dtype": "float16"})],
+)
+def test_compiled_without_a_native_step(count, changes, options, monkeypatch):
+    """More rows, other sizes, another dtype: as without the option."""
+    monkeypatch.delattr(NativeStep, "__call__")
+    network, ids = small(**changes), torch.arange(count)
+    tokens = TokenSampler(4.0, compile=True, **options)(network, labels(ids), ids, seed=0)
+    assert torch.equal(tokens, TokenSampler(4.0, **options)(network, labels(ids), ids, seed=0))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_no_compiler(compiler, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    native.compiled.cache_clear()
+    with pytest.raises(UserError, match=f"the C\\+\\+ compiler {compiler} failed: .*Install g\\+\\+, set CXX"):
+        TokenSampler(compile=True)(small(), labels(torch.arange(1)), torch.arange(1), seed=0)
+
+
+def test_fixed_shape(monkeypatch):
     """With a compiler that only says what it was given: a real one takes a minute."""
     calls = []
 
@@ -285,6 +368,7 @@ def test_compile_option(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(decoding, "compiled", fixed_shape)  # as on a GPU
     network, ids = small(), torch.arange(3)
     tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)
     assert calls == [((1, 6), True)] * LENGTH  # one shape
@@ -292,7 +376,8 @@ def test_compile_option(monkeypatch):
 
 
 @pytest.mark.slow
-def test_real_compiler():
+def test_real_compiler(monkeypatch):
+    monkeypatch.setattr(decoding, "compiled", fixed_shape)  # as on a GPU
     network, ids = small(), torch.arange(3)
     for _ in range(2):  # the second call compiles nothing
         tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)

@@ -18,7 +18,6 @@ from aligntok.networks.layers import RMSNorm
 from aligntok.networks.positions import rotate
 
 FEW_ROWS = 4  # up to these F.linear reads a float32 weight as fast as memory gives it
-Linear = Callable[[Tensor], Tensor]
 
 
 class CachedTransformer:
@@ -28,14 +27,14 @@ class CachedTransformer:
         network: Not changed. Its weights are shared where their dtype is the same.
         num_rows: Sequences at a time.
         dtype: Of the weights of linear layers, and of keys and values; norms, residual and softmax stay in float32.
-        compiled: Whether the calls go through ``torch.compile``.
+        pack: Whether weights may be kept in the order that torch's products want; no compiler knows that.
     """
 
     def __init__(
-        self, network: AutoregressiveTransformer, num_rows: int, dtype: torch.dtype, compiled: bool = False
+        self, network: AutoregressiveTransformer, num_rows: int, dtype: torch.dtype, pack: bool = True
     ) -> None:
-        def light(linear: nn.Linear) -> Linear:
-            return few_row_linear(linear, dtype, num_rows, compiled)
+        def light(linear: nn.Linear) -> FewRowLinear:
+            return FewRowLinear(linear, dtype, num_rows, pack)
 
         self.table = network.embed.weight.detach().float()
         self.rotary = network.rotary
@@ -76,12 +75,12 @@ class Layer:
 
     Args:
         block: Of the network.
-        light: Makes the function of a linear layer.
+        light: Makes a linear layer that is fast for few rows.
         keys: Room for those of all rows and positions, (num_rows, num_heads, N, head_dim).
         values: Likewise.
     """
 
-    def __init__(self, block: Block, light: Callable[[nn.Linear], Linear], keys: Tensor, values: Tensor) -> None:
+    def __init__(self, block: Block, light: Callable[[nn.Linear], FewRowLinear], keys: Tensor, values: Tensor) -> None:
         attention, mlp = block.attention, block.mlp
         self.norm_attention, self.norm_mlp = ShortNorm([block.norm_attention]), ShortNorm([block.norm_mlp])
         self.norm_qk = ShortNorm([cast(RMSNorm, attention.q_norm), cast(RMSNorm, attention.k_norm)])
@@ -127,8 +126,8 @@ class ShortNorm:
         return x.div(length).mul_(self.gain)
 
 
-def few_row_linear(linear: nn.Linear, dtype: torch.dtype, num_rows: int, compiled: bool) -> Linear:
-    """Return the function of a linear layer that is fastest for few rows.
+class FewRowLinear:
+    """A linear layer in the way that is fastest for few rows.
 
     On a CPU F.linear brings a weight into oneDNN's order at each call; here that is done once, with the operations that
     torch's own compiler uses, except where it is no gain.
@@ -137,15 +136,24 @@ def few_row_linear(linear: nn.Linear, dtype: torch.dtype, num_rows: int, compile
         linear: (..., in) to (..., out).
         dtype: Of its weight and of its result.
         num_rows: At a time.
-        compiled: Whether it goes through ``torch.compile``, which knows no such weights.
+        pack: Whether to do so.
     """
-    weight = linear.weight.detach().to(dtype)
-    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    gains = num_rows > FEW_ROWS if dtype == torch.float32 else dtype == torch.bfloat16
-    if compiled or weight.device.type != "cpu" or not gains or not can_pack(dtype):
-        return lambda x: F.linear(x.to(dtype), weight, bias)
-    packed, apply = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows), torch.ops.mkldnn._linear_pointwise
-    return lambda x: apply(x.to(dtype), packed, bias, "none", [], "")
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, num_rows: int, pack: bool) -> None:
+        self.weight = linear.weight.detach().to(dtype)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        gains = num_rows > FEW_ROWS if dtype == torch.float32 else dtype == torch.bfloat16
+        self.packed = pack and gains and self.weight.device.type == "cpu" and can_pack(dtype)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, num_rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out), of any dtype."""
+        x = x.to(self.weight.dtype)
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return y
+        return F.linear(x, self.weight, self.bias)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
