@@ -32,7 +32,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -65,6 +65,7 @@ from aligntok.networks import (
     VectorQuantizer,
     VisionEncoder,
 )
+from aligntok.networks.transformer import learned
 from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement, TokenizerStage
 
 PATCH, GRID, LATENT_DIM, CODES = 4, (8, 8), 16, 256
@@ -92,51 +93,64 @@ COLUMNS = {
 }
 
 
+class Setting(NamedTuple):
+    """What all runs of a table share."""
+
+    queries: bool = False
+    warmup: int = 0
+    steps: int = 1000
+    generator_steps: int = 600
+    perceptual_weight: float = 0.1
+
+    def place(self, folder: Path, seed: int, run: str) -> Path:
+        """Return the file of a run's measures."""
+        setting = "_".join(f"{key}{value:g}" for key, value in self._asdict().items())
+        return folder / f"{setting}_seed{seed}_{run.replace(' ', '_')}.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=[*RUNS], metavar="RUN")
+    parser.add_argument(
+        "--queries", action="store_true", help="patches are read from queries, not where tokens come in"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="of each tokenizer stage")
     parser.add_argument("--warmup", type=int, default=0, help="steps without codes before these start from the latents")
     parser.add_argument("--generator_steps", type=int, default=600)
+    parser.add_argument("--perceptual_weight", type=float, default=0.1, help="in the second half of the steps")
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--results", type=Path, default=Path("runs/causal_tokens"), help="folder")
     args = parser.parse_args()
     quiet()
     args.results.mkdir(parents=True, exist_ok=True)
-    setting = f"warmup{args.warmup}_steps{args.steps}_generator{args.generator_steps}"
+    setting = Setting(args.queries, args.warmup, args.steps, args.generator_steps, args.perceptual_weight)
     judge = trained_judge(args.judge_steps, args.results / "judge.ckpt")
     for seed in args.seeds:
         for run in args.runs:
-            if not place(args.results, setting, seed, run).is_file():
-                steps = (args.warmup, args.steps, args.generator_steps)
-                found = experiment(run, seed, steps, judge, args.results / "work")
+            if not setting.place(args.results, seed, run).is_file():
+                found = experiment(run, setting, seed, judge, args.results / "work")
                 for name, values in found.items():
-                    place(args.results, setting, seed, name).write_text(json.dumps(values))
+                    setting.place(args.results, seed, name).write_text(json.dumps(values))
                     print(
                         f"seed {seed}  {name:<22} " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True
                     )
     report(args.results, setting, args.seeds)
 
 
-def place(folder: Path, setting: str, seed: int, run: str) -> Path:
-    return folder / f"{setting}_seed{seed}_{run.replace(' ', '_')}.json"
-
-
-def experiment(run: str, seed: int, all_steps: tuple[int, int, int], judge: Any, work: Path) -> dict[str, Any]:
+def experiment(run: str, setting: Setting, seed: int, judge: Any, work: Path) -> dict[str, Any]:
     """Train a tokenizer, and a generator on its tokens; after the last run also stage 2. Return the measures."""
     began = time.perf_counter()
-    warmup, steps, generator_steps = all_steps
     work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
-        stage = tokenize(RUNS[run], seed, warmup, steps, folder)
+        stage = tokenize(RUNS[run], setting, seed, folder)
         write_tokens(stage, seed, folder)
-        generator = generate(stage.tokenizer, seed, generator_steps, folder)
+        generator = generate(stage.tokenizer, seed, setting.generator_steps, folder)
         values = foreseen(generator, seed) | drawn(generator, judge, seed)
         found = {run: values | {"seconds": time.perf_counter() - began}}
         if run == [*RUNS][-1]:
-            refined = refine(RUNS[run], seed, steps, folder)
+            refined = refine(RUNS[run]["num_prefix"], setting, seed, folder)
             generator.frozen_tokenizer.network = refined.tokenizer  # the same tokens, another decoder
             found[LAST] = values | drawn(generator, judge, seed)
     return found
@@ -148,9 +162,10 @@ def tokenizer(
     causal: bool = False,
     head: bool = False,
     from_patches: bool = True,
+    queries: bool = False,
 ) -> Tokenizer:
     encoder = QueryEncoder(IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal_encoder, from_patches)
-    decoder = TokenDecoder(
+    decoder = (QueryDecoder if queries else TokenDecoder)(
         LATENT_DIM, IMAGE_SIZE, PATCH, WIDTH, DECODER_DEPTH, NUM_HEADS, num_prefix, causal=causal, prefix_head=head
     )
     for last in (decoder.head, decoder.prefix_head):
@@ -160,19 +175,44 @@ def tokenizer(
     return Tokenizer(encoder, LinearAdapter(WIDTH, LATENT_DIM), decoder, quantizer)
 
 
-def tokenize(run: dict[str, Any], seed: int, warmup: int, steps: int, folder: Path) -> Any:
+class QueryDecoder(TokenDecoder):
+    """A token decoder with a query of its own for each vector, from which the patch is read, as in TiTok.
+
+    In AliTok's decoder a patch is read where its token comes in, so that the residual stream ties the two together.
+    Here a token reaches a patch through attention alone. If `causal`, a patch's query sees the tokens up to its own.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        length, width = self.sequence_length, self.positions.shape[1]
+        self.queries = learned(length, width)
+        buffer = len(self.positions) - length
+        place = torch.cat((torch.zeros(buffer), torch.arange(length), torch.arange(length)))
+        is_query = torch.arange(len(place)) >= buffer + length
+        seen = ~is_query | is_query[:, None]  # tokens see no queries
+        self.register_buffer("mask", seen & (place <= place[:, None]) if self.causal else seen, persistent=False)
+
+    def _outputs(self, latent: Tensor) -> Tensor:
+        x = self.proj_in(latent.flatten(2).transpose(1, 2))
+        x = torch.cat((self.buffer_tokens.expand(len(x), -1, -1), x), dim=1) + self.positions
+        x = torch.cat((x, self.queries.expand(len(x), -1, -1)), dim=1)
+        outputs: Tensor = self.norm_out(self.transformer(x, self.mask)[:, -self.sequence_length :])
+        return outputs
+
+
+def tokenize(run: dict[str, Any], setting: Setting, seed: int, folder: Path) -> Any:
     """Train stage 1."""
     pl.seed_everything(seed, verbose=False)
     parts = {key: value for key, value in run.items() if key != "auxiliary"}
     auxiliary = run.get("auxiliary", "none")
-    network = tokenizer(**parts, head=auxiliary != "none")
-    if warmup:
+    network = tokenizer(**parts, head=auxiliary != "none", queries=setting.queries)
+    if setting.warmup:
         continuous = Tokenizer(network.encoder, network.adapter, network.decoder)
-        rate = {0: 0.0, warmup: RATE}
+        rate = {0: 0.0, 100: RATE}
         learner = TokenizerStage(continuous, rate, pixel_loss="mse", optimizer=adamw(0.0))
-        fit(learner, small_batches(seed), warmup, folder / "warmup")
-    stage = CausalTokenization(network, auxiliary=auxiliary, **losses(steps))
-    fit(stage, small_batches(seed), steps, folder / "stage1")
+        fit(learner, small_batches(seed), setting.warmup, folder / "warmup")
+    stage = CausalTokenization(network, auxiliary=auxiliary, **losses(setting))
+    fit(stage, small_batches(seed), setting.steps, folder / "stage1")
     return stage
 
 
@@ -184,11 +224,11 @@ def write_tokens(stage: Any, seed: int, folder: Path) -> None:
     trainer.predict(stage, datamodule=data)
 
 
-def refine(run: dict[str, Any], seed: int, steps: int, folder: Path) -> Any:
+def refine(num_prefix: int, setting: Setting, seed: int, folder: Path) -> Any:
     pl.seed_everything(seed, verbose=False)
-    stage = DecoderRefinement(tokenizer(run["num_prefix"]), **losses(steps))
+    stage = DecoderRefinement(tokenizer(num_prefix, queries=setting.queries), **losses(setting))
     stage.init_from(folder / "stage1" / "last.ckpt")
-    fit(stage, small_batches(seed), steps, folder / "stage2")
+    fit(stage, small_batches(seed), setting.steps, folder / "stage2")
     return stage
 
 
@@ -198,15 +238,16 @@ def small_batches(seed: int) -> LatentDataModule:
     return data
 
 
-def losses(steps: int) -> dict[str, Any]:
+def losses(setting: Setting) -> dict[str, Any]:
     """Return the loss that all tokenizers share: MSE and a perceptual distance in an ImageNet network."""
+    steps = setting.steps
     judge = VisionEncoder("tf_efficientnet_lite0", IMAGE_SIZE, PATCH, weights="offline", layer=2)
     return {
         "learning_rate": {0: 0.0, steps // 10: RATE, steps: 0.0},
         "optimizer": adamw(0.0),
         "pixel_loss": "mse",
         "perceptual": FeatureDistance(judge, [1, 2]),
-        "perceptual_weight": {steps // 2: 0.0, steps // 2 + 1: 0.1},
+        "perceptual_weight": {steps // 2: 0.0, steps // 2 + 1: setting.perceptual_weight},
     }
 
 
@@ -296,11 +337,11 @@ def drawn(stage: Any, judge: Any, seed: int) -> dict[str, float]:
     }
 
 
-def report(folder: Path, setting: str, seeds: list[int]) -> None:
+def report(folder: Path, setting: Setting, seeds: list[int]) -> None:
     """Print the table: mean and standard deviation over seeds; and whether the causal decoder is ahead."""
     print(f"\n{setting}, {len(seeds)} seeds; mean ± standard deviation over seeds\n")
     print(f"| tokenizer | {' | '.join(name for name, _ in COLUMNS.values())} |\n|---|{'---|' * len(COLUMNS)}")
-    files = {run: [place(folder, setting, seed, run) for seed in seeds] for run in (*RUNS, LAST)}
+    files = {run: [setting.place(folder, seed, run) for seed in seeds] for run in (*RUNS, LAST)}
     values = {
         run: [json.loads(path.read_text()) for path in paths]
         for run, paths in files.items()

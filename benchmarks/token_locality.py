@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from causal_tokens import GRID, tokenize, validation
+from causal_tokens import GRID, Setting, tokenize, validation
 from einops import reduce
 from latents_for_diffusion import spread
 from semantic_preservation import quiet
 
-RUNS: dict[str, tuple[dict[str, Any], int]] = {  # what differs, and steps without codes
-    "bidirectional decoder, queries from patches": ({}, 100),
-    "bidirectional decoder, separate queries": ({"from_patches": False}, 500),
+RUNS: dict[str, tuple[dict[str, Any], Setting]] = {  # what differs, and the setting
+    "bidirectional decoder, queries from patches": ({}, Setting(warmup=100)),
+    "bidirectional decoder, separate queries": ({"from_patches": False}, Setting(warmup=500)),
+    "bidirectional decoder with queries": ({}, Setting(queries=True, warmup=400, perceptual_weight=0.0)),
+    "causal decoder with queries": ({"causal": True}, Setting(queries=True, warmup=400, perceptual_weight=0.0)),
 }
 IMAGES, TOKENS = 200, 32  # to replace tokens in, and how many in each
 
@@ -41,9 +43,9 @@ def main() -> None:
 
 def measured(run: str, seed: int, steps: int) -> tuple[float, ...]:
     """Return PSNR, and the share of a token's action on its own patch, on earlier and on later ones in percent."""
-    parts, warmup = RUNS[run]
+    parts, setting = RUNS[run]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = tokenize(parts, seed, warmup, steps, Path(folder)).tokenizer
+        tokenizer = tokenize(parts, setting._replace(steps=steps), seed, Path(folder)).tokenizer
     tokens, _, error = validation(tokenizer, seed)
     shares = torch.cat([shares_of(tokenizer, tokens[:IMAGES], place) for place in places(tokens.shape[1])])
     return (-10 * error.log10().mean().item(), *(100 * shares.mean(0)).tolist())

@@ -296,6 +296,17 @@ def test_native_step_is_the_network(changes, dtype, rows):
 
 
 @torch.no_grad()
+def test_native_values_are_rounded_to_the_nearest():
+    network, ids = small(), torch.arange(8)[None]
+    cached = CachedTransformer(network, 8, torch.bfloat16, pack=False)
+    NativeStep(cached)(ids, 0, slice(8))
+    block, kept = network.blocks[0], cached.layers[0].values[:, :, 0].flatten(1)
+    weight, bias = (part.bfloat16().float() for part in (block.attention.qkv.weight, block.attention.qkv.bias))
+    exact = (block.norm_attention(network.embed(ids[0])) @ weight.T + bias)[:, -32:]
+    assert (kept == exact.bfloat16()).float().mean() > 0.95  # half, if they were cut off
+
+
+@torch.no_grad()
 def test_native_step_on_any_number_of_threads(monkeypatch):
     """More threads than groups of channels too."""
     network, ids, found = small(), torch.arange(2)[None], []
