@@ -33,8 +33,9 @@ class TokenSampler:
         top_k: Draw from the most likely tokens only, this many; None draws from all.
         top_p: Draw from the fewest most likely tokens that have this share of the probability.
         dtype: Of the weights of the linear layers and of keys and values, in a copy.
-        compile: Compile the step: on a GPU with ``torch.compile`` for a fixed shape, a minute the first time; on a CPU,
-            where up to 8 sequences run at once (4 with guidance), our own in C++, a second the first time.
+        compile: Compile the step. On a GPU: ``torch.compile`` for a fixed shape, a minute the first time. On a CPU: our
+            own in C++, a second for each number of sequences, for up to 8 at once (4 with guidance), float32 and
+            bfloat16, and sizes that are multiples of 16; without effect where these do not hold.
 
     Raises:
         UserError: If an argument is out of range.
@@ -85,7 +86,8 @@ class TokenSampler:
             Tokens (B, N) int64, on the network's device.
 
         Raises:
-            UserError: Guidance without a null class, `top_k` beyond the codebook, or a label out of range.
+            UserError: Guidance without a null class, `top_k` beyond the codebook, a label out of range, or `compile`
+                on a CPU without a compiler.
         """
         self.check(network)
         network.check_labels(label)
@@ -117,9 +119,9 @@ class TokenSampler:
         keys = keys_like_ids(ids, seed).to(device)
         starts = start_ids(network, label, count, guided=joins < length)
         sequence = starts.repeat(length + 1, 1)  # position by position: the start, then the tokens
-        compile = self.compile and (device.type != "cpu" or native.fits(network, len(starts), dtype))
-        cached = CachedTransformer(network, len(starts), dtype, pack=not compile)
-        step = compiled(cached) if compile else cached
+        faster = self.compile and (device.type != "cpu" or native.fits(network, len(starts), dtype))
+        cached = CachedTransformer(network, len(starts), dtype, pack=not faster)
+        step = compiled(cached) if faster else cached
         for i, scale in enumerate(scales):
             if i == joins > 0:
                 cached(sequence[:i, count:], 0, slice(count, None))

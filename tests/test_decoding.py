@@ -309,27 +309,44 @@ def test_native_values_are_rounded_to_the_nearest():
 @torch.no_grad()
 def test_native_step_on_any_number_of_threads(monkeypatch):
     """More threads than groups of channels too."""
-    network, ids, found = small(), torch.arange(2)[None], []
+    network, found = small(), []
     for threads in (1, 2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(NativeStep(CachedTransformer(network, 2, torch.float32, pack=False))(ids, 0, slice(2)))
+        step = NativeStep(CachedTransformer(network, 2, torch.float32, pack=False))
+        found.append([step(torch.arange(i, i + 2)[None], i, slice(2)) for i in range(3)][-1])
     for logits in found[1:]:
         assert torch.equal(logits, found[0])
 
 
 @torch.no_grad()
-def test_native_norm_where_its_eps_counts():
+def test_native_norms_where_their_eps_counts():
     network = small()
-    for parameter in (network.embed.weight, *(block.attention.qkv.weight for block in network.blocks)):
-        parameter.mul_(1e-3)
-    ids = torch.randint(0, 20, (1, 2))
-    expected = CachedTransformer(network, 2, torch.float32)(ids, 0)
-    assert same(NativeStep(CachedTransformer(network, 2, torch.float32, pack=False))(ids, 0, slice(2)), expected, 1e-5)
+    for block in network.blocks:
+        block.attention.qkv.weight.mul_(1e-3)
+        block.attention.qkv.bias.mul_(1e-3)
+    network.embed.weight.mul_(1e-3)
+    cached, expected = (CachedTransformer(network, 2, torch.float32, pack=False) for _ in range(2))
+    step = NativeStep(cached)
+    for i, ids in enumerate(torch.randint(0, 20, (4, 1, 2))):
+        assert same(step(ids, i, slice(2)), expected(ids, i), 2e-6)
+    for own, other in zip(cached.layers, expected.layers, strict=True):
+        assert same(own.keys, other.keys, 2e-6)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_native_step_under_another_default_dtype(default):
+    """As Lightning sets it for precision 64-true and bf16-true."""
+    network, ids = small(), torch.arange(2)
+    expected = TokenSampler(4.0)(network, labels(ids), ids, seed=0)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(("scale", "power"), [(1.0, 1.0), (4.0, 1.0), (4.0, 20.0)])
-@pytest.mark.parametrize("dtype", NATIVE)
-def test_compiled_on_a_cpu(scale, power, dtype, monkeypatch):
+def test_compiled_on_a_cpu(scale, power, monkeypatch):
     """Also where the null class joins later; the same tokens, from the native step."""
     rows = []
     step = NativeStep.__call__
@@ -340,8 +357,8 @@ def test_compiled_on_a_cpu(scale, power, dtype, monkeypatch):
 
     monkeypatch.setattr(NativeStep, "__call__", counted)
     network, ids = small(), torch.arange(3)
-    tokens = TokenSampler(scale, power, dtype=dtype, compile=True)(network, labels(ids), ids, seed=0)
-    assert torch.equal(tokens, TokenSampler(scale, power, dtype=dtype)(network, labels(ids), ids, seed=0))
+    tokens = TokenSampler(scale, power, compile=True)(network, labels(ids), ids, seed=0)
+    assert torch.equal(tokens, TokenSampler(scale, power)(network, labels(ids), ids, seed=0))
     assert rows == {(1.0, 1.0): [3] * LENGTH, (4.0, 1.0): [6] * LENGTH, (4.0, 20.0): [3] * 5 + [6] * 9}[scale, power]
 
 
@@ -357,11 +374,20 @@ def test_compiled_without_a_native_step(count, changes, options, monkeypatch):
     assert torch.equal(tokens, TokenSampler(4.0, **options)(network, labels(ids), ids, seed=0))
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_no_compiler(compiler, monkeypatch):
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "No such file"),
+        ("false", "non-zero exit"),
+        ("true", "cannot open"),
+        ("g++ -lnosuch", "nosuch"),
+        ("g++ '", "quotation"),
+    ],
+)
+def test_no_compiler(compiler, reason, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
-    native.compiled.cache_clear()
-    with pytest.raises(UserError, match=f"the C\\+\\+ compiler {compiler} failed: .*Install g\\+\\+, set CXX"):
+    native.build.cache_clear()
+    with pytest.raises(UserError, match=rf"compile=true on a CPU: .* made no library in .*{reason}.*Install g\+\+ 9"):
         TokenSampler(compile=True)(small(), labels(torch.arange(1)), torch.arange(1), seed=0)
 
 

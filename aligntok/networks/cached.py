@@ -27,7 +27,8 @@ class CachedTransformer:
         network: Not changed. Its weights are shared where their dtype is the same.
         num_rows: Sequences at a time.
         dtype: Of the weights of linear layers, and of keys and values; norms, residual and softmax stay in float32.
-        pack: Whether weights may be kept in the order that torch's products want; no compiler knows that.
+        pack: Whether weights may be kept in the order that torch's products of few rows want. ``torch.compile`` and
+            ``NativeStep`` need them as they are.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 // One token of an autoregressive transformer on a CPU, for ROWS sequences and weights of type WEIGHT.
 //
 // Few rows meet every weight, so that a step lasts as long as the weights take to come from memory. In torch the memory
-// rests between two operations, of which a step has some 700, and where one matrix ends and the next begins. Here
-// one parallel region holds the whole step, and each group of rows of a weight asks for the next one.
+// rests between two operations, of which a step has some 700. Here one parallel region holds the whole step, and while
+// some rows of a weight are used, the next ones are fetched.
 //
 // Compiled by native.py, whose structures are those below. The network is AutoregressiveTransformer.
 
@@ -19,8 +19,13 @@ namespace {
 using bfloat16 = uint16_t;  // the upper half of a float
 using Weight = WEIGHT;
 
+#ifdef __AVX512F__
 constexpr int64_t LANES = 16;  // input channels at a time; `width` and `hidden` are multiples
 constexpr int64_t GROUP = ROWS > 4 ? 2 : 4;  // output channels at a time: their sums fill the registers
+#else
+constexpr int64_t LANES = 8;
+constexpr int64_t GROUP = ROWS > 4 ? 1 : 2;
+#endif
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
@@ -162,13 +167,13 @@ extern "C" void step(const Network* pointer, const Layer* layers, const float* r
                      int64_t num_threads, float* x, float* logits) {
   const Network& network = *pointer;
   const int64_t width = network.width, hidden = network.hidden, num_heads = network.num_heads;
-  const int64_t cache = network.length * width / num_heads, units = ROWS * num_heads;
+  const int64_t per_head = network.length * width / num_heads, units = ROWS * num_heads;
   std::vector<float> qkv(ROWS * 3 * width), y(ROWS * width), gated(ROWS * hidden);
 #pragma omp parallel num_threads(num_threads)
   {
     const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
     const auto start = [&](int64_t size, int64_t i) { return i == count ? size : size / GROUP * i / count * GROUP; };
-    std::vector<float> normed(ROWS * width), values(ROWS * hidden), scratch(2 * width + network.length);
+    std::vector<float> normed(ROWS * width), up(ROWS * hidden), scratch(2 * width / num_heads + network.length);
     const auto normalise = [&](const float* gain) {  // each thread for itself, as waiting takes longer
       for (int64_t row = 0; row < ROWS; ++row)
         norm(x + row * width, gain, network.floor, width, normed.data() + row * width);
@@ -181,7 +186,7 @@ extern "C" void step(const Network* pointer, const Layer* layers, const float* r
       for (int64_t unit = units * id / count; unit < units * (id + 1) / count; ++unit) {
         const int64_t row = unit / num_heads;
         attend(network, *layer, rotary, position, unit % num_heads, qkv.data() + row * 3 * width,
-               layer->keys + unit * cache, layer->values + unit * cache, y.data() + row * width, scratch);
+               layer->keys + unit * per_head, layer->values + unit * per_head, y.data() + row * width, scratch);
       }
 #pragma omp barrier
       linear<true>(layer->proj, layer->proj_bias, y.data(), width, x, width, start(width, id), start(width, id + 1));
@@ -189,11 +194,11 @@ extern "C" void step(const Network* pointer, const Layer* layers, const float* r
       normalise(layer->norm_mlp);
       const int64_t first = start(hidden, id), last = start(hidden, id + 1);
       linear<false>(layer->proj_in, nullptr, normed.data(), width, gated.data(), hidden, first, last);
-      linear<false>(layer->proj_in + hidden * width, nullptr, normed.data(), width, values.data(), hidden, first, last);
+      linear<false>(layer->proj_in + hidden * width, nullptr, normed.data(), width, up.data(), hidden, first, last);
       for (int64_t row = 0; row < ROWS; ++row) {
-        float *gate = gated.data() + row * hidden, *value = values.data() + row * hidden;
+        float *gate = gated.data() + row * hidden, *factor = up.data() + row * hidden;
 #pragma omp simd
-        for (int64_t i = first; i < last; ++i) gate[i] *= value[i] / (1 + std::exp(-gate[i]));
+        for (int64_t i = first; i < last; ++i) gate[i] *= factor[i] / (1 + std::exp(-gate[i]));
       }
 #pragma omp barrier
       linear<true>(layer->proj_out, nullptr, gated.data(), hidden, x, width, start(width, id), start(width, id + 1));

@@ -1,4 +1,4 @@
-"""The step of a cached transformer in C++, for few rows on a CPU; compiled in a second, where it first runs."""
+"""The step of a cached transformer in C++, for few rows on a CPU; compiled where it first runs, in a second."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aligntok.networks.cached import CachedTransformer
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-LANES = 16  # of the source
+LANES = 16  # the most of the source
 MOST_ROWS = 8  # beyond, arithmetic takes longer than reading the weights, and torch's products are as fast
 
 
@@ -46,6 +46,7 @@ class NativeStep:
 
     def __init__(self, cached: CachedTransformer) -> None:
         layers, head, kept = cached.layers, cached.head, []
+        assert all(layer.proj_in.bias is None and layer.proj_out.bias is None for layer in layers)
 
         def address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
             if tensor is None:
@@ -83,40 +84,38 @@ class NativeStep:
 
     def __call__(self, ids: Tensor, start: int, rows: slice) -> Tensor:
         """Return logits as ``CachedTransformer`` does, of one token for each of the first rows, ids (1, R)."""
+        num_rows, _, length, _ = self.cached.layers[0].keys.shape
+        assert not rows.start
+        assert ids.shape[1] <= num_rows
+        assert 0 <= start < length
         x = F.embedding(ids[0], self.cached.table)
-        logits = torch.empty(len(x), self.codebook_size)
+        logits = x.new_empty(len(x), self.codebook_size)
         rotary, threads = self.rotary[start].data_ptr(), torch.get_num_threads()
-        step = compiled(len(x), TYPES[self.dtype])
+        step = build(len(x), TYPES[self.dtype])
         step(self.network, self.layers, rotary, start, threads, x.data_ptr(), logits.data_ptr())
         return logits
 
 
 @functools.cache
-def compiled(num_rows: int, weight: str) -> Any:
-    """Return the function `step` of the source, for this CPU: not kept, as other nodes may have another one."""
-    compiler = os.environ.get("CXX", "g++")
+def build(num_rows: int, weight: str) -> Any:
+    """Compile the source for this CPU and return its function. No file stays: another node may have another CPU."""
+    compiler = os.environ.get("CXX") or "g++"
+    options = [*FLAGS.split(), f"-DROWS={num_rows}", f"-DWEIGHT={weight}", str(SOURCE), "-o"]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "step.so"
-        options = [*FLAGS.split(), f"-DROWS={num_rows}", f"-DWEIGHT={weight}", str(SOURCE), "-o", str(library)]
         try:
-            subprocess.run([*shlex.split(compiler), *options], check=True, capture_output=True, text=True)
-        except OSError as error:
-            raise _failed(compiler, error.strerror) from None
-        except subprocess.CalledProcessError as error:
-            lines = [line for line in error.stderr.splitlines() if "error" in line]
-            raise _failed(compiler, lines[0] if lines else f"exit status {error.returncode}") from None
-        function = ctypes.CDLL(str(library)).step
+            subprocess.run([*shlex.split(compiler), *options, str(library)], check=True, capture_output=True, text=True)
+            function = ctypes.CDLL(str(library)).step
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-3:]
+            raise UserError(
+                f"compile=true on a CPU: {compiler} made no library in {folder}: {' '.join(said)}. Install g++ 9 or"
+                " newer, set CXX to a compiler with OpenMP, TMPDIR to a folder without noexec, or compile to false"
+            ) from None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [ctypes.POINTER(_Network), ctypes.POINTER(_Layer), pointer, number, number, pointer, pointer]
     function.restype = None
     return function
-
-
-def _failed(compiler: str, reason: str | None) -> UserError:
-    return UserError(
-        f"compile=true on a CPU: the C++ compiler {compiler} failed: {reason}. Install g++, set CXX to a compiler with"
-        " OpenMP, or set compile to false"
-    )
 
 
 def _fields(names: str, kind: Any) -> Iterable[tuple[str, Any]]:
