@@ -1,6 +1,9 @@
-"""What a causal decoder does to tokens, at the scale of a laptop: AliTok's ablation in direction.
+r"""What a causal decoder does to tokens, at the scale of a laptop: AliTok's ablation in direction.
 
     python benchmarks/causal_tokens.py --seeds 0 1 2
+    python benchmarks/causal_tokens.py --warmup 100 --runs "bidirectional decoder" "causal decoder"     # equal entropy
+    python benchmarks/causal_tokens.py --queries --warmup 400 --perceptual_weight 0 --generator_steps 1200 \
+        --seeds 0 1 2 3 --runs "bidirectional decoder" "causal decoder"                 # tokens that act far away
 
 On procedural shapes (12 classes, 32 px, without textures and distractors) five discrete tokenizers with the same
 networks, codebook and steps are trained, 64 tokens on a grid of 8 x 8: with a bidirectional decoder, with a causal
@@ -10,6 +13,10 @@ perceptual term waits until the middle, as tokens easily collapse before the dec
 Stage 2 trains a bidirectional decoder on the frozen tokens of the last. On the cached tokens of each the same
 autoregressive transformer is trained for the same steps.
 
+With --warmup the codes start late, from latents that mean something, which keeps all of them in use. With --queries a
+patch is read from a query of its own instead of where its token comes in, so that nothing but the causal constraint
+ties a token to its place.
+
 Measured on images that none of them saw, and on samples without guidance, a label each:
 
 - accuracy, cross-entropy: of the next token, over the tokens of the grid alone, so that a prefix does not change what
@@ -17,12 +24,15 @@ Measured on images that none of them saw, and on samples without guidance, a lab
 - entropy of the codes in bits, and PSNR: tokens that repeat each other or say little are easy to foresee; two
   tokenizers compare where these are alike;
 - foreseen: the share of the entropy that the past and the class tell, entropy minus cross-entropy over entropy;
+- acts on: one token is replaced by that of another image at the same place, and the squared change of the decoded
+  image is shared out among the patches: its own, earlier ones, and the rest;
 - rFD, gFD: Fréchet distance to the validation images in the features of a judge that no tokenizer knows.
 
 Runs that are in the results folder already are not repeated.
 
 Reference:
     AliTok, arXiv:2506.05289, table of the ablation: accuracy 5.4 % bidirectional, 10.7 % causal, gFID 2.96 and 1.88.
+    TiTok, arXiv:2406.07550, whose decoder reads patches from queries.
 """
 
 import argparse
@@ -36,6 +46,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from einops import reduce
 from latents_for_diffusion import (
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -65,12 +76,13 @@ from aligntok.networks import (
     VectorQuantizer,
     VisionEncoder,
 )
+from aligntok.networks.quantizers import Quantized
 from aligntok.networks.transformer import learned
-from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement, TokenizerStage
+from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement
 
 PATCH, GRID, LATENT_DIM, CODES = 4, (8, 8), 16, 256
 WIDTH, NUM_HEADS, DEPTH, DECODER_DEPTH, GENERATOR_DEPTH = 96, 4, 3, 4, 3
-SAMPLES, BATCH, AR_BATCH = 1200, 8, 32
+SAMPLES, BATCH, AR_BATCH, REPLACED = 1200, 8, 32, 32
 RATE = 1e-3  # of the tokenizers, at its peak
 RUNS: dict[str, dict[str, Any]] = {  # what differs: of the encoder, of the decoder, of the stage
     "bidirectional decoder": {},
@@ -87,6 +99,8 @@ COLUMNS = {
     "accuracy": ("AR accuracy, all (%)", 100.0),
     "cross_entropy_grid": ("cross-entropy, grid (bits)", 1.0),
     "foreseen": ("foreseen (%)", 100.0),
+    "own": ("acts on own patch (%)", 100.0),
+    "earlier": ("on earlier patches (%)", 100.0),
     "rfd": ("rFD", 1.0),
     "gfd": ("gFD", 1.0),
     "agreement": ("agreement (%)", 100.0),
@@ -116,7 +130,7 @@ def main() -> None:
         "--queries", action="store_true", help="patches are read from queries, not where tokens come in"
     )
     parser.add_argument("--steps", type=int, default=1000, help="of each tokenizer stage")
-    parser.add_argument("--warmup", type=int, default=0, help="steps without codes before these start from the latents")
+    parser.add_argument("--warmup", type=int, default=0, help="more steps at first, without codes")
     parser.add_argument("--generator_steps", type=int, default=600)
     parser.add_argument("--perceptual_weight", type=float, default=0.1, help="in the second half of the steps")
     parser.add_argument("--judge_steps", type=int, default=1500)
@@ -147,12 +161,12 @@ def experiment(run: str, setting: Setting, seed: int, judge: Any, work: Path) ->
         stage = tokenize(RUNS[run], setting, seed, folder)
         write_tokens(stage, seed, folder)
         generator = generate(stage.tokenizer, seed, setting.generator_steps, folder)
-        values = foreseen(generator, seed) | drawn(generator, judge, seed)
+        values = foreseen(generator, seed) | locality(generator.tokenizer, seed) | drawn(generator, judge, seed)
         found = {run: values | {"seconds": time.perf_counter() - began}}
         if run == [*RUNS][-1]:
             refined = refine(RUNS[run]["num_prefix"], setting, seed, folder)
             generator.frozen_tokenizer.network = refined.tokenizer  # the same tokens, another decoder
-            found[LAST] = values | drawn(generator, judge, seed)
+            found[LAST] = values | locality(refined.tokenizer, seed) | drawn(generator, judge, seed)
     return found
 
 
@@ -163,6 +177,7 @@ def tokenizer(
     head: bool = False,
     from_patches: bool = True,
     queries: bool = False,
+    warmup: int = 0,
 ) -> Tokenizer:
     encoder = QueryEncoder(IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal_encoder, from_patches)
     decoder = (QueryDecoder if queries else TokenDecoder)(
@@ -171,7 +186,7 @@ def tokenizer(
     for last in (decoder.head, decoder.prefix_head):
         if last is not None:
             dirac_(last.colour.weight)
-    quantizer = VectorQuantizer(CODES, LATENT_DIM, "cosine", update="ema", decay=0.9, kmeans_start=True)
+    quantizer = LateQuantizer(CODES, LATENT_DIM, "cosine", update="ema", decay=0.9, kmeans_start=True, warmup=warmup)
     return Tokenizer(encoder, LinearAdapter(WIDTH, LATENT_DIM), decoder, quantizer)
 
 
@@ -179,25 +194,37 @@ class QueryDecoder(TokenDecoder):
     """A token decoder with a query of its own for each vector, from which the patch is read, as in TiTok.
 
     In AliTok's decoder a patch is read where its token comes in, so that the residual stream ties the two together.
-    Here a token reaches a patch through attention alone. If `causal`, a patch's query sees the tokens up to its own.
+    Here a token reaches a patch through attention alone. All see all; if `causal`, a token sees the tokens up to its
+    own place, and a query sees the tokens and queries up to its own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        length, width = self.sequence_length, self.positions.shape[1]
-        self.queries = learned(length, width)
-        buffer = len(self.positions) - length
-        place = torch.cat((torch.zeros(buffer), torch.arange(length), torch.arange(length)))
-        is_query = torch.arange(len(place)) >= buffer + length
-        seen = ~is_query | is_query[:, None]  # tokens see no queries
-        self.register_buffer("mask", seen & (place <= place[:, None]) if self.causal else seen, persistent=False)
+        self.queries = learned(self.sequence_length, self.positions.shape[1])
+        earlier = torch.ones(self.sequence_length, self.sequence_length, dtype=torch.bool).tril()
+        seen = torch.cat((torch.cat((earlier, torch.zeros_like(earlier)), dim=1), torch.cat((earlier, earlier), dim=1)))
+        self.register_buffer("mask", seen if self.causal else None, persistent=False)
 
     def _outputs(self, latent: Tensor) -> Tensor:
-        x = self.proj_in(latent.flatten(2).transpose(1, 2))
-        x = torch.cat((self.buffer_tokens.expand(len(x), -1, -1), x), dim=1) + self.positions
+        x = self.proj_in(latent.flatten(2).transpose(1, 2)) + self.positions[-self.sequence_length :]
         x = torch.cat((x, self.queries.expand(len(x), -1, -1)), dim=1)
         outputs: Tensor = self.norm_out(self.transformer(x, self.mask)[:, -self.sequence_length :])
         return outputs
+
+
+class LateQuantizer(VectorQuantizer):
+    """Passes the latents of the first training steps on, so that codes start from latents that mean something."""
+
+    def __init__(self, *args: Any, warmup: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.warmup = warmup
+
+    def forward(self, latent: Tensor) -> Quantized:
+        if not self.training or not self.warmup:
+            return super().forward(latent)
+        self.warmup -= 1
+        tokens, nothing = latent[:, 0].flatten(1).long(), latent.new_zeros(())
+        return Quantized(latent, tokens, nothing, nothing)
 
 
 def tokenize(run: dict[str, Any], setting: Setting, seed: int, folder: Path) -> Any:
@@ -205,14 +232,9 @@ def tokenize(run: dict[str, Any], setting: Setting, seed: int, folder: Path) -> 
     pl.seed_everything(seed, verbose=False)
     parts = {key: value for key, value in run.items() if key != "auxiliary"}
     auxiliary = run.get("auxiliary", "none")
-    network = tokenizer(**parts, head=auxiliary != "none", queries=setting.queries)
-    if setting.warmup:
-        continuous = Tokenizer(network.encoder, network.adapter, network.decoder)
-        rate = {0: 0.0, 100: RATE}
-        learner = TokenizerStage(continuous, rate, pixel_loss="mse", optimizer=adamw(0.0))
-        fit(learner, small_batches(seed), setting.warmup, folder / "warmup")
-    stage = CausalTokenization(network, auxiliary=auxiliary, **losses(setting))
-    fit(stage, small_batches(seed), setting.steps, folder / "stage1")
+    network = tokenizer(**parts, head=auxiliary != "none", queries=setting.queries, warmup=setting.warmup)
+    stage = CausalTokenization(network, auxiliary=auxiliary, **losses(setting, setting.warmup + setting.steps))
+    fit(stage, small_batches(seed), setting.warmup + setting.steps, folder / "stage1")
     return stage
 
 
@@ -226,7 +248,7 @@ def write_tokens(stage: Any, seed: int, folder: Path) -> None:
 
 def refine(num_prefix: int, setting: Setting, seed: int, folder: Path) -> Any:
     pl.seed_everything(seed, verbose=False)
-    stage = DecoderRefinement(tokenizer(num_prefix, queries=setting.queries), **losses(setting))
+    stage = DecoderRefinement(tokenizer(num_prefix, queries=setting.queries), **losses(setting, setting.steps))
     stage.init_from(folder / "stage1" / "last.ckpt")
     fit(stage, small_batches(seed), setting.steps, folder / "stage2")
     return stage
@@ -238,9 +260,8 @@ def small_batches(seed: int) -> LatentDataModule:
     return data
 
 
-def losses(setting: Setting) -> dict[str, Any]:
+def losses(setting: Setting, steps: int) -> dict[str, Any]:
     """Return the loss that all tokenizers share: MSE and a perceptual distance in an ImageNet network."""
-    steps = setting.steps
     judge = VisionEncoder("tf_efficientnet_lite0", IMAGE_SIZE, PATCH, weights="offline", layer=2)
     return {
         "learning_rate": {0: 0.0, steps // 10: RATE, steps: 0.0},
@@ -315,6 +336,30 @@ def validation_images(seed: int) -> list[tuple[Tensor, Tensor]]:
     data.setup()
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.in_order(data.dataset("val"))]
     return [(batch["image"], batch["label"]) for batch in batches]
+
+
+@torch.no_grad()
+def locality(tokenizer: Any, seed: int) -> dict[str, float]:
+    """Return the shares of what a token does to the decoded image that lie in its own patch and in earlier ones.
+
+    Over some places of the grid, each in 200 images.
+    """
+    tokens, _, _ = validation(tokenizer, seed)
+    prefix = tokenizer.spec.num_prefix
+    places = torch.linspace(0, tokens.shape[1] - prefix - 1, REPLACED).round().long().tolist()
+    shares = torch.cat([shares_of(tokenizer, tokens[:200], prefix, place) for place in places])
+    own, earlier = shares.mean(0).tolist()
+    return {"own": own, "earlier": earlier}
+
+
+def shares_of(tokenizer: Any, tokens: Tensor, prefix: int, place: int) -> Tensor:
+    """Return own and earlier patches' shares of the change that another token at a place of the grid makes, (B, 2)."""
+    other = tokens.clone()
+    other[:, prefix + place] = tokens.roll(1, dims=0)[:, prefix + place]
+    differ = other[:, prefix + place] != tokens[:, prefix + place]
+    images = (tokenizer.decode(part[differ], clamp=False) for part in (other, tokens))
+    change = reduce((next(images) - next(images)).square(), "b c (h p) (w q) -> b (h w)", "sum", h=GRID[0], w=GRID[1])
+    return torch.stack((change[:, place], change[:, :place].sum(1)), dim=1) / change.sum(1, keepdim=True)
 
 
 @torch.no_grad()
