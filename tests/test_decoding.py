@@ -1,6 +1,7 @@
 """Sampling; that greedy tokens are the official ones is in tests/weights/test_alitok_generator.py."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ LENGTH = 14
 VARIANTS = [{}, {"num_prefix": 0, "grid": (2, 2)}, {"num_classes": None}, {"null_class": False, "num_heads": 1}]
 DTYPES = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 NATIVE = ["float32", "bfloat16"]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 
 
 def small(seed=0, std=0.3, **changes):
@@ -274,6 +276,7 @@ def test_keys_and_values_of_a_layer_share_memory_with_no_other():
     assert len({tensor.untyped_storage().data_ptr() for tensor in caches}) == len(caches) > 2
 
 
+@needs_compiler
 @pytest.mark.parametrize("changes", [*VARIANTS, {"hidden": 16, "width": 64, "depth": 3, "codebook_size": 23}])
 @pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
@@ -295,6 +298,7 @@ def test_native_step_is_the_network(changes, dtype, rows):
         assert same(own.values, other.values, DTYPES[dtype])
 
 
+@needs_compiler
 @torch.no_grad()
 def test_native_values_are_rounded_to_the_nearest():
     network, ids = small(), torch.arange(8)[None]
@@ -306,6 +310,7 @@ def test_native_values_are_rounded_to_the_nearest():
     assert (kept == exact.bfloat16()).float().mean() > 0.95  # half, if they were cut off
 
 
+@needs_compiler
 @torch.no_grad()
 def test_native_step_on_any_number_of_threads(monkeypatch):
     """More threads than groups of channels too."""
@@ -318,6 +323,7 @@ def test_native_step_on_any_number_of_threads(monkeypatch):
         assert torch.equal(logits, found[0])
 
 
+@needs_compiler
 @torch.no_grad()
 def test_native_norms_where_their_eps_counts():
     network = small()
@@ -333,6 +339,7 @@ def test_native_norms_where_their_eps_counts():
         assert same(own.keys, other.keys, 2e-6)
 
 
+@needs_compiler
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_native_step_under_another_default_dtype(default):
     """As Lightning sets it for precision 64-true and bf16-true."""
@@ -345,6 +352,7 @@ def test_native_step_under_another_default_dtype(default):
         torch.set_default_dtype(torch.float32)
 
 
+@needs_compiler
 @pytest.mark.parametrize(("scale", "power"), [(1.0, 1.0), (4.0, 1.0), (4.0, 20.0)])
 def test_compiled_on_a_cpu(scale, power, monkeypatch):
     """Also where the null class joins later; the same tokens, from the native step."""
@@ -380,7 +388,7 @@ def test_compiled_without_a_native_step(count, changes, options, monkeypatch):
         ("no-such-compiler", "No such file"),
         ("false", "non-zero exit"),
         ("true", "cannot open"),
-        ("g++ -lnosuch", "nosuch"),
+        pytest.param("g++ -lnosuch", "nosuch", marks=needs_compiler),
         ("g++ '", "quotation"),
     ],
 )
