@@ -400,8 +400,29 @@ def report(folder: Path, setting: Setting, seeds: list[int]) -> None:
     if {"causal decoder", "bidirectional decoder"} <= values.keys():
         print("\ncausal minus bidirectional decoder, by seed:")
         for key, (name, scale) in COLUMNS.items():
-            pairs = zip(values["causal decoder"], values["bidirectional decoder"], strict=True)
+            pairs = pairs_of(values)
             print(f"{name}: {', '.join(f'{scale * (ours[key] - theirs[key]):+.2f}' for ours, theirs in pairs)}")
+        for key in ("accuracy_grid", "cross_entropy_grid", "gfd"):
+            name, scale = COLUMNS[key]
+            at_equal_psnr(name, [scale * (a[key] - b[key]) for a, b in pairs_of(values)], values)
+
+
+def pairs_of(values: dict[str, Any]) -> list[tuple[dict[str, float], dict[str, float]]]:
+    return list(zip(values["causal decoder"], values["bidirectional decoder"], strict=True))
+
+
+def at_equal_psnr(name: str, differences: list[float], values: dict[str, Any]) -> None:
+    """Print the line through the pairs' differences over those of PSNR: where it crosses 0 dB, and its slope."""
+    if len(differences) < 3:
+        return
+    psnr = torch.tensor([ours["psnr"] - theirs["psnr"] for ours, theirs in pairs_of(values)], dtype=torch.float64)
+    design = torch.stack((torch.ones_like(psnr), psnr), dim=1)
+    inverse, target = torch.linalg.inv(design.T @ design), torch.tensor(differences, dtype=torch.float64)
+    line = inverse @ design.T @ target
+    variance = (target - design @ line).square().sum() / (len(target) - 2)
+    (level, slope), (error, slope_error) = line.tolist(), (variance * inverse.diagonal()).sqrt().tolist()
+    found = f"{level:+.2f} ± {error:.2f}, and {slope:+.2f} ± {slope_error:.2f} for each dB"
+    print(f"{name} at equal PSNR: {found} (standard errors)")
 
 
 if __name__ == "__main__":
