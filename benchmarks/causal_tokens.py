@@ -3,7 +3,7 @@ r"""What a causal decoder does to tokens, at the scale of a laptop: AliTok's abl
     python benchmarks/causal_tokens.py --seeds 0 1 2
     python benchmarks/causal_tokens.py --warmup 100 --runs "bidirectional decoder" "causal decoder"     # equal entropy
     python benchmarks/causal_tokens.py --queries --warmup 400 --perceptual_weight 0 --generator_steps 1200 \
-        --seeds 0 1 2 3 --runs "bidirectional decoder" "causal decoder"                 # tokens that act far away
+        --seeds 0 1 2 3 4 5 --runs "bidirectional decoder" "causal decoder"                 # tokens that act far away
 
 On procedural shapes (12 classes, 32 px, without textures and distractors) five discrete tokenizers with the same
 networks, codebook and steps are trained, 64 tokens on a grid of 8 x 8: with a bidirectional decoder, with a causal
