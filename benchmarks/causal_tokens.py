@@ -175,11 +175,10 @@ def tokenizer(
     causal_encoder: bool = False,
     causal: bool = False,
     head: bool = False,
-    from_patches: bool = True,
     queries: bool = False,
     warmup: int = 0,
 ) -> Tokenizer:
-    encoder = QueryEncoder(IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal_encoder, from_patches)
+    encoder = QueryEncoder(IMAGE_SIZE, PATCH, WIDTH, DEPTH, NUM_HEADS, num_prefix, causal_encoder, from_patches=True)
     decoder = (QueryDecoder if queries else TokenDecoder)(
         LATENT_DIM, IMAGE_SIZE, PATCH, WIDTH, DECODER_DEPTH, NUM_HEADS, num_prefix, causal=causal, prefix_head=head
     )
