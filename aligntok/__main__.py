@@ -15,7 +15,7 @@ def main(args: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if args is None else args
     try:
         if arguments[:1] == ["report"]:
-            from aligntok.report import report_command
+            from aligntok.programs.report import report_command
 
             report_command(arguments[1:])
             return 0

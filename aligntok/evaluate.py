@@ -15,7 +15,7 @@ from aligntok.errors import UserError
 from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatures, Reference, find_protocol
 from aligntok.metrics.protocol import FREE, Protocol
 from aligntok.networks import VisionEncoder
-from aligntok.report import Parser
+from aligntok.programs.parser import Parser
 from aligntok.weights.checkpoint import write_text
 
 DESCRIPTION = """\

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aligntok.errors import UserError
 from aligntok.networks import AutoregressiveTransformer, LinearAdapter, QueryEncoder, TokenDecoder, Tokenizer
 from aligntok.networks import VectorQuantizer as Quantizer
-from aligntok.report import Parser
+from aligntok.programs.parser import Parser
 from aligntok.weights.alitok import is_alitok, load_alitok
 from aligntok.weights.alitok_generator import is_alitok_generator, load_alitok_generator
 from aligntok.weights.checkpoint import write_atomically, write_text

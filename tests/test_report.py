@@ -11,9 +11,9 @@ from PIL import Image
 
 from aligntok.__main__ import main
 from aligntok.errors import UserError
-from aligntok.report import report_command, write_report
-from aligntok.report.finding import headline, more_findings
-from aligntok.report.runs import find_runs
+from aligntok.programs.report import report_command, write_report
+from aligntok.programs.report.finding import headline, more_findings
+from aligntok.programs.report.runs import find_runs
 
 STAGES = {"1": "LatentAlignment", "2": "PerceptualAlignment", "3": "DecoderRefinement", "e": "EncoderPretraining"}
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from aligntok.report import write_report
-from aligntok.report.charts import SAMPLING_STEPS, Line, curves
-from aligntok.report.finding import headline, more_findings
-from aligntok.report.runs import find_runs
+from aligntok.programs.report import write_report
+from aligntok.programs.report.charts import SAMPLING_STEPS, Line, curves
+from aligntok.programs.report.finding import headline, more_findings
+from aligntok.programs.report.runs import find_runs
 
 COLOURS = ["red", "lime", "blue"]
 CONDITIONS = "no protocol: 1,000 images of 32x32 px, features digits; Euler(num_steps=16, shift=1.0)"

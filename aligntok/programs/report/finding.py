@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from aligntok.report.runs import ENCODER, Run, setting, wrote
+from aligntok.programs.report.runs import ENCODER, Run, setting, wrote
 
 SAME_DB = 0.05  # ours: a PSNR difference below this is not worth a word
 SAME_SHARE = 0.0005  # an accuracy is shown to 0.1 %

@@ -6,8 +6,8 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from aligntok.report.predictions import Prediction
-from aligntok.report.runs import Run, setting, tokenizer_path, wrote
+from aligntok.programs.report.predictions import Prediction
+from aligntok.programs.report.runs import Run, setting, tokenizer_path, wrote
 
 AGAIN = "again"  # the folder that the commands write to: the runs' own folders are taken
 NUM_SAMPLES = "100"  # ours: for the eye, where nobody said how many

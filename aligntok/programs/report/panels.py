@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from aligntok.report.charts import STEPS, Axis, Line, curves
-from aligntok.report.runs import Run
+from aligntok.programs.report.charts import STEPS, Axis, Line, curves
+from aligntok.programs.report.runs import Run
 
 SHARES = (
     "val/probe",

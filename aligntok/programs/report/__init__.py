@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from aligntok.errors import UserError
-from aligntok.report.page import page
-from aligntok.report.runs import find_runs
+from aligntok.programs.parser import Parser
+from aligntok.programs.report.page import page
+from aligntok.programs.report.runs import find_runs
 from aligntok.weights.checkpoint import write_atomically
 
 __all__ = ["page", "report_command", "write_report"]
@@ -55,11 +54,3 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
     write_atomically(path, write)
     return path
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises what the user mistyped, as the other verbs do."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message."""
-        raise UserError(f"{self.prog}: {message}. See {self.prog} --help")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aligntok.report.runs import Run, read_yaml, setting, wrote
+from aligntok.programs.report.runs import Run, read_yaml, setting, wrote
 
 CONFIG = "predict.yaml"
 

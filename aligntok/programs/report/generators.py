@@ -5,12 +5,12 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from aligntok.report.charts import POSITION, SAMPLING_STEPS, TIME, Line
-from aligntok.report.finding import DASH, frechet_name, generation_distances, percent
-from aligntok.report.panels import figure, legend, panel
-from aligntok.report.pictures import data_uri, picture_rows
-from aligntok.report.runs import AUTOREGRESSION, Run, read_json, setting
-from aligntok.report.table import Column, meanings, table
+from aligntok.programs.report.charts import POSITION, SAMPLING_STEPS, TIME, Line
+from aligntok.programs.report.finding import DASH, frechet_name, generation_distances, percent
+from aligntok.programs.report.panels import figure, legend, panel
+from aligntok.programs.report.pictures import data_uri, picture_rows
+from aligntok.programs.report.runs import AUTOREGRESSION, Run, read_json, setting
+from aligntok.programs.report.table import Column, meanings, table
 
 ERROR = "/mse_t"  # LatentDiffusion's error per time bin: `val/mse_t0.3` is for t in [0.3, 0.4)
 HALF_BIN = 0.05

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from html import escape
 from typing import NamedTuple
 
-from aligntok.report.finding import DASH, frechet_name, percent
-from aligntok.report.runs import ENCODER, Run
+from aligntok.programs.report.finding import DASH, frechet_name, percent
+from aligntok.programs.report.runs import ENCODER, Run
 
 
 class Column(NamedTuple):

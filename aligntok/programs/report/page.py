@@ -7,15 +7,15 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from aligntok.report.charts import NUM_COLOURS, trade_off
-from aligntok.report.commands import commands
-from aligntok.report.finding import DASH, frechet_name, headline, more_findings, tokenizers
-from aligntok.report.generators import ERROR, generators
-from aligntok.report.panels import legend, panel
-from aligntok.report.pictures import data_uri, picture_rows
-from aligntok.report.predictions import find_predictions
-from aligntok.report.runs import ENCODER, Run
-from aligntok.report.table import columns, meanings, table
+from aligntok.programs.report.charts import NUM_COLOURS, trade_off
+from aligntok.programs.report.commands import commands
+from aligntok.programs.report.finding import DASH, frechet_name, headline, more_findings, tokenizers
+from aligntok.programs.report.generators import ERROR, generators
+from aligntok.programs.report.panels import legend, panel
+from aligntok.programs.report.pictures import data_uri, picture_rows
+from aligntok.programs.report.predictions import find_predictions
+from aligntok.programs.report.runs import ENCODER, Run
+from aligntok.programs.report.table import columns, meanings, table
 
 NO_LOSS = ("train/images_per_s", "train/data_wait", "train/grad_norm")  # how training goes, not what it lowers
 STYLE = Path(__file__).with_name("style.css")
