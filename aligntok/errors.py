@@ -3,3 +3,16 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def check_positive(**sizes: int | None) -> None:
+    """Raise a ``UserError`` that names the first size below 1; None stands for a size that was left out.
+
+    >>> check_positive(width=64, depth=2, hidden=None)
+    >>> check_positive(width=64, depth=0)
+    Traceback (most recent call last):
+    aligntok.errors.UserError: depth=0: give at least 1
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"{name}={size}: give at least 1")

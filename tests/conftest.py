@@ -28,6 +28,7 @@ from aligntok.networks import (
 from aligntok.stages import AutoregressiveGeneration, DecoderRefinement, LatentAlignment, LatentDiffusion
 
 WIDTH, LATENT = 16, 4
+collect_ignore_glob = ["*_worker.py"]  # programs that tests start; --doctest-modules would import them
 
 
 class Tiny:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 
 NORM_EPS = 1e-6  # of every GroupNorm in latent diffusion's autoencoder; torch's default is 1e-5
 
@@ -89,10 +89,7 @@ class SelfAttention(nn.Module):
 
 def check_sizes(latent_dim: int, width: int, multipliers: Sequence[int], num_blocks: int, num_groups: int) -> None:
     """Raise a ``UserError`` where sizes do not fit each other."""
-    sizes = {"latent_dim": latent_dim, "width": width, "num_blocks": num_blocks, "num_groups": num_groups}
-    for key, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{key}={value}: give at least 1")
+    check_positive(latent_dim=latent_dim, width=width, num_blocks=num_blocks, num_groups=num_groups)
     if not multipliers or min(multipliers) < 1:
         raise UserError(f"multipliers={list(multipliers)}: give one number of at least 1 per level")
     for multiplier in multipliers:

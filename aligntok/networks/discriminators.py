@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 
 INIT_STD = 0.02  # arXiv:1611.07004 section 6.2
 MAX_GROWTH = 8  # the widest layer of a PatchGAN in units of the first, arXiv:1611.07004 section 6.1
@@ -41,7 +41,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, width: int = 64, num_layers: int = 3, norm: Literal["batch", "group", "none"] = "batch") -> None:
         super().__init__()
-        _check_positive(width=width, num_layers=num_layers)
+        check_positive(width=width, num_layers=num_layers)
         if norm not in ("batch", "group", "none"):
             raise UserError(f"norm={norm!r}: give 'batch', 'group' or 'none'")
         self.min_size = 3 * 2**num_layers  # the two last 4x4 convolutions, padded by 1, take 2 off and need 1
@@ -99,7 +99,7 @@ class BlurDiscriminator(nn.Module):
 
     def __init__(self, width: int = 128, num_stages: int = 3, logit_size: int = 16) -> None:
         super().__init__()
-        _check_positive(width=width, num_stages=num_stages, logit_size=logit_size)
+        check_positive(width=width, num_stages=num_stages, logit_size=logit_size)
         self.logit_size = logit_size
         widths = [width, *(width * 2**i for i in range(num_stages))]
         self.block_in = nn.Sequential(nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(BLUR_SLOPE))
@@ -171,9 +171,3 @@ def _init_patch(module: nn.Module) -> None:
         return
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _check_positive(**sizes: int) -> None:
-    for key, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{key}={value}: give at least 1")

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 
 INIT_STD = 0.02  # AliTok, arXiv:2506.05289
 
@@ -36,9 +36,7 @@ class Transformer(nn.Module):
         self, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, checkpoint_activations: bool = False
     ) -> None:
         super().__init__()
-        for key, value in {"width": width, "depth": depth, "num_heads": num_heads}.items():
-            if value < 1:
-                raise UserError(f"{key}={value}: give at least 1")
+        check_positive(width=width, depth=depth, num_heads=num_heads)
         if width % num_heads:
             raise UserError(f"width={width}: give a multiple of num_heads={num_heads}")
         self.checkpoint_activations = checkpoint_activations

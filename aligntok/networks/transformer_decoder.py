@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 from aligntok.networks.positions import sincos_positions
 
 INIT_STD = 0.02  # ViT-MAE's initializer_range
@@ -53,10 +53,7 @@ class TransformerDecoder(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"latent_dim": latent_dim, "patch_size": patch_size, "depth": depth, "num_heads": num_heads}
-        for key, value in sizes.items():
-            if value < 1:
-                raise UserError(f"{key}={value}: give at least 1")
+        check_positive(latent_dim=latent_dim, patch_size=patch_size, depth=depth, num_heads=num_heads)
         if width < 1 or width % 4 or width % num_heads:
             raise UserError(f"width={width}: give a multiple of 4 and of num_heads={num_heads}")
         height_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
