@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
@@ -24,14 +23,10 @@ from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
 from aligntok.data import LatentDataModule
 from aligntok.errors import UserError
+from aligntok.layers import LAYERS, find_config, is_shipped
 from aligntok.stages import Stage
 from aligntok.weights.checkpoint import read_checkpoint, write_text
 
-CONFIG_FOLDERS = (
-    Path(__file__).parent / "configs",
-    Path(__file__).parent.parent / "configs",
-)  # installed, or a checkout
-LAYERS = "layers"
 DESCRIPTION = """\
 Train image tokenizers from pretrained vision encoders, and generators on their latents.
 
@@ -219,14 +214,15 @@ def cause_of_user(error: BaseException | None) -> UserError | None:
     return error
 
 
-def expand_layers(name: str, known_keys: set[str]) -> list[str]:
+def expand_layers(name: str, known_keys: set[str], shipped_first: bool = False) -> list[str]:
     """Return the configs that ``name`` stands for: paths, or the text of a config without its ``layers:``.
 
     Args:
         name: A path or the name of a shipped config.
         known_keys: Keys of this command; those of another command in a run's saved ``config.yaml`` are left out.
+        shipped_first: Look among the shipped configs before the current folder.
     """
-    path = find_config(name)
+    path = find_config(name, shipped_first)
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -236,26 +232,10 @@ def expand_layers(name: str, known_keys: set[str]) -> list[str]:
     layers = content.pop(LAYERS, [])
     foreign = {"init_from", "ckpt_path", "weights_only", "verbose", "return_predictions"} - known_keys
     own = {key: value for key, value in content.items() if key not in foreign}
-    expanded = [config for layer in layers for config in expand_layers(layer, known_keys)]
+    expanded = [config for layer in layers for config in expand_layers(layer, known_keys, is_shipped(path))]
     if not layers and own == content:
         return [str(path)]
     return [*expanded, yaml.safe_dump(own, sort_keys=False)] if own else expanded
-
-
-def find_config(name: str) -> Path:
-    """Return the path of a config: a file, else a shipped one."""
-    for candidate in (Path(name), *(folder / name for folder in CONFIG_FOLDERS)):
-        if candidate.is_file():
-            return candidate
-    names = shipped_configs()
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
-    raise UserError(f"--config {name}: no such file here, and no shipped config. Near names: {', '.join(near)}")
-
-
-def shipped_configs() -> list[str]:
-    """Return the names of the shipped configs."""
-    folder = next(folder for folder in CONFIG_FOLDERS if folder.is_dir())
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
 
 
 class Parser(LightningArgumentParser):

@@ -12,7 +12,7 @@ from aligntok import cli
 from aligntok.__main__ import main
 from aligntok.cache import Manifest
 from aligntok.callbacks import GenerationQuality, SampleGrid, TokenWriter
-from aligntok.cli import find_config
+from aligntok.layers import find_config
 from aligntok.data import TokenShards
 from aligntok.weights import load_tokenizer
 

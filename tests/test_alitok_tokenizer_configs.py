@@ -11,7 +11,7 @@ import yaml
 
 from aligntok import cli
 from aligntok.__main__ import main
-from aligntok.cli import find_config
+from aligntok.layers import find_config
 from aligntok.schedule import value_at
 from aligntok.weights import load_tokenizer
 

@@ -170,3 +170,10 @@ def test_help_reads_like_a_manual(capsys):
 
 def test_no_verb(capsys):
     assert "fit" in fails(capsys)
+
+
+def test_a_layer_in_the_users_folder_does_not_replace_a_shipped_one(capsys, in_folder):
+    (in_folder / "base.yaml").write_text("trainer: {max_steps: 7}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "quickstart/encoder.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_epochs"] == -1

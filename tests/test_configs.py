@@ -13,8 +13,9 @@ import yaml
 from aligntok import cli
 from aligntok.__main__ import main
 from aligntok.callbacks import GenerationQuality, LatentWriter, SampleGrid
-from aligntok.cli import expand_layers, find_config, shipped_configs
+from aligntok.cli import expand_layers
 from aligntok.data import Shapes
+from aligntok.layers import find_config, shipped_configs
 from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 

@@ -1,0 +1,131 @@
+"""Configs as layers of YAML: found by name, merged, later ones win. Imports no torch and no Lightning.
+
+A config is a file, or the name of a shipped one such as ``stage1.yaml``. Its key ``layers:`` names configs that come
+before it. Mappings merge deeply; everything else (numbers, texts, lists, and schedules, mappings whose keys are numbers)
+is replaced. A layer that names another ``class_path`` keeps the arguments that the new class takes too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import yaml
+
+from aligntok.errors import UserError
+
+Config = dict[str, Any]
+
+CONFIG_FOLDERS = (
+    Path(__file__).parent / "configs",
+    Path(__file__).parent.parent / "configs",
+)  # installed, or a checkout
+LAYERS = "layers"
+
+
+def read_configs(*names: str) -> Config:
+    """Return several configs as one, later ones over earlier ones.
+
+    Args:
+        names: Paths, or names of shipped configs.
+
+    Raises:
+        UserError: There is no such config, or it is no YAML.
+
+    Example:
+        >>> read_configs("size/dit_b.yaml", "size/dit_tiny.yaml")["model"]["init_args"]["network"]["init_args"]
+        {'width': 128, 'depth': 4, 'num_heads': 4}
+    """
+    config: Config = {}
+    for name in names:
+        config = merge(config, _read(find_config(name), ()))
+    return config
+
+
+def merge(below: Config, above: Mapping[str, Any]) -> Config:
+    """Return two layers as one, ``above`` over ``below``; neither is changed.
+
+    Example:
+        >>> merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}})
+        {'a': {'b': 1, 'c': [3]}}
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and "class_path" in old and isinstance(value, str):
+            value = {"class_path": value}  # a class by its name alone
+        if isinstance(old, dict) and isinstance(value, dict) and not _is_schedule(value):
+            if value.get("class_path", old.get("class_path")) != old.get("class_path") and "class_path" in old:
+                old = {**old, "init_args": _accepted(value["class_path"], old.get("init_args") or {})}
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _is_schedule(value: Mapping[Any, Any]) -> bool:
+    return bool(value) and not any(isinstance(key, str) for key in value)
+
+
+def _accepted(class_path: str, arguments: Config) -> Config:
+    """Return those of the arguments that a class, or function, of that path takes."""
+    target: Any = locate(class_path)
+    names: set[str] = set()
+    for part in inspect.getmro(target) if inspect.isclass(target) else [target] if target else []:
+        call = part.__init__ if inspect.isclass(part) else part
+        parameters = inspect.signature(call).parameters.values()
+        names.update(parameter.name for parameter in parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break  # nothing is handed on to a parent
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> Config:
+    """Return a file and the layers that it names as one config; ``above`` are the files that lead to it."""
+    path = path.resolve()
+    if path in above:
+        raise UserError(f"--config {path}: its layers lead back to itself")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} is empty or no mapping of keys to values")
+    config: Config = {}
+    shipped = is_shipped(path)
+    for name in content.pop(LAYERS, None) or []:
+        config = merge(config, _read(find_config(str(name), shipped_first=shipped), (*above, path)))
+    return merge(config, content)
+
+
+def find_config(name: str, shipped_first: bool = False) -> Path:
+    """Return the path of a config.
+
+    Args:
+        name: A path, or the name of a shipped config.
+        shipped_first: Look among the shipped configs before the current folder, as shipped configs do for their layers.
+
+    Raises:
+        UserError: There is none; the message gives names that are near.
+    """
+    folders = [folder for folder in CONFIG_FOLDERS if folder.is_dir()]
+    for folder in [*folders, Path()] if shipped_first else [Path(), *folders]:
+        if (folder / name).is_file():
+            return folder / name
+    names = shipped_configs()
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
+    raise UserError(f"--config {name}: no such file here, and no shipped config. Near names: {', '.join(near)}")
+
+
+def is_shipped(path: Path) -> bool:
+    """Return whether a config is one of those that come with the package."""
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in CONFIG_FOLDERS)
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the shipped configs."""
+    folder = next(folder for folder in CONFIG_FOLDERS if folder.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
