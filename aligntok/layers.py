@@ -1,8 +1,8 @@
 """Configs as layers of YAML: found by name, merged, later ones win. Imports no torch and no Lightning.
 
 A config is a file, or the name of a shipped one such as ``stage1.yaml``. Its key ``layers:`` names configs that come
-before it. Mappings merge deeply; everything else (numbers, texts, lists, and schedules, mappings whose keys are numbers)
-is replaced. A layer that names another ``class_path`` keeps the arguments that the new class takes too.
+before it. Mappings merge deeply; everything else is replaced: numbers, texts, lists, and schedules (mappings whose keys
+are numbers). A layer that names another ``class_path`` keeps the arguments that the new class takes too.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> Config:
         raise UserError(f"--config {path}: its layers lead back to itself")
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} is empty or no mapping of keys to values")

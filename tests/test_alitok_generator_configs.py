@@ -12,8 +12,8 @@ from aligntok import cli
 from aligntok.__main__ import main
 from aligntok.cache import Manifest
 from aligntok.callbacks import GenerationQuality, SampleGrid, TokenWriter
-from aligntok.layers import find_config
 from aligntok.data import TokenShards
+from aligntok.layers import find_config
 from aligntok.weights import load_tokenizer
 
 DEBUG = ("--config", "run/debug.yaml")
