@@ -1,0 +1,131 @@
+"""What stages and callbacks ask of a data module, as protocols, and the one place that looks whether it is there.
+
+``LatentDataModule`` offers all of them. A data module of your own needs those of the stage and the callbacks that you
+use; each of them says in its ``setup`` which methods are missing. Plain data loaders, without a data module, are enough
+for whatever asks for nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from aligntok.errors import UserError
+
+if TYPE_CHECKING:
+    from aligntok.networks.tokenizer import Tokenizer
+
+Batch = dict[str, Any]
+T = TypeVar("T")
+
+
+class HasCalibration(Protocol):
+    """Training images without augmentation, always the same: to measure latents and to fit the linear probe."""
+
+    def calibration_dataloader(self) -> Iterable[Batch]:
+        """Yield this rank's share of the images in batches with ``image``, ``label`` and ``id``."""
+
+
+class HasPreview(Protocol):
+    """A few validation images to look at."""
+
+    def preview(self, count: int) -> Tensor:
+        """Return up to ``count`` images (count, 3, H, W) in [0, 1]."""
+
+
+class HasReferenceImages(Protocol):
+    """Real images that samples are compared with."""
+
+    def reference_images(self, source: Any, image_size: tuple[int, int]) -> tuple[str, Iterator[Batch]]:
+        """Return a name of the set and its batches, each image once over all ranks; ``None`` means training images."""
+
+
+class HasFingerprint(Protocol):
+    """A name for the images of a split, so that what was measured on them can be kept."""
+
+    def fingerprint(self, split: str) -> str:
+        """Return a hash of the images of ``train``, ``val`` or ``test`` as evaluation sees them."""
+
+
+class HasNumImages(Protocol):
+    """How many images there are."""
+
+    def num_images(self, split: str) -> int:
+        """Return the number of images of a split."""
+
+
+class HasLabels(Protocol):
+    """Classes that can be compared with a network's before the first batch."""
+
+    def check_labels(self, num_classes: int, key: str) -> None:
+        """Raise a ``UserError`` where there are more classes than ``num_classes``, which the user knows as ``key``."""
+
+
+class HasCache(Protocol):
+    """Batches that may hold cached latents or tokens, and know which tokenizer wrote them."""
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether some of the batches hold cached latents or tokens."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether all batches hold images, be it beside cached latents."""
+
+    def check_latents(self, latent_shape: tuple[int, ...], tokenizer: Tokenizer | None, key: str) -> None:
+        """Raise a ``UserError`` where cached latents have another shape or were written by another tokenizer."""
+
+    def check_tokens(self, sizes: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+        """Raise a ``UserError`` where cached tokens have other sizes or were written by another tokenizer."""
+
+
+def data_of(trainer: Any) -> Any:
+    """Return the data module of a trainer, or ``None`` where it was given plain data loaders."""
+    return getattr(trainer, "datamodule", None)  # Lightning sets the attribute only where there is one
+
+
+def missing(data: Any, protocol: type) -> list[str]:
+    """Return the methods of a protocol that the data lacks, without calling any of them."""
+    names = [name for name in vars(protocol) if not name.startswith("_")]
+    return [name for name in names if inspect.getattr_static(data, name, None) is None]
+
+
+def needed_data(trainer: Any, protocol: type[T], who: str, remedy: str) -> T:
+    """Return the data module, which must offer a protocol; call this in ``setup``.
+
+    Args:
+        trainer: Of the run.
+        protocol: What is asked for.
+        who: Class that asks, for the message.
+        remedy: What to do instead of adding the methods, for the message.
+
+    Raises:
+        UserError: There is no data module or some of the methods are missing; names them.
+    """
+    data = data_of(trainer)
+    lacking = missing(data, protocol)
+    if lacking:
+        where = "a data module" if data is None else f"the data module {type(data).__name__}"
+        raise UserError(f"{who} needs {where} with {' and '.join(f'{name}()' for name in lacking)}; or {remedy}")
+    return data  # type: ignore[no-any-return]
+
+
+def offered_data(trainer: Any, protocol: type[T]) -> T | None:
+    """Return the data module if it offers a protocol, or ``None`` if it has none of its methods.
+
+    Raises:
+        UserError: It has some of the methods but not all; names those that are missing.
+    """
+    data = data_of(trainer)
+    lacking = missing(data, protocol)
+    if not lacking:
+        return data  # type: ignore[no-any-return]
+    if len(lacking) < len([name for name in vars(protocol) if not name.startswith("_")]):
+        raise UserError(
+            f"the data module {type(data).__name__} has some methods of aligntok.protocols.{protocol.__name__}, but not"
+            f" {', '.join(lacking)}: add these"
+        )
+    return None
