@@ -87,6 +87,12 @@ class RunCLI(LightningCLI):
             default=None,
             help="Checkpoint of the previous stage, whose weights this stage starts from (its EMA, where it kept one).",
         )
+        parser.add_argument(
+            "--ema",
+            type=float | None,
+            default=None,
+            help="Decay of the average to measure, of those that the run kept; 0: the raw weights. Not in fit.",
+        )
         parser.link_arguments("output", "trainer.default_root_dir")
 
     def _parse_ckpt_path(self) -> None:
@@ -126,8 +132,10 @@ class RunCLI(LightningCLI):
         if starts and getattr(stage, "needs_previous", False):
             wanted = " or ".join(stage.previous_stages)
             raise UserError(f"{stage.__name__} starts from {wanted}: add --init_from CHECKPOINT of that stage")
+        if config.ema is not None and self.subcommand == "fit":
+            raise UserError("--ema is of validate, test and predict: fit goes on with all weights that the run kept")
         if config.get("ckpt_path"):
-            read_checkpoint(config.ckpt_path)
+            read_checkpoint(config.ckpt_path, ema=config.ema)  # names what is wrong with it before anything is built
         elif self.subcommand != "fit" and not config.init_from:
             raise UserError(f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT")
 
@@ -141,7 +149,9 @@ class RunCLI(LightningCLI):
             loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output, name="", version="")]
         if config.logger not in (None, True):
             loggers = config.logger
-        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], logger=loggers, **kwargs)
+        return super().instantiate_trainer(
+            plugins=[*plugins, AtomicCheckpointIO(self._get(self.config, "ema"))], logger=loggers, **kwargs
+        )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
         """Add the bar, the record, and checkpoints where the config names none."""
@@ -230,7 +240,7 @@ def expand_layers(name: str, known_keys: set[str], shipped_first: bool = False) 
     if not isinstance(content, dict):
         raise UserError(f"--config {path} is empty or no mapping of keys to values")
     layers = content.pop(LAYERS, [])
-    foreign = {"init_from", "ckpt_path", "weights_only", "verbose", "return_predictions"} - known_keys
+    foreign = {"init_from", "ckpt_path", "ema", "weights_only", "verbose", "return_predictions"} - known_keys
     own = {key: value for key, value in content.items() if key not in foreign}
     expanded = [config for layer in layers for config in expand_layers(layer, known_keys, is_shipped(path))]
     if not layers and own == content:

@@ -174,12 +174,12 @@ class EitherEMA(EMA):
         self.seconds = clock() - began
 
     @torch.no_grad()
-    def average(self, averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
+    def average(self, averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
         if not self.one_by_one:
-            super().average(averages, weights, count)
+            super().average(averages, weights, decay)
             return
         for average, weight in zip(averages, weights, strict=True):
-            average.mul_(self.decay).add_(weight, alpha=1 - self.decay)
+            average.mul_(decay).add_(weight, alpha=1 - decay)
 
 
 class Watch(pl.Callback):

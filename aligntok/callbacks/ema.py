@@ -6,48 +6,159 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from aligntok.errors import UserError
 
 WARMUP = 10  # decay (1 + n) / (10 + n) at the n-th average, until it exceeds `decay`: TensorFlow's rule for its EMA
 
 
-class EMA(WeightAveraging):
-    """Lightning's weight averaging as an EMA with a warm-up, with buffers copied instead of averaged.
+class EMA(pl.Callback):
+    """Averages the trained weights after each optimizer step; validation uses the average.
 
-    A checkpoint's ``state_dict`` is the average, the raw weights are under ``current_model_state``; validation uses the
-    average. The warm-up makes one ``decay`` right for short and long runs. Buffers that a stage measures before its
-    first step (the latent's statistics) are taken over as they are. The average lives on the device of the model.
+    Only parameters that are trained are averaged; buffers and frozen parameters are those of the model. A checkpoint's
+    ``state_dict`` is the average, with everything else of the model; the raw trained weights are under
+    ``current_model_state``. Thanks to the warm-up one ``decay`` is right for short and long runs.
+
+    >>> from aligntok.callbacks import EMA
+    >>> EMA(0.999).decay_after(5), EMA(0.999).decay_after(100_000)
+    (0.4, 0.999)
 
     Args:
-        decay: Share of the old average that stays at each step, in [0, 1).
+        decay: Share of the old average that stays at each step, in [0, 1); or several, for several averages. The first
+            is the one that validation and ``state_dict`` have; a checkpoint holds the others under ``averages``, and
+            ``load_tokenizer(path, ema=0.9999)`` or ``--ema 0.9999`` picks one of them.
+
+    Raises:
+        UserError: No decay, one twice, or one that is not in [0, 1).
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
-        self.decay = decay
-        super().__init__(use_buffers=False, multi_avg_fn=self.average)
+    def __init__(self, decay: float | list[float] = 0.999) -> None:
+        self.decays = list(decay) if isinstance(decay, (list, tuple)) else [decay]
+        if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 <= d < 1 for d in self.decays):
+            raise UserError(f"EMA: decay {decay}, give a number in [0, 1), or a list of different ones")
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all averages."""
+        self.weights: dict[str, nn.Parameter] = {}
+        self.averages: list[dict[str, Tensor]] = []  # one per decay
+        self.loaded: tuple[list[dict[str, Tensor]], int] | None = None  # averages and number of updates
+        self.updates = 0
+        self.last_step = 0
+        self.in_use = False  # whether the first average is in the model, and the raw weights are in its place
+
+    # The average
+
+    def decay_after(self, updates: int, decay: float | None = None) -> float:
+        """Return the decay of the next update: the warm-up's, until it exceeds the given one (by default the first)."""
+        return min(self.decays[0] if decay is None else decay, (1 + updates) / (WARMUP + updates))
 
     @torch.no_grad()
-    def average(self, averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
-        """Move the averages towards the weights, in place."""
-        decay = min(self.decay, (1 + int(count)) / (WARMUP + int(count)))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+    def update(self) -> None:
+        """Move all averages towards the weights, in place; the first update copies them."""
+        weights: Any = list(self.weights.values())
+        for decay, average in zip(self.decays, self.averages, strict=True):
+            decay_now = self.decay_after(self.updates, decay) if self.updates else 0.0
+            self.average(list(average.values()), weights, decay_now)
+        self.updates += 1
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over what the stage measured after this callback made its copy."""
-        self.on_train_start(trainer, pl_module)
+    def average(self, averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
+        """Set each average to ``decay * average + (1 - decay) * weight``."""
+        get_ema_multi_avg_fn(decay)(averages, weights, 0)  # type: ignore[no-untyped-call]  # torch's is untyped
+
+    def exchange(self) -> None:
+        """Exchange the values of the model's parameters and of the first average; a second call undoes it."""
+        self.in_use = not self.in_use
+        for name, parameter in self.weights.items():
+            parameter.data, self.averages[0][name] = self.averages[0][name], parameter.data
+
+    # Training and validation
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew."""
+        self.forget()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy what is trained, now that its dtype and device are final."""
+        self.weights = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.averages = [{name: p.detach().clone() for name, p in self.weights.items()} for _ in self.decays]
+        self.restore()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over what the stage measured after this callback made its copy."""
-        assert self._average_model is not None
-        self._average_model.to(pl_module.device)
-        if trainer.global_step == 0:
-            for average, current in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
-                average.copy_(current)
+        """Note where the run begins."""
+        self.last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Update the averages when an optimizer step is complete."""
+        if trainer.global_step > self.last_step:
+            self.last_step = trainer.global_step
+            self.update()
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the average."""
+        self.exchange_in_fit()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the raw weights."""
+        self.exchange_in_fit()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the average in the model."""
+        self.exchange_in_fit()
+
+    def exchange_in_fit(self) -> None:
+        """Exchange, where there is an average: in ``validate`` the checkpoint's is in the model already."""
+        if self.averages:
+            self.exchange()
+
+    # Checkpoints
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the first average as ``state_dict``, and beside it what differs from it."""
+        if not self.averages:
+            return
+        states = [checkpoint["state_dict"]]
+        self.exchange()
+        states.append(pl_module.state_dict())
+        self.exchange()
+        average, raw = states if self.in_use else reversed(states)
+        checkpoint["state_dict"] = average
+        checkpoint["current_model_state"] = {name: raw[name] for name in self.weights}
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.updates), "decays": self.decays}
+        others = zip(self.decays[1:], self.averages[1:], strict=True)
+        checkpoint["averages"] = {str(decay): average for decay, average in others}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the average in training; elsewhere ``state_dict`` already is the average."""
-        if self._average_model is not None:
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        """Restore raw weights and averages in training; elsewhere ``state_dict`` is what is wanted.
+
+        A decay that the checkpoint does not have goes on from its first average.
+        """
+        if trainer.state.fn != "fit":
+            return
+        if "averaging_state" not in checkpoint:
+            rank_zero_warn("EMA: the checkpoint has no average, it begins with the weights of the checkpoint")
+            return
+        average = checkpoint["state_dict"]
+        pl_module.load_state_dict(average | checkpoint["current_model_state"])
+        others = checkpoint.get("averages", {})
+        states = [average, *(others.get(str(decay), average) for decay in self.decays[1:])]
+        self.loaded = states, int(checkpoint["averaging_state"]["n_averaged"])
+        self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Take what was loaded once there is something to copy it into: which comes first depends on the strategy."""
+        if self.loaded is None or not self.averages:
+            return
+        states, self.updates = self.loaded
+        self.loaded = None
+        for average, state in zip(self.averages, states, strict=True):
+            for name, value in average.items():
+                value.copy_(state[name])

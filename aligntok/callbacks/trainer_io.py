@@ -16,7 +16,15 @@ from aligntok.weights.checkpoint import read_checkpoint, write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames; reads tensors and plain values only."""
+    """Writes beside the target, syncs, renames; reads tensors and plain values only.
+
+    Args:
+        ema: Decay of the average that becomes the weights when a checkpoint is read, see ``read_checkpoint``.
+    """
+
+    def __init__(self, ema: float | None = None) -> None:
+        super().__init__()
+        self.ema = ema
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint; a full disk leaves the old one untouched."""
@@ -24,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; whatever ``weights_only`` says, no code is run."""
-        checkpoint = read_checkpoint(path, map_location)
+        checkpoint = read_checkpoint(path, map_location, self.ema)
         checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)  # an exported one knows none
         return checkpoint
 

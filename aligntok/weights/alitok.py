@@ -56,7 +56,7 @@ def load_alitok(path: str | Path) -> Tokenizer:
     Raises:
         UserError: There is no such file, it is no AliTok tokenizer, or it holds pickled code.
     """
-    return tokenizer_from_alitok(weights_in(read_file(path, mmap=True)), str(path))
+    return tokenizer_from_alitok(weights_in(read_file(path)), str(path))
 
 
 def is_alitok(path: str | Path) -> bool:
@@ -65,7 +65,7 @@ def is_alitok(path: str | Path) -> bool:
     Raises:
         UserError: There is no such file, it is no checkpoint, or it holds pickled code.
     """
-    return weights_in(read_file(path, mmap=True)).keys() >= {QUERIES, CODES}
+    return weights_in(read_file(path)).keys() >= {QUERIES, CODES}
 
 
 def tokenizer_from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> Tokenizer:

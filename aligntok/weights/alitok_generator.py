@@ -34,7 +34,7 @@ def load_alitok_generator(path: str | Path) -> AutoregressiveTransformer:
     Raises:
         UserError: There is no such file, it is no AliTok generator, or it holds pickled code.
     """
-    return network_from_alitok(weights_in(read_file(path, mmap=True)), str(path))
+    return network_from_alitok(weights_in(read_file(path)), str(path))
 
 
 def is_alitok_generator(path: str | Path) -> bool:
@@ -43,7 +43,7 @@ def is_alitok_generator(path: str | Path) -> bool:
     Raises:
         UserError: There is no such file, it is no checkpoint, or it holds pickled code.
     """
-    return weights_in(read_file(path, mmap=True)).keys() >= {"embeddings.weight", "output.weight"}
+    return weights_in(read_file(path)).keys() >= {"embeddings.weight", "output.weight"}
 
 
 def network_from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> AutoregressiveTransformer:

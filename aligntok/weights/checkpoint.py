@@ -23,28 +23,54 @@ STAGE_KEY = "aligntok_stage"
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", ema: float | None = None) -> dict[str, Any]:
     """Load a training checkpoint, or an exported one (``.safetensors``), with tensors and plain values only.
-
-    Raises:
-        UserError: There is no such file, it is no checkpoint, or it holds pickled code.
-    """
-    if Path(path).suffix == SUFFIX:
-        state, stage, parts = read_exported(Path(path), map_location)
-        return {"state_dict": state, STAGE_KEY: stage, "hyper_parameters": parts}
-    checkpoint = read_file(path, map_location)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is no training checkpoint: it has no state_dict")
-    return cast(dict[str, Any], checkpoint)
-
-
-def read_file(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Load what ``torch.save`` wrote, tensors and plain values only.
 
     Args:
         path: The file.
         map_location: Where the tensors go.
-        mmap: Read a tensor's numbers from the file when they are used: what is not used costs no memory.
+        ema: Which weights become ``state_dict``: the average of this decay, or 0 for the raw weights. By default the
+            average of the run's first decay, or the raw weights of a run without one.
+
+    Raises:
+        UserError: There is no such file, it is no checkpoint, it holds pickled code, or no average of this decay.
+    """
+    if Path(path).suffix == SUFFIX:
+        state, stage, parts = read_exported(Path(path), map_location)
+        checkpoint: Any = {"state_dict": state, STAGE_KEY: stage, "hyper_parameters": parts}
+    else:
+        checkpoint = read_file(path, map_location)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is no training checkpoint: it has no state_dict")
+    return checkpoint if ema is None else checkpoint | {"state_dict": average_of(checkpoint, ema, path)}
+
+
+def average_of(checkpoint: dict[str, Any], ema: float, path: str | Path) -> dict[str, Tensor]:
+    """Return the state dict with the average of decay ``ema``; 0 means the raw weights.
+
+    Raises:
+        UserError: The checkpoint holds no such average.
+    """
+    state: dict[str, Tensor] = dict(checkpoint["state_dict"])
+    raw: dict[str, Tensor] = checkpoint.get("current_model_state", {})
+    others: dict[str, dict[str, Tensor]] = checkpoint.get("averages", {})
+    decays = checkpoint.get("averaging_state", {}).get("decays", [])  # Lightning's own averaging does not tell them
+    if ema == 0:
+        return state | raw
+    if ema not in decays:
+        held = ", ".join(str(decay) for decay in decays) or "no average whose decay it names"
+        raise UserError(f"{path} has no average of decay {ema}; it has {held}; 0 means the raw weights")
+    return state | others.get(str(ema), {})
+
+
+def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
+    """Load what ``torch.save`` wrote, tensors and plain values only.
+
+    A tensor's numbers are read from the file when they are used: what is not used costs neither time nor memory.
+
+    Args:
+        path: The file.
+        map_location: Where the tensors go.
 
     Raises:
         UserError: There is no such file, torch cannot read it, or it holds pickled code.
@@ -57,7 +83,7 @@ def read_file(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it holds more than tensors and plain values, and loading it would run code. If you"
@@ -139,18 +165,19 @@ def check_fits(ours: dict[str, Tensor], state: dict[str, Tensor], what: str, rem
         raise UserError(f"{what} does not fit this network: {'; '.join(problems[:2])}{more}. {remedy}")
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, ema: float | None = None) -> Tokenizer:
     """Rebuild the tokenizer of a checkpoint, with its EMA weights where the run kept an EMA, in eval mode.
 
     Needs neither the YAML of the run nor the encoder's own file, and runs no Lightning.
 
     Args:
         path: A checkpoint that ``aligntok fit`` wrote.
+        ema: Decay of the average to take, 0 for the raw weights; by default the first average.
 
     Raises:
-        UserError: The file is no such checkpoint.
+        UserError: The file is no such checkpoint, or has no such average.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, ema=ema)
     recipe = recipe_of(checkpoint, "tokenizer", path)
     if "encoder" not in recipe["init_args"]:  # a generator's checkpoint: it names the tokenizer's
         return build(recipe, Tokenizer)
@@ -159,16 +186,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer.eval()
 
 
-def load_network(path: str | Path) -> DiT:
+def load_network(path: str | Path, ema: float | None = None) -> DiT:
     """Rebuild the network of a generator's checkpoint, with its EMA weights where the run kept an EMA, in eval mode.
 
     Args:
         path: A checkpoint that ``aligntok fit`` wrote.
+        ema: Decay of the average to take, 0 for the raw weights; by default the first average.
 
     Raises:
-        UserError: The file is no such checkpoint.
+        UserError: The file is no such checkpoint, or has no such average.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, ema=ema)
     network = build(recipe_of(checkpoint, "network", path), DiT)
     load_strictly(network, part_of(checkpoint["state_dict"], "network"), str(path))
     return network.eval()

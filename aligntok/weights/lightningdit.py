@@ -42,7 +42,7 @@ def load_lightningdit(path: str | Path, network: DiT) -> None:
     Raises:
         UserError: There is no such file, it is no checkpoint of LightningDiT or holds pickled code, or it does not fit.
     """
-    network.load_state_dict(lightningdit_state(_weights(read_file(path, mmap=True)), network, str(path)))
+    network.load_state_dict(lightningdit_state(_weights(read_file(path)), network, str(path)))
 
 
 def is_lightningdit(path: str | Path) -> bool:
@@ -51,7 +51,7 @@ def is_lightningdit(path: str | Path) -> bool:
     Raises:
         UserError: There is no such file, it is no checkpoint, or it holds pickled code.
     """
-    return PATCHES in _weights(read_file(path, mmap=True))
+    return PATCHES in _weights(read_file(path))
 
 
 def lightningdit_state(state: dict[str, Tensor], network: DiT, what: str = "the state dict") -> dict[str, Tensor]:

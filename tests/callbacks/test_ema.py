@@ -1,13 +1,18 @@
 """The average of the weights: what validation sees and a checkpoint's state_dict holds."""
 
+import threading
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 
 from aligntok.callbacks import EMA, SaveCheckpoint
-from aligntok.networks import VisionEncoder
+from aligntok.errors import UserError
 from aligntok.stages import DecoderRefinement, LatentAlignment, PerceptualAlignment
+from aligntok.weights import read_checkpoint
 
+LAST = "tokenizer.decoder.conv_out.weight"
 DECAY = 0.3  # reached within the few steps of a test
 
 
@@ -58,10 +63,9 @@ def test_statistics_measured_before_the_first_step_are_in_the_average(tiny, tmp_
     trainer.fit(stage, datamodule=tiny.data())
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     latent = stage.tokenizer.adapter(stage.tokenizer.encoder(torch.cat([b["image"] for b in tiny_batches(tiny)])))
-    for state in ("state_dict", "current_model_state"):
-        mean, std = (checkpoint[state][f"tokenizer.latent_{key}"].flatten() for key in ("mean", "std"))
-        torch.testing.assert_close(mean, latent.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(std, latent.transpose(0, 1).flatten(1).std(1), rtol=1e-4, atol=1e-5)
+    mean, std = (checkpoint["state_dict"][f"tokenizer.latent_{key}"].flatten() for key in ("mean", "std"))
+    torch.testing.assert_close(mean, latent.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std, latent.transpose(0, 1).flatten(1).std(1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_validation_before_the_first_step_has_the_measured_statistics(tiny, tmp_path):
@@ -84,37 +88,125 @@ def tiny_batches(tiny):
     return list(data.calibration_dataloader())
 
 
-def test_what_is_frozen_does_not_drift_by_rounding(tiny, tmp_path):
-    """0.999 w + 0.001 w is not w in floats: over a long run a frozen encoder and the shared anchor would wander off."""
-    stage = tiny.stage(PerceptualAlignment, perceptual=tiny.judge(), learning_rate=0.0)
+def fitted(tiny, folder, stage, callback, steps=3, **options):
+    """Train some steps and return the checkpoint that is saved after them."""
+    trainer = tiny.trainer(folder, steps, [callback, SaveCheckpoint(1)], **options)
+    trainer.fit(stage, datamodule=tiny.data())
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+def test_what_is_frozen_is_not_averaged_and_saved_once(tiny, tmp_path):
+    """0.999 w + 0.001 w is not w in floats: over a long run a frozen encoder would wander off."""
+    stage = tiny.stage(DecoderRefinement, perceptual=tiny.judge(), learning_rate=1e-2)
     start = tiny.copies(stage)
     callback = EMA(0.999)
-    callback.setup(tiny.trainer(tmp_path, 1), stage, "fit")
-    for _ in range(50):
-        callback._average_model.update_parameters(stage)
-    for module in (stage, callback._average_model.module):
-        assert all(torch.equal(value, start[name]) for name, value in tiny.copies(module).items())
+    checkpoint = fitted(tiny, tmp_path, stage, callback)
+    assert {name.split(".")[1] for name in callback.averages[0]} == {"decoder"}
+    assert checkpoint["current_model_state"].keys() == callback.averages[0].keys()
+    assert checkpoint["state_dict"].keys() == stage.state_dict().keys()
+    encoder = [name for name in checkpoint["state_dict"] if ".encoder." in name]
+    assert encoder
+    assert all(torch.equal(checkpoint["state_dict"][name], start[name]) for name in encoder)
 
 
-def test_buffers_are_copied_not_averaged(tmp_path, tiny):
-    encoder = VisionEncoder("resnet10t", 16, 8, weights=None)  # batch norm: running statistics, and a count
+def test_buffers_are_taken_over(tmp_path, tiny):
     stage = tiny.stage(LatentAlignment)
-    stage.extra = encoder
-    callback = EMA(0.5)
-    callback.setup(tiny.trainer(tmp_path, 1), stage, "fit")
-    encoder.train()
-    for _ in range(3):
-        encoder(tiny.images(4))
-        callback._average_model.update_parameters(stage)
-    for name, value in callback._average_model.module.extra.named_buffers():
-        assert torch.equal(value, dict(encoder.named_buffers())[name]), name
+    stage.extra = torch.nn.BatchNorm1d(3)  # running statistics, and a count
+    stage.on_after_backward = lambda: stage.extra(torch.rand(4, 3))
+    checkpoint = fitted(tiny, tmp_path, stage, EMA(0.5))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(checkpoint["state_dict"][f"extra.{name}"], getattr(stage.extra, name))
+    assert stage.extra.num_batches_tracked >= 2
 
 
-def test_an_average_of_another_network_shares_what_never_changes(tiny, tmp_path):
-    stage = tiny.stage(PerceptualAlignment, perceptual=tiny.judge())
-    callback = EMA()
-    callback.setup(tiny.trainer(tmp_path, 1), stage, "fit")
-    average = callback._average_model.module
-    assert average.anchor is stage.anchor
-    assert average.perceptual.judge is stage.perceptual.judge
-    assert average.tokenizer is not stage.tokenizer
+def test_twenty_steps_equal_lightnings_averaging_bit_for_bit(tiny, tmp_path):
+    """The averages of the class that this one replaces; the warm-up ends within them."""
+
+    class Former(WeightAveraging):
+        def __init__(self):
+            super().__init__(use_buffers=False, multi_avg_fn=self.average)
+
+        @torch.no_grad()
+        def average(self, averages, weights, count):
+            decay = min(0.5, (1 + int(count)) / (10 + int(count)))
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    former, ours = Former(), EMA(0.5)
+    stage = tiny.stage(LatentAlignment, adversarial=tiny.gan(weight=0.5, norm="batch"), learning_rate=1e-2)
+    checkpoint = fitted(tiny, tmp_path, stage, ours, 20, **{"enable_progress_bar": False})
+    again = tiny.stage(LatentAlignment, adversarial=tiny.gan(weight=0.5, norm="batch"), learning_rate=1e-2)
+    theirs = fitted(tiny, tmp_path / "former", again, former, 20)
+    tiny.assert_same(dict(checkpoint["state_dict"]), dict(theirs["state_dict"]))
+    raw = dict(checkpoint["state_dict"]) | checkpoint["current_model_state"]
+    tiny.assert_same(raw, dict(theirs["current_model_state"]))
+    assert int(checkpoint["averaging_state"]["n_averaged"]) == int(theirs["averaging_state"]["n_averaged"]) == 20
+
+
+@pytest.mark.parametrize("decay", [0.5, [0.5, 0.9]])
+def test_a_checkpoint_of_lightnings_averaging_goes_on(tiny, tmp_path, decay):
+    """Files that earlier versions wrote: all raw weights under `current_model_state`, no decays."""
+
+    def fit(folder, steps, ckpt_path=None, seed=0):
+        trainer = tiny.trainer(tmp_path / folder, steps, [EMA(decay), SaveCheckpoint(1)])
+        trainer.fit(tiny.stage(LatentAlignment, seed), datamodule=tiny.data(), ckpt_path=ckpt_path)
+        return torch.load(tmp_path / folder / "checkpoints/last.ckpt", weights_only=True)
+
+    straight, old = fit("straight", 6), fit("cut", 3)
+    old["current_model_state"] = old["state_dict"] | old["current_model_state"]
+    del old["averaging_state"]["decays"], old["averages"]
+    torch.save(old, tmp_path / "old.ckpt")
+    resumed = fit("resumed", 6, tmp_path / "old.ckpt", seed=1)
+    for key in ("state_dict", "current_model_state", "optimizer_states"):
+        tiny.assert_same(resumed[key], straight[key], key)
+    with pytest.raises(UserError, match=r"old\.ckpt has no average of decay 0\.5; it has no average whose decay"):
+        read_checkpoint(tmp_path / "old.ckpt", ema=0.5)
+    assert torch.equal(
+        read_checkpoint(tmp_path / "old.ckpt", ema=0)["state_dict"]["tokenizer.decoder.conv_out.weight"],
+        old["current_model_state"]["tokenizer.decoder.conv_out.weight"],
+    )
+
+
+def test_several_decays_at_once(tiny, tmp_path):
+    alone = {}
+    for decay in (0.3, 0.9):
+        stage = tiny.stage(LatentAlignment, learning_rate=1e-2)
+        alone[decay] = fitted(tiny, tmp_path / str(decay), stage, EMA(decay), 15)
+    stage = tiny.stage(LatentAlignment, learning_rate=1e-2)
+    fitted(tiny, tmp_path, stage, EMA([0.9, 0.3]), 7)
+    stage = tiny.stage(LatentAlignment, seed=1, learning_rate=1e-2)  # resumed: both go on
+    path = tmp_path / "checkpoints/last.ckpt"
+    trainer = tiny.trainer(tmp_path, 15, [EMA([0.9, 0.3]), SaveCheckpoint(1)])
+    trainer.fit(stage, datamodule=tiny.data(), ckpt_path=path)
+    for decay in (0.3, 0.9):
+        tiny.assert_same(read_checkpoint(path, ema=decay)["state_dict"], dict(alone[decay]["state_dict"]), str(decay))
+    assert torch.equal(read_checkpoint(path)["state_dict"][LAST], alone[0.9]["state_dict"][LAST])
+    assert torch.equal(read_checkpoint(path, ema=0)["state_dict"][LAST], alone[0.3]["current_model_state"][LAST])
+    with pytest.raises(
+        UserError, match=r"last\.ckpt has no average of decay 0\.999; it has 0\.9, 0\.3; 0 means the raw"
+    ):
+        read_checkpoint(path, ema=0.999)
+
+
+def test_a_checkpoint_saved_after_the_run_holds_both(tiny, tmp_path):
+    stage = tiny.stage(LatentAlignment, learning_rate=1e-2)
+    trainer = tiny.trainer(tmp_path, 3, [EMA(0.5), SaveCheckpoint(1)])
+    trainer.fit(stage, datamodule=tiny.data())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    states = [
+        torch.load(path, weights_only=True) for path in (tmp_path / "after.ckpt", tmp_path / "checkpoints/last.ckpt")
+    ]
+    for key in ("state_dict", "current_model_state"):
+        tiny.assert_same(states[0][key], states[1][key], key)
+
+
+def test_the_stage_is_not_copied(tiny, tmp_path):
+    """What the command line builds holds, by its optimizer, the trainer and the launcher's processes and locks."""
+    stage = tiny.stage(LatentAlignment)
+    stage.lock = threading.Lock()
+    fitted(tiny, tmp_path, stage, EMA(0.5))
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, [], [0.9, 0.9]])
+def test_decays_that_make_no_sense(decay):
+    with pytest.raises(UserError, match="EMA: decay"):
+        EMA(decay)

@@ -198,10 +198,15 @@ def command_line(folder, stage, encoder, width, *more):
 
 
 @pytest.mark.parametrize(("encoder", "width"), [(SMALL, 16), (LITE0, 40)])
-def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, encoder, width):
+def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys, encoder, width):
     monkeypatch.chdir(tmp_path)
     one = command_line(tmp_path / "one", "latent_alignment", encoder, width)
     two = command_line(tmp_path / "two", "perceptual_alignment", encoder, width, "--init_from", str(one))
+    validate = ["validate", "--config", str(tmp_path / "two/small.yaml"), "--ckpt_path", str(two), "--output", "two"]
+    capsys.readouterr()
+    assert main([*validate, "--ema", "0.5"]) == 2
+    assert "last.ckpt has no average of decay 0.5; it has 0.999; 0 means the raw weights" in capsys.readouterr().err
+    assert main([*validate, "--ema", "0"]) == 0
     for folder in ("one", "two"):
         (tmp_path / folder / "small.yaml").unlink()
         (tmp_path / folder / "config.yaml").unlink()
@@ -210,8 +215,12 @@ def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, encode
     state = torch.load(two, weights_only=True)
     average = {key: value for key, value in state["state_dict"].items() if key.startswith("tokenizer.")}
     assert all_equal({f"tokenizer.{key}": value for key, value in tokenizer.state_dict().items()}, average)
-    raw = state["current_model_state"]
+    raw = state["state_dict"] | state["current_model_state"]
     assert not all_equal(average, {key: raw[key] for key in average})
+    unaveraged = load_tokenizer(two, ema=0).state_dict()
+    assert all_equal(
+        {f"tokenizer.{key}": value for key, value in unaveraged.items()}, {key: raw[key] for key in average}
+    )
     assert not torch.equal(tokenizer.latent_std, torch.ones(4, 1, 1))
     assert tokenizer.spec.latent_shape == (4, 4, 4)
     assert tokenizer.fingerprint() == load_tokenizer(two).fingerprint() != load_tokenizer(one).fingerprint()
