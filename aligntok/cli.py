@@ -23,9 +23,10 @@ from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
 from aligntok.data import LatentDataModule
 from aligntok.errors import UserError
+from aligntok.files import write_text
 from aligntok.layers import LAYERS, find_config, is_shipped
 from aligntok.stages import Stage
-from aligntok.weights.checkpoint import read_checkpoint, write_text
+from aligntok.weights.checkpoint import read_checkpoint
 
 DESCRIPTION = """\
 Train image tokenizers from pretrained vision encoders, and generators on their latents.

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from aligntok.data.stored import Images, StoredFile, open_images
 from aligntok.errors import UserError
+from aligntok.files import write_text
 from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatures, Reference, find_protocol
 from aligntok.metrics.protocol import FREE, Protocol
 from aligntok.networks import VisionEncoder
 from aligntok.programs.parser import Parser
-from aligntok.weights.checkpoint import write_text
 
 DESCRIPTION = """\
 Measure images that are stored in an .npz (arr_0, uint8 of N x H x W x 3, as ADM's evaluator takes it) or in a folder.

@@ -11,12 +11,12 @@ import yaml
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
+from aligntok.files import write_atomically, write_text
 from aligntok.networks import AutoregressiveTransformer, LinearAdapter, QueryEncoder, TokenDecoder, Tokenizer
 from aligntok.networks import VectorQuantizer as Quantizer
 from aligntok.programs.parser import Parser
 from aligntok.weights.alitok import is_alitok, load_alitok
 from aligntok.weights.alitok_generator import is_alitok_generator, load_alitok_generator
-from aligntok.weights.checkpoint import write_atomically, write_text
 from aligntok.weights.exported import write_exported
 
 DESCRIPTION = """\

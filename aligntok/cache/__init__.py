@@ -1,6 +1,6 @@
 """The files of a cache: safetensors shards, and a manifest beside them."""
 
-from aligntok.cache.manifest import CROPS, Manifest, Record, hash_file, open_shards
+from aligntok.cache.manifest import CROPS, Manifest, Record, open_shards
 from aligntok.cache.shards import (
     LABELS,
     LATENT_LAYOUT,
@@ -29,7 +29,6 @@ __all__ = [
     "Rows",
     "Shard",
     "code_counts",
-    "hash_file",
     "latent_statistics",
     "open_shards",
     "shard_name",

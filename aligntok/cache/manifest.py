@@ -5,7 +5,6 @@ LightningDiT writes its folders without a manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from aligntok.cache.shards import LATENT_LAYOUT, MIRRORED, TOKEN_LAYOUT, Layout, Shard, numbered_shards
 from aligntok.errors import UserError
-from aligntok.weights.checkpoint import write_text
+from aligntok.files import write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -152,12 +151,3 @@ def open_shards(folder: Path, manifest: Manifest | None, layout: Layout) -> tupl
         else:
             problems[path.name] = f"{path} is altered: it holds {found}, not {expected}"
     return shards, problems
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,12 +16,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torchvision.utils import save_image
 
-from aligntok.cache import LABELS, Layout, Manifest, Record, Shard, hash_file, shard_name
+from aligntok.cache import LABELS, Layout, Manifest, Record, Shard, shard_name
 from aligntok.callbacks.blocks import Block, BlockWriter
 from aligntok.callbacks.grids import tiled
 from aligntok.errors import UserError
+from aligntok.files import hash_file, write_atomically, write_text
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.weights.checkpoint import write_atomically, write_text
 
 NUM_CHECKED = 16  # images of the self-check
 MAX_LOSS = 1.0  # dB that a cached code may lose against a fresh one ...

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
-from aligntok.weights.checkpoint import write_text
+from aligntok.files import write_text
 
 SMOOTHING = 0.98  # of the step time shown
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal

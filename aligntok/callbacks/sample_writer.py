@@ -16,8 +16,7 @@ from torch import Tensor
 
 from aligntok.callbacks.blocks import Block, BlockWriter
 from aligntok.errors import UserError
-from aligntok.networks.tokenizer import hash_tensors
-from aligntok.weights.checkpoint import write_atomically, write_text
+from aligntok.files import hash_tensors, write_atomically, write_text
 
 RECORD = "samples.json"
 

@@ -12,7 +12,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from aligntok.weights.checkpoint import read_checkpoint, write_atomically
+from aligntok.files import write_atomically
+from aligntok.weights.checkpoint import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

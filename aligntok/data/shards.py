@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligntok.cache import Layout, Manifest, Rows, Shard, hash_file, open_shards
+from aligntok.cache import Layout, Manifest, Rows, Shard, open_shards
 from aligntok.data.batches import Batch, BatchSource
 from aligntok.data.sources import Indices, Item
 from aligntok.errors import UserError
+from aligntok.files import hash_file
 from aligntok.networks.tokenizer import Tokenizer
 
 REPAIR = "`aligntok repair {folder}` encodes again what is broken, and only that"

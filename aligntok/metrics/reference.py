@@ -1,7 +1,5 @@
 """What images are compared with: statistics and features of a reference set, and the files that hold them."""
 
-import hashlib
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -12,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from aligntok.errors import UserError
+from aligntok.files import hash_file, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +49,8 @@ class FeatureStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; a reader sees the old file or the whole new one, never a part."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors, metadata = self._contents()
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(safetensors_bytes(tensors, metadata))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata), shared=True)
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors and the metadata of the file."""
@@ -177,11 +169,7 @@ class AdmFile:
     @property
     def source(self) -> str:
         """Name of the file and 16 digits of its SHA-256."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return f"{self.path.name} sha256:{digest.hexdigest()[:16]}"
+        return f"{self.path.name} sha256:{hash_file(self.path)[:16]}"
 
     @property
     def image_size(self) -> tuple[int, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
+from aligntok.files import hash_tensors
 from aligntok.networks.encoders import pair
 from aligntok.networks.quantizers import VectorQuantizer
 
@@ -172,13 +172,3 @@ class Tokenizer(nn.Module):
         if self.quantizer is not None:
             tensors["codebook"] = self.quantizer.codebook
         return hash_tensors(tensors, repr(self.spec))
-
-
-def hash_tensors(tensors: dict[str, Tensor], about: str = "") -> str:
-    """Return a hash of tensors with their names, and of what else is said ``about`` them."""
-    digest = hashlib.sha256(about.encode())
-    for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 
 from aligntok.decoding import TokenSampler
 from aligntok.errors import UserError
+from aligntok.files import write_text
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import Schedule
 from aligntok.stages.generator import GeneratorStage
-from aligntok.weights.checkpoint import write_text
 
 PER_POSITION = "accuracy_per_position.csv"
 SIZES = ("codebook_size", "grid", "num_prefix", "sequence_length")  # that tokenizer, cache and network share

@@ -11,10 +11,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aligntok.files import write_atomically
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.schedule import Schedule
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, recipe_of, write_atomically
+from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, recipe_of
 
 
 class EncoderPretraining(Stage):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
@@ -93,40 +90,6 @@ def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
         raise UserError(
             f"{path} is no checkpoint that torch can read ({' '.join(str(error).split())[:120]})"
         ) from error
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary file beside ``path`` and move it there when it is complete and on disk.
-
-    Raises:
-        UserError: The disk is full or not writable; what was at ``path`` before is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")  # one name: a killed process's rest is written over
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError in torch.save
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]});"
-            " what was there before is untouched. Free some space, then resume with --ckpt_path last"
-        ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text)
-
-    write_atomically(path, write)
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from aligntok.cache import Manifest, hash_file, shard_name
+from aligntok.cache import Manifest, shard_name
 from aligntok.callbacks import LatentWriter, ProgressBar
 from aligntok.data import LatentDataModule, LatentShards
 from aligntok.errors import UserError
+from aligntok.files import hash_file
 from aligntok.networks import Tokenizer
 from aligntok.stages import DecoderRefinement
 

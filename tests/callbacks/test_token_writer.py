@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from aligntok.cache import TOKEN_LAYOUT, Manifest, hash_file, shard_name
+from aligntok.cache import TOKEN_LAYOUT, Manifest, shard_name
 from aligntok.callbacks import LatentWriter, TokenWriter
 from aligntok.data import LatentDataModule, LatentShards, TokenShards
 from aligntok.data.images import center_crop
 from aligntok.errors import UserError
+from aligntok.files import hash_file
 from aligntok.networks import Tokenizer
 from aligntok.networks.quantizers import VectorQuantizer
 

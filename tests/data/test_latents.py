@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from aligntok.cache import Manifest, Record, hash_file, shard_name
+from aligntok.cache import Manifest, Record, shard_name
 from aligntok.data import BatchSource, LatentDataModule, LatentShards, Shapes
 from aligntok.data.batches import choices
 from aligntok.data.images import center_crop
 from aligntok.data.sampler import shuffled
 from aligntok.data.sources import crop_id
 from aligntok.errors import UserError
+from aligntok.files import hash_file
 from aligntok.networks import Tokenizer
 
 SHAPE = (3, 4, 2)  # not square

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from aligntok.cache import TOKEN_LAYOUT, Manifest, Record, hash_file, shard_name
+from aligntok.cache import TOKEN_LAYOUT, Manifest, Record, shard_name
 from aligntok.data import LatentDataModule, LatentShards, TokenShards
 from aligntok.data.batches import choices
 from aligntok.data.sampler import shuffled
 from aligntok.errors import UserError
+from aligntok.files import hash_file
 
 COUNTS = (7, 7, 7, 5)  # rows of the shards
 TOTAL, LENGTH, CODES = sum(COUNTS), 10, 40_000  # 2 prefix tokens and a grid of 4 x 2; beyond 15 bits

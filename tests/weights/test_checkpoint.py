@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 import yaml
-from safetensors import SafetensorError
 
 from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SaveCheckpoint
@@ -16,7 +15,6 @@ from aligntok.weights.checkpoint import (
     load_tokenizer,
     read_checkpoint,
     tokenizer_state,
-    write_atomically,
 )
 
 
@@ -129,46 +127,6 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path, tiny):
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists()  # the file would have run
-
-
-# write_atomically
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos"), SafetensorError("I/O")]
-)
-def test_a_failed_write_leaves_what_was_there(tmp_path, error):
-    path = tmp_path / "weights"
-    path.write_text("old")
-
-    def write(temporary):
-        temporary.write_text("half")
-        raise error
-
-    with pytest.raises(UserError, match=r"cannot write .*weights"):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
-
-
-def test_an_interrupted_write_leaves_what_was_there(tmp_path):
-    path = tmp_path / "weights"
-    path.write_text("old")
-
-    def write(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, write)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("weights", "old")]
-
-
-def test_a_complete_write_replaces(tmp_path):
-    path = tmp_path / "new folder" / "weights"
-    for text in ("one", "two"):
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-        assert path.read_text() == text
 
 
 # load_tokenizer

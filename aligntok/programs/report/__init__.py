@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from aligntok.errors import UserError
+from aligntok.files import write_text
 from aligntok.programs.parser import Parser
 from aligntok.programs.report.page import page
 from aligntok.programs.report.runs import find_runs
-from aligntok.weights.checkpoint import write_atomically
 
 __all__ = ["page", "report_command", "write_report"]
 
@@ -47,10 +47,5 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     path = Path(output) if output is not None else folder / "report.html"
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: name a file in it, such as {path / 'report.html'}")
-    text = page(folder, runs)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text(path, page(folder, runs))
     return path
