@@ -12,8 +12,7 @@ from typing import Any
 
 import lightning
 import lightning.pytorch as pl
-import yaml
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,7 +23,7 @@ from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
 from aligntok.data import LatentDataModule
 from aligntok.errors import UserError
 from aligntok.files import write_text
-from aligntok.layers import LAYERS, find_config, is_shipped
+from aligntok.layers import read_configs, to_text
 from aligntok.stages import Stage
 from aligntok.weights.checkpoint import read_checkpoint
 
@@ -53,29 +52,30 @@ VERBS = {
 }
 
 
+FOREIGN = {
+    "fit": ("verbose", "return_predictions"),
+    "validate": ("return_predictions",),
+    "test": ("return_predictions",),
+    "predict": ("verbose",),
+}
+
+
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
     """Keeps the lines of a description."""
-
-
-class ConfigLayers(ActionConfigFile):  # type: ignore[misc]  # jsonargparse's types are not read
-    """``--config``: a file here, else a shipped one; its ``layers:``, other configs, come before it."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Apply each layer in turn."""
-        for layer in expand_layers(values, {option.dest for option in parser._actions}):
-            self.apply_config(parser, cfg, self.dest, layer)
 
 
 class RunCLI(LightningCLI):
     """LightningCLI with an output folder, ``--init_from``, and nothing silent."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser, with our ``--config``."""
-        parser = self.parser_class(**{"dump_header": [f"aligntok, lightning=={lightning.__version__}"], **kwargs})
-        parser.add_argument(
-            "-c", "--config", action=ConfigLayers, help="A YAML file or the name of a shipped one; repeatable."
-        )
+        """Make the parser."""
+        parser = super().init_parser(**{"dump_header": [f"aligntok, lightning=={lightning.__version__}"], **kwargs})
+        parser.parser_mode = "omegaconf+"  # a value may be that of another key: ${data.image_size}
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, its configs merged into one."""
+        self.config = parser.parse_args(merge_layers(sys.argv[1:]))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what Lightning lacks."""
@@ -93,6 +93,12 @@ class RunCLI(LightningCLI):
             type=float | None,
             default=None,
             help="Decay of the average to measure, of those that the run kept; 0: the raw weights. Not in fit.",
+        )
+        parser.add_argument(
+            "--callbacks",
+            type=dict[str, Callback | None],
+            default={},
+            help="Callbacks by name; null removes one. In a list, without names: trainer.callbacks.",
         )
         parser.link_arguments("output", "trainer.default_root_dir")
 
@@ -141,32 +147,30 @@ class RunCLI(LightningCLI):
             raise UserError(f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Give the trainer our checkpoint writer and the loggers of the run's folder."""
-        config = self._get(self.config_init, "trainer")
-        output = self._get(self.config_init, "output")
-        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
-        loggers: list[Logger] | bool = False
-        if self.subcommand == "fit" and not config.fast_dev_run:
-            loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output, name="", version="")]
-        if config.logger not in (None, True):
-            loggers = config.logger
-        return super().instantiate_trainer(
-            plugins=[*plugins, AtomicCheckpointIO(self._get(self.config, "ema"))], logger=loggers, **kwargs
-        )
+        """Give the trainer the named callbacks, our checkpoint writer and the loggers of the run's folder.
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
-        """Add the bar, the record, and checkpoints where the config names none."""
-        given = config.get("callbacks") or []
+        Their order is of no meaning: Lightning calls those that write checkpoints last.
+        """
+        config = self.config_init[self.subcommand]
+        trainer, output = config.trainer, config.output
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        loggers: list[Logger] | bool = False
+        if self.subcommand == "fit" and not trainer.fast_dev_run:
+            loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output, name="", version="")]
+        if trainer.logger not in (None, True):
+            loggers = trainer.logger
+        listed = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        callbacks = [callback for callback in (*config.callbacks.values(), *listed) if callback is not None]
         if self.subcommand != "fit":  # nothing to save, no learning rate to watch
-            given = [c for c in given if not isinstance(c, (Checkpoint, LearningRateMonitor))]
-            config["enable_checkpointing"] = False
-        extra: list[Callback] = [RunRecord()]
-        if not any(isinstance(c, Checkpoint) for c in given) and config.get("enable_checkpointing") is not False:
-            extra.append(SaveCheckpoint())
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, TQDMProgressBar) for c in given):
-            extra.append(ProgressBar())
-        config["callbacks"] = [*given, *extra]
-        return super()._instantiate_trainer(config, callbacks)
+            callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, LearningRateMonitor))]
+            kwargs["enable_checkpointing"] = False
+        elif trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(SaveCheckpoint())
+        if trainer.enable_progress_bar is not False and not any(isinstance(c, TQDMProgressBar) for c in callbacks):
+            callbacks.append(ProgressBar())
+        return super().instantiate_trainer(
+            callbacks=[*callbacks, RunRecord()], plugins=[*plugins, AtomicCheckpointIO(config.ema)], logger=loggers, **kwargs
+        )
 
     def after_instantiate_classes(self) -> None:
         """Take the previous stage's weights."""
@@ -225,30 +229,6 @@ def cause_of_user(error: BaseException | None) -> UserError | None:
     return error
 
 
-def expand_layers(name: str, known_keys: set[str], shipped_first: bool = False) -> list[str]:
-    """Return the configs that ``name`` stands for: paths, or the text of a config without its ``layers:``.
-
-    Args:
-        name: A path or the name of a shipped config.
-        known_keys: Keys of this command; those of another command in a run's saved ``config.yaml`` are left out.
-        shipped_first: Look among the shipped configs before the current folder.
-    """
-    path = find_config(name, shipped_first)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} is empty or no mapping of keys to values")
-    layers = content.pop(LAYERS, [])
-    foreign = {"init_from", "ckpt_path", "ema", "weights_only", "verbose", "return_predictions"} - known_keys
-    own = {key: value for key, value in content.items() if key not in foreign}
-    expanded = [config for layer in layers for config in expand_layers(layer, known_keys, is_shipped(path))]
-    if not layers and own == content:
-        return [str(path)]
-    return [*expanded, yaml.safe_dump(own, sort_keys=False)] if own else expanded
-
-
 class Parser(LightningArgumentParser):
     """Prints errors without the usage block."""
 
@@ -281,7 +261,7 @@ def run(args: list[str] | None = None) -> RunCLI:
     Raises:
         UserError: What the user can mend.
     """
-    sys.argv[1:] = configs_first(sys.argv[1:] if args is None else args)  # where LightningCLI looks for them
+    sys.argv[1:] = sys.argv[1:] if args is None else args  # where processes that Lightning launches look for them
     return RunCLI(
         pl.LightningModule,
         LatentDataModule,
@@ -313,16 +293,21 @@ def repair_command(args: list[str]) -> None:
     run(["predict", "--config", str(config), "--output", args[0]])
 
 
-def configs_first(args: list[str]) -> list[str]:
-    """Return the arguments with every ``--config`` before the others: the command line overrules YAML in any order."""
-    configs: list[str] = []
+def merge_layers(arguments: list[str]) -> list[str]:
+    """Return a command with all its configs as one, before the rest: the command line overrules YAML in any order."""
+    names: list[str] = []
     others: list[str] = []
-    rest = iter(args[1:])
-    for arg in rest:
-        if arg in ("-c", "--config"):
-            configs += [arg, next(rest, "")]
-        elif arg.startswith("--config="):
-            configs.append(arg)
+    rest = iter(arguments[1:])
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            names.append(next(rest, ""))
+        elif argument.startswith("--config="):
+            names.append(argument.removeprefix("--config="))
         else:
-            others.append(arg)
-    return [*args[:1], *configs, *others]
+            others.append(argument)
+    if not names:
+        return arguments
+    config = read_configs(*names)
+    for key in FOREIGN.get(arguments[0], ()):
+        config.pop(key, None)  # of another command, in a run's saved config.yaml
+    return [arguments[0], "--config", to_text(config), *others]

@@ -29,10 +29,14 @@ Then `aligntok validate --config weights/alitok/tokenizer.yaml` measures its rec
 `aligntok predict --config weights/alitok/ar_b.yaml --config sample.yaml` draws."""
 
 TOKENIZER = "tokenizer"
-WATCHED = ("ReconstructionGrid", "ReconstructionQuality", "CodebookHealth")
-RFID = {
-    "class_path": "aligntok.callbacks.ReconstructionFID",
-    "init_args": {"features": {"class_path": "aligntok.metrics.InceptionFeatures"}},
+WATCHED = {
+    "reconstruction_grid": {"class_path": "aligntok.callbacks.ReconstructionGrid"},
+    "quality": {"class_path": "aligntok.callbacks.ReconstructionQuality"},
+    "codebook": {"class_path": "aligntok.callbacks.CodebookHealth"},
+    "rfid": {
+        "class_path": "aligntok.callbacks.ReconstructionFID",
+        "init_args": {"features": {"class_path": "aligntok.metrics.InceptionFeatures"}},
+    },
 }
 GUIDANCE = {
     768: ("ar_b", 16.0, 1.8),
@@ -74,7 +78,7 @@ def import_tokenizer(file: Path, output: Path) -> Path:
         "layers": ["base.yaml", "data/imagenet.yaml"],
         "output": f"runs/alitok_{TOKENIZER}",
         "model": {"class_path": "aligntok.stages.DecoderRefinement", "init_args": {"tokenizer": recipe}},
-        "trainer": {"callbacks+": [{"class_path": f"aligntok.callbacks.{name}"} for name in WATCHED] + [RFID]},
+        "callbacks": WATCHED,
     }
     return write(output, TOKENIZER, "DecoderRefinement", TOKENIZER, tokenizer, recipe, config)
 

@@ -3,6 +3,7 @@
 A config is a file, or the name of a shipped one such as ``stage1.yaml``. Its key ``layers:`` names configs that come
 before it. Mappings merge deeply; everything else is replaced: numbers, texts, lists, and schedules (mappings whose keys
 are numbers). A layer that names another ``class_path`` keeps the arguments that the new class takes too.
+A key with a plus, ``callbacks+:``, appends to a list.
 """
 
 from __future__ import annotations
@@ -55,15 +56,26 @@ def merge(below: Config, above: Mapping[str, Any]) -> Config:
     """
     merged = dict(below)
     for key, value in above.items():
+        if isinstance(key, str) and key.endswith("+"):  # appends to a list
+            key = key[:-1]
+            value = [*(merged.get(key) or []), *(value if isinstance(value, list) else [value])]
         old = merged.get(key)
         if isinstance(old, dict) and "class_path" in old and isinstance(value, str):
             value = {"class_path": value}  # a class by its name alone
-        if isinstance(old, dict) and isinstance(value, dict) and not _is_schedule(value):
+        if isinstance(value, dict) and not _is_schedule(value):
+            old = old if isinstance(old, dict) else {}
             if value.get("class_path", old.get("class_path")) != old.get("class_path") and "class_path" in old:
                 old = {**old, "init_args": _accepted(value["class_path"], old.get("init_args") or {})}
             value = merge(old, value)
         merged[key] = value
     return merged
+
+
+def to_text(config: Config) -> str:
+    """Return a config as YAML, with nothing said by reference."""
+    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    text: str = yaml.dump(config, Dumper=dumper, sort_keys=False)
+    return text
 
 
 def _is_schedule(value: Mapping[Any, Any]) -> bool:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from aligntok.__main__ import main
-from aligntok.cli import configs_first
+from aligntok.cli import merge_layers
 
 DEBUG = ("--config", "run/debug.yaml")
 
@@ -92,8 +92,55 @@ def test_yaml_that_is_none(capsys, in_folder):
 
 
 def test_command_line_overrules_yaml_in_any_order():
-    args = ["fit", "--output", "x", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml"]
-    assert configs_first(args) == ["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml", "--output", "x"]
+    for name in "ab":
+        Path(f"{name}.yaml").write_text(f"output: {name}\n{name}: 1\n")
+    words = merge_layers(["fit", "--output", "x", "--config", "a.yaml", "--config=b.yaml", "--seed_everything", "3"])
+    assert yaml.safe_load(words[2]) == {"output": "b", "a": 1, "b": 1}
+    assert words[3:] == ["--output", "x", "--seed_everything", "3"]
+
+
+def printed_config(capsys, *args: str) -> dict:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "quickstart/stage1.yaml", *args, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_callbacks_have_names(capsys, in_folder):
+    """A later layer and the command line change one number of one of them, add one, and take one away."""
+    named = printed_config(capsys)["callbacks"]
+    assert {"checkpoint", "learning_rate", "ema", "reconstruction_grid", "quality", "probe", "rfid"} == named.keys()
+    assert named["ema"]["init_args"]["decay"] == 0.999
+    (in_folder / "mine.yaml").write_text(
+        "callbacks:\n  ema: {init_args: {decay: 0.5}}\n  probe: null\n"
+        "  early: {class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/psnr}}\n"
+    )
+    for key in ("ema.decay", "ema.init_args.decay"):
+        ours = printed_config(capsys, "--config", "mine.yaml", f"--callbacks.{key}", "0.9", "--callbacks.quality=null")
+        changed = ours["callbacks"]
+        assert changed["ema"] == {"class_path": "aligntok.callbacks.EMA", "init_args": {"decay": 0.9}}
+        assert changed["probe"] is changed["quality"] is None
+        assert changed["early"]["init_args"]["monitor"] == "val/psnr"
+        assert changed["checkpoint"] == named["checkpoint"]
+
+
+def test_callbacks_arrive_beside_lightnings_list(in_folder):
+    """Those with a name and those of ``trainer.callbacks``, as configs had them before, in one run; it is repeated."""
+    (in_folder / "mine.yaml").write_text(
+        "trainer:\n  callbacks:\n    - class_path: lightning.pytorch.callbacks.EarlyStopping\n"
+        "      init_args: {monitor: val/accuracy}\n"
+        "callbacks: {checkpoint: {init_args: {every_n_steps: 1}}, learning_rate: null}\n"
+    )
+    run = encoder_run("--config", "mine.yaml")
+    callbacks = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    assert any("EarlyStopping" in key for key in callbacks)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["callbacks"]["checkpoint"]["init_args"]["every_n_steps"] == 1
+    assert saved["callbacks"]["learning_rate"] is None
+    assert main(["fit", "--config", str(run / "config.yaml"), "--output", "again"]) == 0
+    again = yaml.safe_load(Path("again/config.yaml").read_text())
+    assert {key: again[key] for key in ("callbacks", "model", "data")} == {
+        key: saved[key] for key in ("callbacks", "model", "data")
+    }
 
 
 def test_a_run_is_not_written_over_and_resumes(capsys):

@@ -13,7 +13,6 @@ import yaml
 from aligntok import cli
 from aligntok.__main__ import main
 from aligntok.callbacks import GenerationQuality, LatentWriter, SampleGrid
-from aligntok.cli import expand_layers
 from aligntok.data import Shapes
 from aligntok.layers import find_config, shipped_configs
 from aligntok.weights import load_network, load_tokenizer
@@ -255,9 +254,3 @@ def test_readme_names_only_what_there_is():
         )  # `aligntok import` writes into weights
     for path in set(re.findall(r"`((?:aligntok|tests|benchmarks)/[\w/]+\.(?:py|md))`", readme)):
         assert (Path(__file__).parent.parent / path).is_file(), path
-
-
-def test_layers_expand_in_order(tmp_path):
-    (tmp_path / "a.yaml").write_text("output: a\n")
-    (tmp_path / "b.yaml").write_text(f"layers: [{tmp_path / 'a.yaml'}]\noutput: b\n")
-    assert expand_layers(str(tmp_path / "b.yaml"), set()) == [str(tmp_path / "a.yaml"), "output: b\n"]
