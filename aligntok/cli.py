@@ -169,7 +169,10 @@ class RunCLI(LightningCLI):
         if trainer.enable_progress_bar is not False and not any(isinstance(c, TQDMProgressBar) for c in callbacks):
             callbacks.append(ProgressBar())
         return super().instantiate_trainer(
-            callbacks=[*callbacks, RunRecord()], plugins=[*plugins, AtomicCheckpointIO(config.ema)], logger=loggers, **kwargs
+            callbacks=[*callbacks, RunRecord()],
+            plugins=[*plugins, AtomicCheckpointIO(config.ema)],
+            logger=loggers,
+            **kwargs,
         )
 
     def after_instantiate_classes(self) -> None:
