@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from aligntok.errors import UserError
 from aligntok.metrics.reference import FeatureStatistics
@@ -20,30 +18,64 @@ from aligntok.metrics.reference import FeatureStatistics
 T = TypeVar("T")
 
 
-class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchmetrics ships no types that mypy may read
+class FeatureSums:
+    """Number, sum and sum of outer products of features, in float64: all that their mean and covariance need.
+
+    With a 1 in front of each feature vector, one matrix holds all three.
+
+    Args:
+        width: Dimensions of the features.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.products = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Add features (B, D)."""
+        rows = torch.cat([features.new_ones(len(features), 1), features], dim=1).double()  # (B, 1 + D)
+        self.products = self.products.to(rows.device) + rows.T @ rows
+
+    @property
+    def count(self) -> int:
+        """Number of images on this rank."""
+        return int(self.products[0, 0])
+
+    def over_ranks(self) -> Tensor:
+        """Return the products (1 + D, 1 + D) of all ranks; on several ranks, every rank must call this."""
+        total = self.products.clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+
+
+class FrechetDistance:
     """FID with any feature network, exact counts, and statistics that can be kept in a file.
 
-    What differs from the parent:
+    Images are first made what a PNG would hold (clamped to [0, 1], rounded to 8 bits), so that the number equals the
+    one of an offline tool that reads the written files. The network runs in float32 without autocast, frozen and in
+    eval mode. Over ranks the sums are added up: every rank must call ``compute`` and ``reference``. The distance comes
+    from symmetric eigendecompositions, see ``frechet_distance``.
 
-    - Images are first made what a PNG would hold (clamped to [0, 1], rounded to 8 bits), so that the number equals the
-      one of an offline tool that reads the written files.
-    - The network runs in float32 without autocast; it is frozen, put into eval mode, and belongs neither to
-      ``state_dict`` nor to ``parameters()``. Sums are float64 whatever dtype the surrounding module is cast to.
-    - Over ranks one all-reduce per sum. Every rank must call ``compute`` and ``reference``.
-    - The distance comes from symmetric eigendecompositions, see ``frechet_distance``.
+    >>> class Colour(nn.Module):
+    ...     name, num_features = "colour", 3
+    ...     def forward(self, image): return image.mean((2, 3))
+    >>> metric = FrechetDistance(Colour())
+    >>> metric.update(torch.rand(20, 3, 8, 8), real=True)
+    >>> metric.update(torch.rand(20, 3, 8, 8), real=False)
+    >>> 0 < metric.compute() < 0.1
+    tensor(True)
 
     Args:
         features: Network from image (B, 3, H, W), float32 in [0, 1], to features (B, D). It has the attributes
             ``name: str`` ("inception", "efficientnet_lite0"), an id that is compared with that of reference statistics,
             and ``num_features: int``, which is D. Resizing and pixel statistics are its own business.
         reset_real_features: Whether ``reset`` also forgets the real images and the reference.
-        **kwargs: Of ``torchmetrics.Metric``, such as ``process_group``.
 
     Raises:
         UserError: ``features`` lacks ``name`` or ``num_features``.
     """
 
-    def __init__(self, features: nn.Module, reset_real_features: bool = True, **kwargs: Any) -> None:
+    def __init__(self, features: nn.Module, reset_real_features: bool = True) -> None:
         if not isinstance(getattr(features, "name", None), str) or not isinstance(
             getattr(features, "num_features", None), int
         ):
@@ -51,15 +83,29 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
                 f"the feature network {type(features).__name__} needs the attributes `name: str` and "
                 "`num_features: int`: set them in its __init__"
             )
-        super().__init__(feature=features, reset_real_features=reset_real_features, normalize=True, **kwargs)
-        del self.inception  # registered by the parent; in a tuple it stays out of state_dict and parameters()
-        self._features = (features.eval().requires_grad_(False),)
-        self._reference: FeatureStatistics | None = None
+        self.features: Any = features.eval().requires_grad_(False)
+        self.reset_real_features = reset_real_features
+        self.device = torch.device("cpu")
+        self.forget()
 
-    @property
-    def features(self) -> nn.Module:
-        """The feature network."""
-        return self._features[0]
+    def forget(self) -> None:
+        """Forget all images and the reference."""
+        self.real, self.generated = FeatureSums(self.features.num_features), FeatureSums(self.features.num_features)
+        self.given: FeatureStatistics | None = None
+
+    def to(self, device: torch.device | str) -> "FrechetDistance":
+        """Measure on this device."""
+        self.device = torch.device(device)
+        self.features.to(self.device)
+        for sums in (self.real, self.generated):
+            sums.products = sums.products.to(self.device)
+        return self
+
+    def load(self) -> None:
+        """Fetch the feature network's published weights now, so that a missing file does not stop a run later."""
+        load = getattr(self.features, "load", None)  # only networks with published weights have it
+        if load is not None:
+            load()
 
     @property
     def metric_name(self) -> str:
@@ -80,7 +126,7 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
             UserError: Integer or NaN images, another shape, a range that is not [0, 1], features of another shape than
                 (B, ``num_features``), or real images while reference statistics are set.
         """
-        if real and self._reference is not None:
+        if real and self.given is not None:
             raise UserError(
                 "real images given to FrechetDistance while reference statistics are set, which replace them: "
                 "leave out these updates, or reset() a metric that was made with reset_real_features=True"
@@ -94,15 +140,7 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
                 f"feature network {self.features.name!r} gave {tuple(features.shape)} for {len(image)} images, "
                 f"expected {(len(image), self.features.num_features)}: correct its `num_features` or flatten its output"
             )
-        features = features.double()
-        kind = "real" if real else "fake"
-        for name, term in (
-            ("sum", features.sum(dim=0)),
-            ("cov_sum", features.T @ features),
-            ("num_samples", len(features)),
-        ):
-            name = f"{kind}_features_{name}"
-            setattr(self, name, getattr(self, name) + term)
+        (self.real if real else self.generated).add(features)
 
     def compute(self) -> Tensor:
         """Return the distance between the two sets of all ranks, a float64 scalar >= 0.
@@ -110,10 +148,8 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
         Raises:
             UserError: Fewer than 2 images in a set, or features that are not finite.
         """
-        reference = self._reference or self._statistics("real")
-        generated = self._statistics("fake")
-        device = self.fake_features_sum.device
-        return frechet_distance(*(x.to(device) for x in (reference.mean, reference.cov, generated.mean, generated.cov)))
+        one, two = self.reference(), self.statistics(self.generated, "generated", "")
+        return frechet_distance(*(x.to(self.device) for x in (one.mean, one.cov, two.mean, two.cov)))
 
     def set_reference(self, statistics: FeatureStatistics) -> None:
         """Compare with these statistics from now on, in place of real images; real images given before are forgotten.
@@ -131,10 +167,8 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
             )
         if statistics.count == 1:
             raise UserError("the reference statistics are of 1 image, a covariance needs 2 or more")
-        for name in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
-            setattr(self, name, torch.zeros_like(getattr(self, name)))
-        self._reference = statistics
-        self._computed = None
+        self.real = FeatureSums(self.features.num_features)
+        self.given = statistics
 
     def reference(self, source: str = "") -> FeatureStatistics:
         """Return the statistics of the real images of all ranks, or those that were set.
@@ -145,63 +179,35 @@ class FrechetDistance(FrechetInceptionDistance):  # type: ignore[misc]  # torchm
         Raises:
             UserError: Fewer than 2 real images, or features that are not finite.
         """
-        if self._reference is not None:
-            return replace(self._reference, source=source or self._reference.source)
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-            sums = self.real_features_sum, self.real_features_cov_sum, self.real_features_num_samples
-        return replace(self._statistics("real", sums), source=source)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Not offered: the distance of one batch has no meaning.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError("FrechetDistance has no value for one batch: call update(image, real) and compute()")
+        if self.given is not None:
+            return replace(self.given, source=source or self.given.source)
+        return self.statistics(self.real, "real", source)
 
     def reset(self) -> None:
         """Forget the generated images and, with ``reset_real_features``, the real ones and the reference."""
-        super().reset()
         if self.reset_real_features:
-            self._reference = None
+            self.forget()
+        self.generated = FeatureSums(self.features.num_features)
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> "FrechetDistance":
-        """Change nothing: sums are always float64."""
-        return self
+    def statistics(self, sums: FeatureSums, word: str, source: str) -> FeatureStatistics:
+        """Return mean and covariance of a set of all ranks.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> nn.Module:
-        """Follow a surrounding module to its device, never to its dtype, which would round the sums."""
-        device = fn(torch.empty(0, device=self.device)).device
-        self.features.to(device)
-        return super()._apply(lambda x: x.to(device), exclude_state)  # type: ignore[no-any-return]  # untyped parent
-
-    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
-        """Add up the sums with all-reduce; the parent gathers world_size matrices of D x D on every rank."""
-        if dist_sync_fn is not gather_all_tensors:
-            super()._sync_dist(dist_sync_fn, process_group)
-            return
-        for name in self._reductions:
-            total = getattr(self, name).clone()
-            dist.all_reduce(total, group=process_group or self.process_group)
-            setattr(self, name, total)
-
-    def _statistics(self, kind: str, sums: tuple[Tensor, Tensor, Tensor] | None = None) -> FeatureStatistics:
-        """Turn sum, sum of outer products and count into statistics."""
-        names = (f"{kind}_features_{x}" for x in ("sum", "cov_sum", "num_samples"))
-        total, products, number = sums or (getattr(self, name) for name in names)
-        count = int(number)
-        word = "real" if kind == "real" else "generated"
+        Raises:
+            UserError: Fewer than 2 images, or features that are not finite.
+        """
+        products = sums.over_ranks().to(self.device)
+        count = int(products[0, 0])
         if count < 2:
-            remedy = ", or set_reference(statistics)" if kind == "real" else ""
+            remedy = ", or set_reference(statistics)" if word == "real" else ""
             raise UserError(
                 f"FrechetDistance saw {count} {word} image(s), it needs 2 or more (and many thousands to mean "
-                f"anything): call update(image, real={kind == 'real'}){remedy}"
+                f"anything): call update(image, real={word == 'real'}){remedy}"
             )
-        if not (total.isfinite().all() and products.isfinite().all()):
+        if not products.isfinite().all():
             raise UserError(f"the features {self.features.name!r} of the {word} images contain NaN or infinity")
-        mean = total / count
-        cov = (products - count * torch.outer(mean, mean)) / (count - 1)
-        return FeatureStatistics(mean, cov, count, source="", features=str(self.features.name))
+        mean = products[0, 1:] / count
+        cov = (products[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1)
+        return FeatureStatistics(mean, cov, count, source, str(self.features.name))
 
     @staticmethod
     def check(image: Tensor, real: bool) -> None:
@@ -255,12 +261,12 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         Dowson and Landau, The Fréchet distance between multivariate normal distributions, 1982.
     """
     shift = (mean1 - mean2).square().sum()
-    overlap = torch.linalg.svdvals(_factor(cov1).T @ _factor(cov2)).sum()
+    overlap = torch.linalg.svdvals(factor_of(cov1).T @ factor_of(cov2)).sum()
     distance: Tensor = shift + cov1.trace() + cov2.trace() - 2 * overlap
     return distance.clamp_min(0)
 
 
-def _factor(cov: Tensor) -> Tensor:
+def factor_of(cov: Tensor) -> Tensor:
     """Return A (D, rank) with ``cov = A A^T``; eigenvalues that are rounding error, negative ones included, are 0."""
     values, vectors = torch.linalg.eigh(cov)
     tolerance = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0)  # the rule of matrix_rank

@@ -54,6 +54,14 @@ class InceptionFeatures(nn.Module):
         features: Tensor = network(image.float().clamp(0, 1).mul(255).round().byte())[0]
         return features
 
+    def load(self) -> None:
+        """Fetch the weights now.
+
+        Raises:
+            UserError: As in ``forward``.
+        """
+        self._on(torch.device("cpu"))
+
     def with_spatial(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (B, 2048) and, of the same pass, those of sFID (B, 2023) of images (B, 3, H, W).
 
@@ -140,6 +148,10 @@ class SpatialFeatures(nn.Module):
         self.name = "inception_spatial"
         self.num_features = inception.num_spatial
         self.inception = inception
+
+    def load(self) -> None:
+        """Fetch the weights now."""
+        self.inception.load()
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the features (B, 2023) of images (B, 3, H, W) in [0, 1]."""

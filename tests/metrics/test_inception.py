@@ -52,5 +52,5 @@ def test_sfid_alone(network):
     assert metric.metric_name == "sfid"
     for real in (True, False):
         metric.update(torch.rand(2, 3, 16, 16), real=real)
-    assert metric.fake_features_cov_sum.shape == (2023, 2023)
+    assert metric.generated.products.shape == (2024, 2024)
     assert not metric.state_dict()
