@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.flow.noise import gumbel_noise, keys_like_ids
 from aligntok.networks import native
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.networks.cached import CachedTransformer
+from aligntok.randomness import gumbel_noise, keys_like_ids
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Step = Callable[[Tensor, int, slice], Tensor]  # ids (1, R), position and rows, as of ``CachedTransformer``

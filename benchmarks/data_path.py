@@ -11,7 +11,6 @@ or 1/8 where that suffices. Run it on an idle machine:
 
 import argparse
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -112,7 +111,7 @@ def parts(folder: Path, size: int) -> str:
     full = milliseconds(lambda: [source[index] for index in indices])
     ours = milliseconds(lambda: [dataset[(0, index)] for index in indices])
     decode = milliseconds(lambda: [dataset.source[index] for index in indices])
-    rng = random.Random(0)
+    rng = np.random.default_rng(0)
     crop = milliseconds(lambda: [dataset.transform(image, rng) for image in images])
     values = [value / len(indices) for value in (full, ours, decode, crop)]
     return f"| {folder.name} | " + " | ".join(f"{value:.2f}" for value in values) + " |"

@@ -9,11 +9,11 @@ import torch
 from aligntok import decoding
 from aligntok.decoding import TokenSampler, fixed_shape
 from aligntok.errors import UserError
-from aligntok.flow.noise import gumbel_noise, keys_like_ids
 from aligntok.networks import AutoregressiveTransformer, native
 from aligntok.networks.cached import CachedTransformer, ShortNorm
 from aligntok.networks.layers import RMSNorm
 from aligntok.networks.native import NativeStep
+from aligntok.randomness import gumbel_noise, keys_like_ids
 
 SMALL = {"codebook_size": 20, "grid": (3, 4), "num_prefix": 2, "num_classes": 5}
 SMALL |= {"width": 32, "depth": 2, "num_heads": 2, "hidden": 48}

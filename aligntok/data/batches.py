@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from aligntok.data.sampler import Key
 from aligntok.data.sources import Indices, Part, length
+from aligntok.randomness import choices
 
 Batch = dict[str, Tensor]
 
@@ -93,19 +94,3 @@ def batch_source(source: Dataset[Any]) -> BatchSource | None:
     while isinstance(source, Part):
         source = source.source
     return source if isinstance(source, BatchSource) else None
-
-
-def choices(count: int, seed: int, epochs: Indices, ids: Indices) -> Indices:
-    """Return a fair choice among ``count``, below 2^32, for each (seed, epoch, id), (B,).
-
-    Reference:
-        Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014: the mixing of SplitMix64.
-    """
-    state = np.zeros(ids.shape, np.uint64)
-    for values in (np.full_like(ids, seed), epochs, ids):
-        state = (state ^ values.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    chosen: Indices = ((state >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
-    return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,8 +17,9 @@ from aligntok.data.images import center_crop, random_crop, random_flip, random_r
 from aligntok.data.sampler import Key
 from aligntok.data.sources import Item, length, read_item, spread_over
 from aligntok.errors import UserError
+from aligntok.randomness import image_generator
 
-Transform = Callable[[Image.Image, random.Random], Image.Image]
+Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
 Sample = dict[str, Any]
 Crop = Literal["random", "random_resized", "center"]
 WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
@@ -60,7 +60,7 @@ class ImageDataset(Dataset[Sample | None]):
 
     def __getitem__(self, key: Key | int) -> Sample | None:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        generator = random.Random(f"{self.seed} {epoch} {index}")
+        generator = image_generator(self.seed, epoch, index)
         for candidate in range(index, index + (len(self) if self.replace_bad else 1)):
             candidate %= len(self)
             try:
@@ -133,7 +133,7 @@ def training_crop(crop: Crop, size: tuple[int, int], scale: tuple[float, float],
         "center": lambda image, size, generator: center_crop(image, size),
     }
 
-    def transform(image: Image.Image, generator: random.Random) -> Image.Image:
+    def transform(image: Image.Image, generator: np.random.Generator) -> Image.Image:
         image = crops[crop](image, size, generator)
         return random_flip(image, generator) if flip else image
 

@@ -1,7 +1,6 @@
 """Reading, cropping and flipping of single images, PIL in and PIL out."""
 
 import math
-import random
 import struct
 import zlib
 from os import PathLike, fspath
@@ -81,11 +80,11 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return _cut(image, size, left=(image.width - size[1]) // 2, top=(image.height - size[0]) // 2)
 
 
-def random_crop(image: Image.Image, size: tuple[int, int], generator: random.Random) -> Image.Image:
+def random_crop(image: Image.Image, size: tuple[int, int], generator: np.random.Generator) -> Image.Image:
     """Scale the image as ``center_crop`` does and cut out ``size`` = (H, W) at a random place."""
     image = _halve(image, size)
     width, height = _covering(image, size)
-    left, top = generator.randint(0, width - size[1]), generator.randint(0, height - size[0])
+    left, top = (int(generator.integers(length)) for length in (width - size[1] + 1, height - size[0] + 1))
     x, y = image.width / width, image.height / height  # resize only what the window shows
     box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
@@ -94,7 +93,7 @@ def random_crop(image: Image.Image, size: tuple[int, int], generator: random.Ran
 def random_resized_crop(
     image: Image.Image,
     size: tuple[int, int],
-    generator: random.Random,
+    generator: np.random.Generator,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
@@ -120,7 +119,7 @@ def random_resized_crop(
     )
 
 
-def random_flip(image: Image.Image, generator: random.Random) -> Image.Image:
+def random_flip(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     """Mirror left and right in half of the cases."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 1 / 2 else image
 
@@ -171,7 +170,7 @@ def _cut(image: Image.Image, size: tuple[int, int], left: int, top: int) -> Imag
 
 
 def _random_box(
-    width: int, height: int, generator: random.Random, scale: tuple[float, float], ratio: tuple[float, float]
+    width: int, height: int, generator: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Draw (left, top, width, height) of a box that lies inside an image of the given width and height."""
     for _ in range(_NUM_ATTEMPTS):
@@ -179,7 +178,7 @@ def _random_box(
         aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            left, top = generator.randint(0, width - box_width), generator.randint(0, height - box_height)
+            left, top = (int(generator.integers(length)) for length in (width - box_width + 1, height - box_height + 1))
             return left, top, box_width, box_height
     # the image is too long for such a box: the largest one in its middle that keeps to the aspect ratios
     box_width, box_height = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))

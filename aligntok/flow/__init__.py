@@ -8,7 +8,6 @@ Reference:
 """
 
 from aligntok.flow.guidance import Guidance, VelocityNetwork
-from aligntok.flow.noise import noise_like_ids
 from aligntok.flow.path import TimeSampling, dimension_shift, sample_path, shift_time, velocity_terms
 from aligntok.flow.samplers import Adaptive, Euler, FixedSteps, Heun, Sampler, Velocity
 
@@ -23,7 +22,6 @@ __all__ = [
     "Velocity",
     "VelocityNetwork",
     "dimension_shift",
-    "noise_like_ids",
     "sample_path",
     "shift_time",
     "velocity_terms",

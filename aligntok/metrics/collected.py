@@ -6,6 +6,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from aligntok.errors import UserError
+from aligntok.randomness import hashed
 
 
 class Collected:
@@ -58,9 +59,5 @@ class Collected:
         """Return at most ``limit`` rows, the same whatever part of the others is there too."""
         if self.limit is None or len(keys) <= self.limit:
             return keys, features
-        hashed = keys[:, 0] + 1
-        for factor in (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85):  # multipliers of Vigna, arXiv:1402.6246
-            hashed = hashed * factor
-            hashed = hashed ^ (hashed >> 32)
-        rows = hashed.argsort()[: self.limit]
+        rows = hashed(keys[:, 0]).argsort()[: self.limit]
         return keys[rows], features[rows]

@@ -15,11 +15,12 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.flow import Euler, Guidance, Sampler, TimeSampling, Velocity, noise_like_ids, sample_path, velocity_terms
+from aligntok.flow import Euler, Guidance, Sampler, TimeSampling, Velocity, sample_path, velocity_terms
 from aligntok.losses.representation import RepresentationAlignment
 from aligntok.networks.dit import DiT
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.randomness import noise_like_ids
 from aligntok.schedule import Schedule
 from aligntok.stages.generator import GeneratorStage
 from aligntok.weights.lightningdit import is_lightningdit, load_lightningdit

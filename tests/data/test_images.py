@@ -243,7 +243,7 @@ def test_center_crop_takes_the_middle():
 def test_crops_have_the_size_asked_for(source, size):
     image = noise(*source)
     for seed in range(3):
-        generator = random.Random(seed)
+        generator = np.random.default_rng(seed)
         for crop in (
             center_crop(image, size),
             random_crop(image, size, generator),
@@ -267,7 +267,7 @@ def test_random_crop_is_a_window_of_the_scaled_image():
     image = coordinates(20, 50)
     lefts = set()
     for seed in range(60):
-        crop = array(random_crop(image, (20, 20), random.Random(seed)))
+        crop = array(random_crop(image, (20, 20), np.random.default_rng(seed)))
         left = round(int(crop[0, 0, 0]) * 49 / 250)
         assert np.array_equal(crop, array(image)[:, left : left + 20])
         lefts.add(left)
@@ -282,7 +282,7 @@ def test_same_seed_same_crop():
         lambda generator: random_resized_crop(image, (16, 16), generator),
         lambda generator: random_flip(image, generator),
     ):
-        results = [array(transform(random.Random(seed))) for seed in (0, 0, 1, 2, 3, 4)]
+        results = [array(transform(np.random.default_rng(seed))) for seed in (0, 0, 1, 2, 3, 4)]
         assert np.array_equal(results[0], results[1])
         assert any(not np.array_equal(results[0], other) for other in results[2:])
 
@@ -290,15 +290,15 @@ def test_same_seed_same_crop():
 def test_crops_leave_the_global_generator_alone():
     random.seed(0)
     before = random.getstate()
-    random_resized_crop(noise(20, 20), (8, 8), random.Random(0))
+    random_resized_crop(noise(20, 20), (8, 8), np.random.default_rng(0))
     assert random.getstate() == before
 
 
 def crop_box(height, width, seed, **arguments):
     """(width, height) as parts of the image, read off the coordinates at the centres of the first and last pixels."""
-    crop = array(random_resized_crop(coordinates(height, width), (64, 64), random.Random(seed), **arguments)).astype(
-        float
-    )
+    crop = array(
+        random_resized_crop(coordinates(height, width), (64, 64), np.random.default_rng(seed), **arguments)
+    ).astype(float)
     return np.array([crop[32, 60, 0] - crop[32, 3, 0], crop[60, 32, 1] - crop[3, 32, 1]]) / 250 * 64 / 57
 
 
@@ -322,13 +322,13 @@ def test_random_resized_crop_of_a_strip_keeps_to_the_ratio():
 
 def test_random_resized_crop_of_everything_is_a_resize():
     image = noise(40, 40)
-    crop = random_resized_crop(image, (30, 20), random.Random(0), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    crop = random_resized_crop(image, (30, 20), np.random.default_rng(0), scale=(1.0, 1.0), ratio=(1.0, 1.0))
     assert np.array_equal(array(crop), array(image.resize((20, 30), Image.Resampling.BICUBIC)))
 
 
 def test_random_flip_mirrors_half_of_the_images():
     image = noise(6, 9)
-    generator = random.Random(0)
+    generator = np.random.default_rng(0)
     flips = 0
     for _ in range(400):
         flipped = array(random_flip(image, generator))

@@ -18,13 +18,13 @@ from torch.utils.data import Dataset
 
 from aligntok.cache import Manifest, Record, shard_name
 from aligntok.data import BatchSource, LatentDataModule, LatentShards, Shapes
-from aligntok.data.batches import choices
 from aligntok.data.images import center_crop
 from aligntok.data.sampler import shuffled
 from aligntok.data.sources import crop_id
 from aligntok.errors import UserError
 from aligntok.files import hash_file
 from aligntok.networks import Tokenizer
+from aligntok.randomness import choices
 
 SHAPE = (3, 4, 2)  # not square
 COUNTS = (7, 7, 7, 5)  # rows of the shards

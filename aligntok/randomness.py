@@ -1,0 +1,193 @@
+"""Random numbers that belong to an image: each is a function of (seed, step or epoch, image id) and nothing else.
+
+So batch size, order, number of ranks and device change nothing, and a resumed run draws what an uninterrupted one
+would. All come from Philox, a counter-based generator: a few rounds of multiplication and exclusive or turn a counter
+and a key into random words, without any state to carry along.
+
+Reference:
+    Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MULTIPLIERS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)  # of Philox-4x32; SC 2011, section 3.3
+NARROW_MULTIPLIER = 0xD256D193  # of Philox-2x32
+ROUNDS = 7  # the fewest that pass all tests of randomness, SC 2011, table 2
+LOW_32_BITS = 2**32 - 1
+
+
+def uniform(ids: Tensor, seed: int, step: int, stream: str, shape: Sequence[int] = ()) -> Tensor:
+    """Return uniform random numbers, drawn on the device of ``ids``; the host waits for nothing.
+
+    Args:
+        ids: Of the images, (B,) int64.
+        seed: Of the run, any whole number.
+        step: Or epoch, below 2^32.
+        stream: What the numbers are for ("noise", "time", ...): other names give independent numbers.
+        shape: Of the numbers of one image.
+
+    Returns:
+        (B, *shape) float32 in [0, 1).
+
+    Examples:
+        >>> t = uniform(torch.tensor([7, 8, 9]), seed=0, step=20, stream="time")
+        >>> bool(t[1] == uniform(torch.tensor([8]), seed=0, step=20, stream="time")[0])
+        True
+    """
+    words = _words(ids, seed, step, stream, math.ceil(math.prod(shape) / 4))
+    values = torch.cat([(word >> 8).float() for word in words], dim=1) * 2**-24
+    return values[:, : math.prod(shape)].reshape(len(ids), *shape)
+
+
+def normal(ids: Tensor, seed: int, step: int, stream: str, shape: Sequence[int] = ()) -> Tensor:
+    """Return standard normal random numbers, (B, *shape) float32; see ``uniform``.
+
+    Reference:
+        Box and Muller, A note on the generation of random normal deviates, 1958.
+    """
+    words = _words(ids, seed, step, stream, math.ceil(math.prod(shape) / 4))
+    first, second = torch.cat(words[:2], dim=1).float(), torch.cat(words[2:], dim=1).float()
+    radius = ((first + 1) * 2**-32).log_().mul_(-2).sqrt_()
+    angle = second * (2 * math.pi * 2**-32)
+    values = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return values[:, : math.prod(shape)].reshape(len(ids), *shape)
+
+
+def choices(count: int, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a fair choice among 0 .. ``count`` - 1, below 2^31, for each (seed, epoch, id), (B,)."""
+    chosen: NDArray[np.int64] = (
+        philox_4x32((0, epochs & LOW_32_BITS, *_halves(ids)), _key(seed, "view"))[0] * count >> 32
+    )
+    return chosen
+
+
+def hashed(ids: Tensor) -> Tensor:
+    """Return a random number in 0 .. 2^63 - 1 for each id, (B,) int64: the smallest k are a uniform choice of k ids."""
+    high, low, *_ = philox_4x32((0, 0, *_halves(ids)), _key(0, "choice"))
+    number: Tensor = high << 31 | low >> 1
+    return number
+
+
+def image_generator(seed: int, epoch: int, id: int) -> np.random.Generator:
+    """Return a NumPy generator for the augmentation of one image in one epoch."""
+    counter = (epoch % 2**64 << 64) + id % 2**64 << 128  # its own numbers count in the lower 128 bits
+    key = (zlib.crc32(b"augmentation") << 64) + seed % 2**64
+    return np.random.Generator(np.random.Philox(counter=counter, key=key))
+
+
+# Sampling from generators
+
+
+def noise_like_ids(ids: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    """Return the standard normal noise that samples are drawn from, each a function of ``(seed, id)``; on the CPU.
+
+    So sample 4711 is the same image at any batch size and on any device. Each row has its own stream of NumPy's Philox,
+    whose 128-bit key is ``seed * 2^64 + id``, both modulo 2^64: no two ids share a stream.
+
+    Args:
+        ids: (B,) int64.
+        shape: Of one sample, (C, h, w).
+        seed: Any whole number.
+
+    Returns:
+        (B, *shape) float32, on the device of ``ids``.
+    """
+    noise = np.empty((len(ids), *shape), dtype=np.float32)
+    for row, stream in zip(noise, _streams(ids, seed), strict=True):
+        np.random.Generator(stream).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(noise).to(ids.device)
+
+
+def keys_like_ids(ids: Tensor, seed: int) -> Tensor:
+    """Return 64 bits for each id, a function of ``(seed, id)`` alone, for ``gumbel_noise``.
+
+    Args:
+        ids: (B,) int64.
+        seed: Any whole number.
+
+    Returns:
+        (B, 2) int64 in 0 .. 2^32 - 1, on the device of ``ids``.
+    """
+    bits = [stream.random_raw() for stream in _streams(ids, seed)]
+    pairs = [(word >> 32, word & LOW_32_BITS) for word in bits]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(ids.device)
+
+
+def gumbel_noise(keys: Tensor, step: int, count: int) -> Tensor:
+    """Return Gumbel noise, a function of key, step and index alone, drawn where the keys are.
+
+    The index of the largest ``logits + gumbel_noise`` is a draw from the softmax of the logits, and one that hardly
+    depends on how they were rounded: a uniform number compared with the cumulative distribution is tipped more often.
+
+    Args:
+        keys: From ``keys_like_ids``, (B, 2).
+        step: Of the sequence; ``(step + 1) * count`` is at most 2^33.
+        count: Numbers.
+
+    Returns:
+        (B, count) float32.
+
+    Reference:
+        Maddison et al., A* Sampling, arXiv:1411.0030.
+    """
+    half = (count + 1) // 2  # each counter gives two words
+    counters = torch.arange(step * half, (step + 1) * half, device=keys.device)
+    words = torch.cat(philox_2x32(counters.expand(len(keys), -1), keys[:, :1], keys[:, 1:]), dim=1)[:, :count]
+    values = ((words >> 9).float() + 0.5) * 2**-23  # 23 bits: exact, and neither 0 nor 1
+    return -(-(-values).log1p()).log()
+
+
+# The generator itself. Words are int64 in 0 .. 2^32 - 1: torch multiplies no unsigned numbers.
+
+
+def philox_4x32(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+    """Return four random words for a counter of four words (tensors, arrays or whole numbers, broadcast) and a key."""
+    a, b, c, d = counter
+    for i in range(ROUNDS):
+        left, right = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # 64 bits, whatever their sign
+        keys = [(word + i * weyl) & LOW_32_BITS for word, weyl in zip(key, WEYL, strict=True)]
+        a, b = (right >> 32 & LOW_32_BITS) ^ (b ^ keys[0]), right & LOW_32_BITS
+        c, d = (left >> 32 & LOW_32_BITS) ^ (d ^ keys[1]), left & LOW_32_BITS
+    return a, b, c, d
+
+
+def philox_2x32(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two random words for a counter of two words and a key that differs from row to row."""
+    for _ in range(ROUNDS):
+        product = left * NARROW_MULTIPLIER
+        left, right = (product >> 32 & LOW_32_BITS) ^ key ^ right, product & LOW_32_BITS
+        key = key + WEYL[0] & LOW_32_BITS
+    return left, right
+
+
+def _words(ids: Tensor, seed: int, step: int, stream: str, count: int) -> tuple[Tensor, ...]:
+    """Return four tensors (B, count) of words; the counter is (index, step, id)."""
+    index = torch.arange(count, device=ids.device)
+    low, high = _halves(ids[:, None])
+    words: tuple[Tensor, ...] = philox_4x32((index, step % 2**32, low, high), _key(seed, stream))
+    return words
+
+
+def _halves(ids: Any) -> tuple[Any, Any]:
+    """Return the lower and upper 32 bits."""
+    return ids & LOW_32_BITS, ids >> 32 & LOW_32_BITS
+
+
+def _key(seed: int, stream: str) -> tuple[int, int]:
+    """Return the key of a seed and the name of a stream."""
+    low, high = _halves(seed + (zlib.crc32(stream.encode()) << 32))
+    return low, high
+
+
+def _streams(ids: Tensor, seed: int) -> list[np.random.Philox]:
+    return [np.random.Philox(key=(seed % 2**64) * 2**64 + id % 2**64) for id in ids.tolist()]
