@@ -23,6 +23,7 @@ from dit import clock, quiet
 from torch import nn
 from torch.utils.data import DataLoader
 
+from aligntok.losses import ReconstructionLoss
 from aligntok.networks import (
     AutoregressiveTransformer,
     LinearAdapter,
@@ -31,7 +32,7 @@ from aligntok.networks import (
     Tokenizer,
     VectorQuantizer,
 )
-from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement
+from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement, Optimization
 
 IMAGE_SIZE, PATCH, LATENT_DIM, CODES, NUM_PREFIX, NUM_CLASSES = 256, 16, 32, 4096, 16, 1000
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
@@ -76,7 +77,7 @@ def made(row: str) -> tuple[Any, float]:
         network = AutoregressiveTransformer(CODES, (16, 16), NUM_PREFIX, NUM_CLASSES, width, depth, heads)
         linear = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
         flops = 3 * (2 * linear * TOKENS + attention("generator", TOKENS) / 2)
-        return AutoregressiveGeneration(network, None, 1e-4, optimizer=adamw), flops
+        return AutoregressiveGeneration(network, None, optimization=Optimization(1e-4, adamw)), flops
     first = row.startswith("stage 1")
     buffer = 1 if first else 64
     encoder = QueryEncoder(IMAGE_SIZE, PATCH, *SIZES["encoder"], NUM_PREFIX)
@@ -87,7 +88,7 @@ def made(row: str) -> tuple[Any, float]:
     encoding = transformer("encoder", PATCHES + TOKENS) + attention("encoder", PATCHES + TOKENS)
     seen = attention("decoder", buffer + TOKENS)
     decoding = transformer("decoder", buffer + TOKENS) + (seen / 2 if first else seen)
-    options: dict[str, Any] = {"learning_rate": 1e-4, "pixel_loss": "mse", "optimizer": adamw}
+    options: dict[str, Any] = {"loss": ReconstructionLoss("mse"), "optimization": Optimization(1e-4, adamw)}
     if first:
         return CausalTokenization(tokenizer, auxiliary="mse", **options), 3 * (encoding + decoding)
     return DecoderRefinement(tokenizer, **options), encoding + 3 * decoding

@@ -65,8 +65,7 @@ from torch.nn.init import dirac_
 
 from aligntok.callbacks import EMA, TokenWriter
 from aligntok.data import LatentDataModule, TokenShards
-from aligntok.decoding import TokenSampler
-from aligntok.losses import FeatureDistance
+from aligntok.losses import FeatureDistance, PerceptualTerm, ReconstructionLoss
 from aligntok.networks import (
     AutoregressiveTransformer,
     LinearAdapter,
@@ -78,7 +77,7 @@ from aligntok.networks import (
 )
 from aligntok.networks.quantizers import Quantized
 from aligntok.networks.transformer import learned
-from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement
+from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement, Optimization
 
 PATCH, GRID, LATENT_DIM, CODES = 4, (8, 8), 16, 256
 WIDTH, NUM_HEADS, DEPTH, DECODER_DEPTH, GENERATOR_DEPTH = 96, 4, 3, 4, 3
@@ -262,12 +261,11 @@ def small_batches(seed: int) -> LatentDataModule:
 def losses(setting: Setting, steps: int) -> dict[str, Any]:
     """Return the loss that all tokenizers share: MSE and a perceptual distance in an ImageNet network."""
     judge = VisionEncoder("tf_efficientnet_lite0", IMAGE_SIZE, PATCH, weights="offline", layer=2)
+    weight = {steps // 2: 0.0, steps // 2 + 1: setting.perceptual_weight}
+    perceptual = PerceptualTerm(FeatureDistance(judge, [1, 2]), weight)
     return {
-        "learning_rate": {0: 0.0, steps // 10: RATE, steps: 0.0},
-        "optimizer": adamw(0.0),
-        "pixel_loss": "mse",
-        "perceptual": FeatureDistance(judge, [1, 2]),
-        "perceptual_weight": {steps // 2: 0.0, steps // 2 + 1: setting.perceptual_weight},
+        "loss": ReconstructionLoss("mse", {"perceptual": perceptual}),
+        "optimization": Optimization({0: 0.0, steps // 10: RATE, steps: 0.0}, adamw(0.0)),
     }
 
 
@@ -294,7 +292,7 @@ def generate(tokenizer: Tokenizer, seed: int, steps: int, folder: Path) -> Any:
         CODES, spec.grid, spec.num_prefix, NUM_CLASSES, WIDTH, GENERATOR_DEPTH, NUM_HEADS
     )
     stage = AutoregressiveGeneration(
-        network, tokenizer, one_cycle(steps), sampler=TokenSampler(), optimizer=adamw(0.03), seed=seed
+        network, tokenizer, seed=seed, optimization=Optimization(one_cycle(steps), adamw(0.03))
     )
     fit(stage, data, steps, folder / "generator", callbacks=[EMA(0.99)])
     return stage

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from aligntok.callbacks import EMA
 from aligntok.flow import Euler, Guidance
 from aligntok.networks import ConvDecoder, DiT
-from aligntok.stages import LatentDiffusion
+from aligntok.stages import LatentDiffusion, Optimization
 
 SHAPE, NUM_CLASSES = (32, 16, 16), 1000
 SIZES = {"S/1": (384, 12, 6), "B/1": (768, 12, 12)}  # width, depth, heads
@@ -149,7 +149,7 @@ def make_stage(size: str) -> LatentDiffusion:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     optimizer = partial(ClockedAdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return LatentDiffusion(network, learning_rate=2e-4, optimizer=optimizer)
+    return LatentDiffusion(network, optimization=Optimization(2e-4, optimizer))
 
 
 class ClockedAdamW(torch.optim.AdamW):

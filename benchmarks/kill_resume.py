@@ -161,34 +161,35 @@ def prepare(folder: Path, threads: int) -> Path:
             "init_args": {"latent_dim": 8, "width": 8, "multipliers": [1, 2, 2, 2], "num_blocks": 1, "num_groups": 4}
         },
     }
-    rate = {0: 0.0, 10: 1e-3, STEPS: 1e-4}
+    optimization = {"optimization": {"learning_rate": {0: 0.0, 10: 1e-3, STEPS: 1e-4}}}
     data = {"global_batch_size": 64, "flip": True}  # about 22 steps an epoch: the run crosses two ends
     encoder = {
         "layers": ["base.yaml", "stage/encoder_pretraining.yaml", "data/digits.yaml"],
         "output": str(folder / "encoder"),
-        "model": {"init_args": {"encoder": {"init_args": ENCODER}, "num_classes": 10, "learning_rate": rate}},
+        "model": {"init_args": {"encoder": {"init_args": ENCODER}, "num_classes": 10, **optimization}},
         "trainer": {"max_steps": 20, "limit_val_batches": 0},
     }
     stage1 = {
         "layers": ["base.yaml", "stage/latent_alignment.yaml", "stage/tokenizer.yaml", "data/digits.yaml"],
         "output": str(folder / "stage1"),
-        "model": {"init_args": {"tokenizer": {"init_args": tokenizer}, "learning_rate": rate}},
+        "model": {"init_args": {"tokenizer": {"init_args": tokenizer}, **optimization}},
         "data": data,
         "trainer": {"max_steps": 20, "limit_val_batches": 0},
     }
     judge = {"class_path": "aligntok.networks.VisionEncoder", "init_args": {**ENCODER, "weights": weights}}
     critic = {"class_path": "aligntok.networks.PatchDiscriminator", "init_args": {"width": 8, "num_layers": 2}}
+    distance = {"class_path": "aligntok.losses.FeatureDistance", "init_args": {"encoder": judge}}
+    adversarial = {  # both start within the run: the discriminator at 10, its opinion counts from 20 on
+        "class_path": "aligntok.losses.AdversarialLoss",
+        "init_args": {"discriminator": critic, "weight": {19: 0.0, 20: 0.5}, "discriminator_start": 10},
+    }
     stage2 = {
         "layers": ["base.yaml", "stage/perceptual_alignment.yaml", "stage/tokenizer.yaml", "data/digits.yaml"],
         "model": {
             "init_args": {
                 "tokenizer": {"init_args": tokenizer},
-                "learning_rate": rate,
-                "perceptual": {"class_path": "aligntok.losses.FeatureDistance", "init_args": {"encoder": judge}},
-                "adversarial": {  # both start within the run: the discriminator at 10, its opinion counts from 20 on
-                    "class_path": "aligntok.losses.AdversarialLoss",
-                    "init_args": {"discriminator": critic, "weight": {19: 0.0, 20: 0.5}, "discriminator_start": 10},
-                },
+                **optimization,
+                "loss": {"init_args": {"perceptual": {"features": {"distance": distance}}, "adversarial": adversarial}},
             }
         },
         "data": data,

@@ -40,6 +40,7 @@ from torch import Tensor
 from aligntok.callbacks import EMA, LatentWriter
 from aligntok.data import LatentDataModule, LatentShards, Shapes
 from aligntok.flow import Euler, Guidance
+from aligntok.losses import SemanticPreservation
 from aligntok.metrics.frechet import frechet_distance
 from aligntok.networks import ConvDecoder, ConvEncoder, DiT, GaussianAdapter, LinearAdapter, Tokenizer, VisionEncoder
 from aligntok.stages import (
@@ -47,6 +48,7 @@ from aligntok.stages import (
     EncoderPretraining,
     LatentAlignment,
     LatentDiffusion,
+    Optimization,
     PerceptualAlignment,
     Stage,
 )
@@ -110,13 +112,16 @@ def tokenize(run: str, seed: int, steps: int, folder: Path) -> tuple[Tokenizer, 
     """Train the tokenizer of a run and its last decoder, write the cache, and return it with PSNR and probe."""
     rate, data = one_cycle(steps), partial(images, seed)
     if run == "VAE from scratch":
-        stage = build(PerceptualAlignment, seed, one_cycle(2 * steps), vae=True, semantic_weight=0.0, kl_weight=KL)
+        stage = build(
+            PerceptualAlignment, seed, one_cycle(2 * steps), vae=True, semantic=SemanticPreservation(0.0), kl_weight=KL
+        )
         fit(stage, data(), 2 * steps, folder / "trained", validate=False)
     else:
         first = 2 * steps if run == "stage 1 only" else steps
         fit(build(LatentAlignment, seed, one_cycle(first)), data(), first, folder / "trained", validate=False)
         if run != "stage 1 only":
-            stage = build(PerceptualAlignment, seed, rate, semantic_weight=1.0 if run == RUNS[0] else 0.0)
+            semantic = SemanticPreservation(1.0 if run == RUNS[0] else 0.0)
+            stage = build(PerceptualAlignment, seed, rate, semantic=semantic)
             stage.init_from(folder / "trained" / "last.ckpt")
             fit(stage, data(), steps, folder / "trained", validate=False)
     last = round(REFINEMENT * steps)
@@ -134,7 +139,7 @@ def build(kind: type[Stage], seed: int, rate: dict[int, float], vae: bool = Fals
     encoder: Any = ConvEncoder(CHANNELS, image_size=IMAGE_SIZE, **sizes) if vae else pretrained_encoder()
     adapter = (GaussianAdapter if vae else LinearAdapter)(encoder.width, CHANNELS)
     stage: Any = kind
-    return stage(Tokenizer(encoder, adapter, decoder), learning_rate=rate, optimizer=adamw(0.0), **arguments)
+    return stage(Tokenizer(encoder, adapter, decoder), optimization=Optimization(rate, adamw(0.0)), **arguments)
 
 
 def pretrained_encoder() -> VisionEncoder:
@@ -163,9 +168,8 @@ def generate(tokenizer: Tokenizer, seed: int, steps: int, folder: Path) -> Laten
     network = DiT((CHANNELS, 8, 8), NUM_CLASSES, width=128, depth=4, num_heads=4, patch_size=2)
     optimizer = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rate = {0: 0.0, steps // 10: 1e-3, steps: 0.0}
-    stage = LatentDiffusion(
-        network, tokenizer, rate, sampler=Euler(20), guidance=Guidance(), seed=seed, optimizer=optimizer
-    )
+    optimization = Optimization(rate, optimizer)
+    stage = LatentDiffusion(network, tokenizer, sampler=Euler(20), seed=seed, optimization=optimization)
     trainer = pl.Trainer(
         **quietly(folder / "generator"),
         max_steps=steps,
@@ -232,7 +236,9 @@ def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> flo
 def trained_judge(steps: int, path: Path) -> Any:
     """Return the judge, trained once: a ViT with a convolutional stem, on labels of images of its own."""
     pl.seed_everything(JUDGE_SEED, verbose=False)
-    judge = EncoderPretraining(vision_encoder(None), NUM_CLASSES, one_cycle(steps), optimizer=adamw(0.05))
+    judge = EncoderPretraining(
+        vision_encoder(None), NUM_CLASSES, optimization=Optimization(one_cycle(steps), adamw(0.05))
+    )
     if not path.is_file():
         train = Shapes(100_000, IMAGE_SIZE, seed=JUDGE_SEED, plain=True)
         val = Shapes(VAL_IMAGES, IMAGE_SIZE, seed=VAL_SEED + JUDGE_SEED, plain=True)

@@ -31,8 +31,16 @@ from torch import nn
 
 from aligntok.callbacks import LinearProbe, ReconstructionQuality
 from aligntok.data import LatentDataModule, Shapes
+from aligntok.losses import SemanticPreservation
 from aligntok.networks import ConvDecoder, LinearAdapter, Tokenizer, VisionEncoder
-from aligntok.stages import DecoderRefinement, EncoderPretraining, LatentAlignment, PerceptualAlignment, Stage
+from aligntok.stages import (
+    DecoderRefinement,
+    EncoderPretraining,
+    LatentAlignment,
+    Optimization,
+    PerceptualAlignment,
+    Stage,
+)
 
 IMAGE_SIZE, DOWNSAMPLING, WIDTH = 32, 8, 128
 TRAIN_IMAGES, VAL_IMAGES, BATCH = 6000, 1200, 32
@@ -41,9 +49,9 @@ VAL_SEED, PRETRAINING_SEED = 1_000_000, 2_000_000  # far from the seeds of the t
 DEPENDS = {  # run: the stage, the run whose weights it starts from, its arguments
     "stage 1": (LatentAlignment, None, {}),
     "control: stage 1 for longer": (LatentAlignment, "stage 1", {}),
-    "stage 2, w_sp = 1": (PerceptualAlignment, "stage 1", {"semantic_weight": 1.0}),
-    "stage 2, w_sp = 0.1": (PerceptualAlignment, "stage 1", {"semantic_weight": 0.1}),
-    "stage 2, w_sp = 0": (PerceptualAlignment, "stage 1", {"semantic_weight": 0.0}),
+    "stage 2, w_sp = 1": (PerceptualAlignment, "stage 1", {"semantic": SemanticPreservation(1.0)}),
+    "stage 2, w_sp = 0.1": (PerceptualAlignment, "stage 1", {"semantic": SemanticPreservation(0.1)}),
+    "stage 2, w_sp = 0": (PerceptualAlignment, "stage 1", {"semantic": SemanticPreservation(0.0)}),
     "stage 3 after w_sp = 1": (DecoderRefinement, "stage 2, w_sp = 1", {}),
 }
 ENCODER = "encoder: features"
@@ -81,7 +89,8 @@ def experiment(seed: int, steps: int, pretraining_steps: int, latent_dim: int) -
         data = partial(images, seed)
         began = time.perf_counter()
         pl.seed_everything(seed, verbose=False)
-        pretraining = EncoderPretraining(vision_encoder(None), 12, one_cycle(pretraining_steps), optimizer=adamw(0.05))
+        optimization = Optimization(one_cycle(pretraining_steps), adamw(0.05))
+        pretraining = EncoderPretraining(vision_encoder(None), 12, optimization=optimization)
         own_images = images(PRETRAINING_SEED + seed, PRETRAINING_IMAGES, PRETRAINING_BATCH)
         fitted = fit(pretraining, own_images, pretraining_steps, folder / "encoder")
         results[ENCODER] = {"accuracy": float(fitted["val/accuracy"]), "seconds": time.perf_counter() - began}
@@ -92,7 +101,7 @@ def experiment(seed: int, steps: int, pretraining_steps: int, latent_dim: int) -
             pl.seed_everything(seed, verbose=False)
             decoder = ConvDecoder(latent_dim, width=16, multipliers=(1, 2, 4, 4), num_blocks=1, num_groups=8)
             tokenizer = Tokenizer(vision_encoder(weights), LinearAdapter(WIDTH, latent_dim), decoder)
-            stage = kind(tokenizer, learning_rate=one_cycle(steps), optimizer=adamw(0.0), **arguments)
+            stage = kind(tokenizer, optimization=Optimization(one_cycle(steps), adamw(0.0)), **arguments)
             if previous is not None:
                 stage.init_from(folder / previous / "last.ckpt")
             fitted = fit(stage, data(), steps, folder / run)

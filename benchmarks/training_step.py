@@ -28,6 +28,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -38,9 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from aligntok.losses import LPIPS, AdversarialLoss, FeatureDistance, hinge
+from aligntok.losses import LPIPS, AdversarialLoss, FeatureDistance, PerceptualTerm, ReconstructionLoss, hinge
 from aligntok.networks import ConvDecoder, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
-from aligntok.stages import PerceptualAlignment
+from aligntok.stages import Optimization, PerceptualAlignment
 
 ADAPTIVE_EPS, MAX_ADAPTIVE = 1e-4, 1e4  # VA-VAE's
 CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -111,9 +112,9 @@ class TwoOptimizers(pl.LightningModule):
         self.fused: bool | None = None  # torch's default, as theirs
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        groups, rate = self.stage.parameter_groups(), self.stage.learning_rate
+        groups, rate = self.stage.parameter_groups(), self.stage.optimization.learning_rate
         options = {"lr": rate, "betas": (0.5, 0.9), "weight_decay": 0.0, "fused": self.fused}
-        return [torch.optim.AdamW(parameters, **options) for parameters, _ in groups.values()]
+        return [torch.optim.AdamW(group.parameters.values(), **options) for group in groups.values()]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         image = batch["image"]
@@ -141,12 +142,13 @@ class TwoOptimizers(pl.LightningModule):
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(image))
 
     def reconstruction_loss(self, image: Tensor, reconstruction: Tensor, logs: dict[str, Tensor]) -> Tensor:
-        l1, perceptual = F.l1_loss(reconstruction, image), self.stage.perceptual(reconstruction, image)
+        distance = self.stage.loss.perceptual["perceptual"]
+        l1, perceptual = F.l1_loss(reconstruction, image), distance(reconstruction, image)
         logs |= {"l1": l1.detach(), "perceptual": perceptual.detach()}
         return l1 + perceptual
 
     def generator_loss(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        adversarial, logs = self.stage.adversarial, {}
+        adversarial, logs = self.stage.loss.adversarial, {}
         rec = self.reconstruction_loss(image, reconstruction, logs)
         with section("D forward"):
             gan = -adversarial.discriminator(reconstruction).mean()
@@ -161,8 +163,8 @@ class TwoOptimizers(pl.LightningModule):
     def discriminator_loss(self, image: Tensor, reconstruction: Tensor, logs: dict[str, Tensor]) -> Tensor:
         self.reconstruction_loss(image, reconstruction, logs)  # their loss module begins with it, both times
         with section("D forward"):
-            real = self.stage.adversarial.discriminator(image)
-            fake = self.stage.adversarial.discriminator(reconstruction.detach())
+            real = self.stage.loss.adversarial.discriminator(image)
+            fake = self.stage.loss.adversarial.discriminator(reconstruction.detach())
         logs |= {"gan_logit_real": real.detach().mean(), "gan_logit_fake": fake.detach().mean()}
         return hinge(real, fake)
 
@@ -214,7 +216,8 @@ def paper256() -> tuple[PerceptualAlignment, int]:
 def alignment(tokenizer: Tokenizer, perceptual: nn.Module, discriminator: nn.Module) -> PerceptualAlignment:
     optimizer = partial(torch.optim.AdamW, betas=(0.5, 0.9), weight_decay=0.0, fused=True)  # as in our configs
     adversarial = AdversarialLoss(discriminator, weight=0.5)
-    return PerceptualAlignment(tokenizer, 1e-4, perceptual=perceptual, adversarial=adversarial, optimizer=optimizer)
+    loss = ReconstructionLoss("l1", {"perceptual": PerceptualTerm(perceptual)}, adversarial)
+    return PerceptualAlignment(tokenizer, loss, Optimization(1e-4, optimizer))
 
 
 SIZES = {"tiny32": tiny32, "paper256": paper256}
@@ -245,11 +248,11 @@ class FirstGradients(pl.Callback):
         self.stage, self.gradients = stage, {}
 
     def on_after_backward(self, *args: Any) -> None:
-        for name, (parameters, _) in self.stage.parameter_groups().items():
+        for name, group in self.stage.parameter_groups().items():
             if (
                 name == "discriminator" or name not in self.gradients
             ):  # the peer's second backward is the discriminator's
-                self.gradients[name] = [None if p.grad is None else p.grad.clone() for p in parameters]
+                self.gradients[name] = [None if p.grad is None else p.grad.clone() for p in group.parameters.values()]
 
 
 def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int, *extra: pl.Callback) -> list[float]:
@@ -279,13 +282,14 @@ def run(module: pl.LightningModule, images: list[dict[str, Tensor]], steps: int,
 
 def compare_gradients(stage: PerceptualAlignment, modules: dict[str, Any], images: list[dict[str, Tensor]]) -> None:
     """Show that both ways give the same gradients, else stop."""
-    rate, stage.learning_rate, stage.discriminator_learning_rate = stage.learning_rate, 0.0, 0.0  # weights stay
+    given = stage.optimization
+    stage.optimization = replace(given, learning_rate=0.0)  # weights stay
     found = {}
     for name, module in modules.items():
         callback = FirstGradients(stage)
         run(module, images, 1, callback)
         found[name] = callback.gradients
-    stage.learning_rate = stage.discriminator_learning_rate = rate
+    stage.optimization = given
     for group in ("generator", "discriminator"):
         pairs = list(zip(*(gradients[group] for gradients in found.values()), strict=True))
         assert all((a is None) == (b is None) for a, b in pairs)
@@ -345,12 +349,12 @@ def timed(name: str | Callable[[], str], function: Callable[..., Any]) -> Callab
 def put_sections(modules: dict[str, Any]) -> None:
     """Wrap the parts of a step, in both ways, so that their time is booked in ``SECONDS``."""
     stage: PerceptualAlignment = modules["ours"]
-    tokenizer, adversarial = stage.tokenizer, stage.adversarial
+    tokenizer, adversarial = stage.tokenizer, stage.loss.adversarial
     forwards = {
         "encoder forward": tokenizer.encoder,
         "decoder forward": tokenizer.decoder,
         "anchor forward": stage.anchor.network[0],
-        "perceptual forward": stage.perceptual,
+        "perceptual forward": stage.loss.perceptual["perceptual"],
         "D forward": adversarial.discriminator,
     }
     for name, network in forwards.items():

@@ -10,7 +10,13 @@ from aligntok.callbacks import LatentWriter
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO
 from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
-from aligntok.losses import AdversarialLoss, FeatureDistance
+from aligntok.losses import (
+    AdversarialLoss,
+    FeatureDistance,
+    PerceptualTerm,
+    ReconstructionLoss,
+    SemanticPreservation,
+)
 from aligntok.losses.perceptual import CONVNEXT_FILE, VGG16_FILE
 from aligntok.metrics import InceptionFeatures, inception
 from aligntok.networks import (
@@ -25,7 +31,7 @@ from aligntok.networks import (
     VectorQuantizer,
     VisionEncoder,
 )
-from aligntok.stages import AutoregressiveGeneration, DecoderRefinement, LatentAlignment, LatentDiffusion
+from aligntok.stages import AutoregressiveGeneration, DecoderRefinement, LatentAlignment, LatentDiffusion, Optimization
 
 WIDTH, LATENT = 16, 4
 collect_ignore_glob = ["*_worker.py"]  # programs that tests start; --doctest-modules would import them
@@ -63,9 +69,37 @@ class Tiny:
 
     @staticmethod
     def stage(cls=LatentAlignment, seed=0, tokenizer=None, **options):
+        """Return a tokenizer stage; numbers of its loss, optimization and semantic term may be given one by one."""
         tokenizer = tokenizer or Tiny.tokenizer(seed)
+        loss = options.pop("loss", None) or Tiny.loss(options)
+        parts = Tiny.optimization(options)
+        semantic = {key.removeprefix("semantic_"): options.pop(key) for key in list(options) if "semantic_" in key}
+        if semantic:
+            parts["semantic"] = SemanticPreservation(**semantic)
         torch.manual_seed(seed + 2000)
-        return cls(tokenizer, **{"learning_rate": 1e-3, **options})
+        return cls(tokenizer, loss, **parts, **options)
+
+    @staticmethod
+    def loss(options):
+        """Take what belongs to a loss out of ``options`` and return it."""
+        terms = {}
+        for name in ("perceptual", "lpips"):
+            distance, weight = options.pop(name, None), options.pop(f"{name}_weight", 1.0)
+            if distance is not None:
+                terms[name] = PerceptualTerm(distance, weight)
+        adversarial = options.pop("adversarial", None)
+        if "discriminator_learning_rate" in options:
+            adversarial.learning_rate = options.pop("discriminator_learning_rate")
+        return ReconstructionLoss(options.pop("pixel_loss", "l1"), terms, adversarial)
+
+    @staticmethod
+    def optimization(options):
+        """Take what belongs to an optimization out of ``options`` and return it as an argument of a stage."""
+        numbers = {"learning_rate": 1e-3}
+        for key in ("learning_rate", "optimizer", "no_decay", "max_nonfinite_steps"):
+            if key in options:
+                numbers[key] = options.pop(key)
+        return {"optimization": options.pop("optimization", None) or Optimization(**numbers)}
 
     @staticmethod
     def measured(seed=0, **options):
@@ -106,7 +140,7 @@ class Tiny:
         """Return a stage; its ``seed`` is that of the samples."""
         tokenizer = options.pop("tokenizer") if "tokenizer" in options else Tiny.discrete()
         network = network or Tiny.ar()
-        return AutoregressiveGeneration(network, tokenizer, **{"learning_rate": 1e-3, **options})
+        return AutoregressiveGeneration(network, tokenizer, **Tiny.optimization(options), **options)
 
     @staticmethod
     def dit(seed=0, scale=0.2, **options):
@@ -123,7 +157,7 @@ class Tiny:
     def generator(network=None, **options):
         """Return a stage; its ``seed`` is that of the noise."""
         tokenizer = options.pop("tokenizer") if "tokenizer" in options else Tiny.measured()
-        return LatentDiffusion(network or Tiny.dit(), tokenizer, **{"learning_rate": 1e-3, **options})
+        return LatentDiffusion(network or Tiny.dit(), tokenizer, **Tiny.optimization(options), **options)
 
     @staticmethod
     def cache(folder, tokenizer, num_images=64, **options):

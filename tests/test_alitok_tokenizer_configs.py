@@ -52,23 +52,26 @@ def test_sizes_losses_and_phases_are_alitoks(name, parameters, gan_start, steps,
     first = "stage1" in name
     if parameters:  # of the published weights, where the queries are a sum of two tables
         assert count(tokenizer) == parameters - 273 * 768
-    assert count(model.adversarial.discriminator) == 1_909_889
+    assert count(model.loss.adversarial.discriminator) == 1_909_889
     assert tokenizer.spec.latent_shape == (32, 1, num_prefix + 256)
     assert tokenizer.spec.codebook_size == 4096
     assert (tokenizer.decoder.causal, tokenizer.decoder.prefix_head is not None) == (first, first)
     assert tokenizer.decoder.buffer_tokens.shape[0] == (1 if first else num_buffer)
-    assert model.pixel_loss == "mse"
+    assert model.loss.pixel == "mse"
     assert model.commitment_weight == 0.25
     if first:
         weight = model.prefix_weight * num_prefix / 256
         assert (model.auxiliary, weight) == (("mse", 10 * 17 / 256) if "v1" in name else ("perceptual", 1.0))
 
     assert run.trainer.max_steps == steps
-    rates = [at(model.learning_rate, step) for step in (0, 10_000, 50_000, gan_start, gan_start + 1, steps)]
+    rates = [
+        at(model.optimization.learning_rate, step) for step in (0, 10_000, 50_000, gan_start, gan_start + 1, steps)
+    ]
     assert rates == pytest.approx([0.0, 1e-4, 1e-4, 2e-5, 2e-6, 2e-6])
-    weights = [(at(model.lpips_weight, step), at(model.perceptual_weight, step)) for step in (0, 49_999, 50_000, steps)]
+    terms = [model.loss.weights[name] for name in ("lpips", "logits")]
+    weights = [tuple(at(term, step) for term in terms) for step in (0, 49_999, 50_000, steps)]
     assert weights == [(1.0, 0.1), (1.0, 0.1), (0.0, 1.0), (0.0, 1.0)]
-    adversarial = model.adversarial
+    adversarial = model.loss.adversarial
     assert [adversarial.weight_at(step) for step in (0, gan_start - 1, gan_start, steps)] == [0.0, 0.0, 0.1, 0.1]
     assert adversarial.discriminator_start == gan_start - 1000
     assert run.datamodule.global_batch_size == 1536 == 48 * 32
@@ -89,11 +92,9 @@ def test_both_stages_run(judge_weights, tmp_path, monkeypatch):
     assert tokenizer.encode(torch.rand(2, 3, 32, 32)).shape == (2, 4 + 16)
     assert tokenizer.fingerprint() == load_tokenizer(first).fingerprint()
     metrics = [json.loads(Path(f"runs/alitok/stage{n}/run.json").read_text())["metrics"].keys() for n in (1, 2)]
-    both = {"train/mse", "train/perceptual", "train/lpips", "train/gan_generator", "train/gan_discriminator"}
+    both = {"train/mse", "train/logits", "train/lpips", "train/gan_generator", "train/gan_discriminator"}
     both |= {"val/rfid", "val/psnr", "val/codebook_usage", "val/codebook_entropy"}
-    learned = {
-        f"train/{name}" for name in ("prefix_mse", "prefix_perceptual", "prefix_lpips", "commitment", "codebook")
-    }
+    learned = {f"train/{name}" for name in ("prefix_mse", "prefix_logits", "prefix_lpips", "commitment", "codebook")}
     assert both | learned <= metrics[0]
     assert both <= metrics[1]
     assert not learned & metrics[1]

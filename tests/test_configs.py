@@ -55,7 +55,7 @@ def test_recipe_builds_on_meta(name, monkeypatch, tmp_path):
     model = build(monkeypatch, tmp_path, "--config", name, *(("--model.tokenizer", "null") if generator else ())).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     groups = model.parameter_groups()
-    assert all(parameters for parameters, _ in groups.values())
+    assert all(group.parameters for group in groups.values())
 
 
 @pytest.mark.parametrize(("extra", "latent_dim"), [((), 32), (("--config", "size/d64.yaml"), 64)])
@@ -75,9 +75,9 @@ def test_paper_sizes(extra, latent_dim, monkeypatch, tmp_path):
     # ViT-L/14 without head: patches 3*14*14*1024+1024, class token and 257 -> 16*16+1 positions, 24 blocks, final norm
     block = 4 * 1024 + (3 * 1024 * 1024 + 3 * 1024) + (1024 * 1024 + 1024) + 2 * 4 * 1024 * 1024 + 5 * 1024 + 2 * 1024
     assert count(stage.tokenizer.encoder) == 3 * 14 * 14 * 1024 + 1024 + 1024 + 257 * 1024 + 24 * block + 2 * 1024
-    assert count(stage.adversarial.discriminator) == 2_765_633
+    assert count(stage.loss.adversarial.discriminator) == 2_765_633
     assert stage.measures_latents
-    assert stage.semantic_weight == 1.0
+    assert stage.semantic.weight == 1.0
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("stage1.yaml", 15), ("stage2.yaml", 31), ("stage3.yaml", 15)])

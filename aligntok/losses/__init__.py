@@ -2,15 +2,21 @@
 
 from aligntok.losses.adversarial import AdversarialLoss, hinge
 from aligntok.losses.perceptual import LPIPS, FeatureDistance, LogitDistance
+from aligntok.losses.reconstruction import LossValue, PerceptualTerm, ReconstructionLoss, SendGradient
 from aligntok.losses.representation import RepresentationAlignment
-from aligntok.losses.semantic import semantic_preservation
+from aligntok.losses.semantic import SemanticPreservation, semantic_preservation
 
 __all__ = [
     "LPIPS",
     "AdversarialLoss",
     "FeatureDistance",
     "LogitDistance",
+    "LossValue",
+    "PerceptualTerm",
+    "ReconstructionLoss",
     "RepresentationAlignment",
+    "SemanticPreservation",
+    "SendGradient",
     "hinge",
     "semantic_preservation",
 ]

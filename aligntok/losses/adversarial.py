@@ -19,23 +19,24 @@ from aligntok.schedule import Schedule, check_schedule, first_nonzero_step, valu
 ADAPTIVE_EPS = 1e-4  # in the denominator of the adaptive weight, as in VQGAN and VA-VAE
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdversarialTerms:
-    """What one batch gives to the two players.
+    """What one batch gives to generator and discriminator.
 
     Attributes:
-        generator: -E[D(reconstruction)], (); its gradient is wanted at the reconstruction only.
+        generator: -E[D(reconstruction)], (), or ``None`` at steps where the generator does not hear the discriminator;
+            its gradient is wanted at the reconstruction only.
         discriminator: Hinge loss, (); its gradient is for the discriminator's weights only.
-        health: Mean logits and accuracies, for the log.
+        logs: Both losses, mean logits and accuracy, detached, by the name that they have in the log.
     """
 
-    generator: Tensor
+    generator: Tensor | None
     discriminator: Tensor
-    health: dict[str, Tensor]
+    logs: dict[str, Tensor]
 
 
 class AdversarialLoss(nn.Module):
-    """A discriminator and how much its opinion weighs.
+    """A discriminator, when it learns and how fast, and how much its opinion weighs.
 
     Args:
         discriminator: Image (B, 3, H, W) in [0, 1] to logits, positive for real.
@@ -44,6 +45,11 @@ class AdversarialLoss(nn.Module):
         max_adaptive_weight: Upper bound of that scale.
         discriminator_start: Step at which the discriminator begins to learn; by default 1,000 steps before ``weight``
             leaves zero, because an untrained critic ruins reconstructions.
+        learning_rate: Of the discriminator, over the steps; by default that of the tokenizer.
+
+    >>> loss = AdversarialLoss(nn.Conv2d(3, 1, 4), weight={2000: 0.0, 3000: 0.5})
+    >>> loss.discriminator_start, loss.weight_at(2500)
+    (1000, 0.25)
     """
 
     WARMUP = 1000
@@ -55,14 +61,16 @@ class AdversarialLoss(nn.Module):
         adaptive: bool = True,
         max_adaptive_weight: float = 1e4,
         discriminator_start: int | None = None,
+        learning_rate: Schedule | None = None,
     ) -> None:
         super().__init__()
         self.discriminator = discriminator
-        self.weight = check_schedule("adversarial.weight", weight)
+        self.weight = check_schedule("weight", weight)
         self.adaptive, self.max_adaptive_weight = adaptive, max_adaptive_weight
         if discriminator_start is None:
             discriminator_start = max(0, (first_nonzero_step(weight) or 0) - self.WARMUP)
         self.discriminator_start = discriminator_start
+        self.learning_rate = None if learning_rate is None else check_schedule("learning_rate", learning_rate)
 
     def active(self, step: int) -> bool:
         """Whether the discriminator learns at optimizer step ``step``."""
@@ -72,28 +80,38 @@ class AdversarialLoss(nn.Module):
         """Weight of the generator's term at optimizer step ``step``."""
         return value_at(self.weight, step)
 
-    def forward(self, image: Tensor, reconstruction: Tensor) -> AdversarialTerms:
-        """Judge real and reconstructed images, once each.
+    def forward(self, image: Tensor, reconstruction: Tensor, step: int) -> AdversarialTerms:
+        """Show real and reconstructed images to the discriminator, once each, where it learns at this step.
 
         Args:
             image: Real, (B, 3, H, W) in [0, 1].
-            reconstruction: A LEAF that requires grad, cut off from the decoder, (B, 3, H, W): both players' losses
-                hang on the same pass, and what each of them sends back is picked by the caller.
+            reconstruction: Without the decoder's graph, (B, 3, H, W); it requires grad itself. One pass of the
+                discriminator serves both losses; the caller takes from each the gradients that it is for.
+            step: Optimizer step.
         """
+        if not self.active(step):
+            return AdversarialTerms(None, self.idle(), {})
+        heard = bool(self.weight_at(step))
         real = self.discriminator(image).float()
-        fake = self.discriminator(reconstruction).float()
-        health = {
-            "logit_real": real.detach().mean(),
-            "logit_fake": fake.detach().mean(),
-            "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()),
+        fake = self.discriminator(reconstruction if heard else reconstruction.detach()).float()
+        generator, discriminator = -fake.mean(), hinge(real, fake)
+        logs = {
+            "gan_logit_real": real.detach().mean(),
+            "gan_logit_fake": fake.detach().mean(),
+            "gan_accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()),
+            "gan_discriminator": discriminator.detach(),
         }
-        return AdversarialTerms(-fake.mean(), hinge(real, fake), health)
+        if not heard:
+            return AdversarialTerms(None, discriminator, logs)
+        return AdversarialTerms(generator, discriminator, logs | {"gan_generator": generator.detach()})
 
     def idle(self) -> Tensor:
         """Return a zero that touches every weight: distributed training then finds no unused parameters."""
         return torch.stack([parameter.sum() * 0 for parameter in self.discriminator.parameters()]).sum()
 
-    def adaptive_weight(self, reconstruction: Tensor, rec_grad: Tensor, adv_grad: Tensor, last_layer: Tensor) -> Tensor:
+    def adaptive_weight(
+        self, reconstruction: Tensor, rec_grad: Tensor, adv_grad: Tensor, last_layer: Tensor | None
+    ) -> Tensor:
         """Return the ratio () of both terms' gradient norms at the decoder's last layer, the same on all ranks.
 
         Args:
@@ -104,6 +122,7 @@ class AdversarialLoss(nn.Module):
         """
         if not self.adaptive:
             return rec_grad.new_ones(())
+        assert last_layer is not None, "an adaptive weight is measured at the decoder's last layer"
         norms: list[Tensor] = []
         for gradient in (rec_grad, adv_grad):
             (at_layer,) = torch.autograd.grad(

@@ -7,12 +7,30 @@ Reference:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from aligntok.schedule import Schedule
+
 Distance = Literal["l2", "cosine"]
+
+
+@dataclass(frozen=True)
+class SemanticPreservation:
+    """How strongly and where a latent is held near the frozen snapshot's.
+
+    Args:
+        weight: w_sp, over the steps; 1 in the paper, and 0 gives its ablation without the loss.
+        distance: ``l2`` or ``cosine``.
+        before_adapter: Compare the encoder's features instead of the latents (an ablation that loses).
+    """
+
+    weight: Schedule = 1.0
+    distance: Distance = "l2"
+    before_adapter: bool = False
 
 
 def semantic_preservation(latent: Tensor, anchor: Tensor, distance: Distance = "l2") -> Tensor:

@@ -1,10 +1,11 @@
-"""What learns from what: the LightningModules."""
+"""The LightningModules: which parts of a model learn in a run, and from which loss."""
 
 from aligntok.stages.aligntok import DecoderRefinement, LatentAlignment, PerceptualAlignment
 from aligntok.stages.autoregression import AutoregressiveGeneration
 from aligntok.stages.causal import CausalTokenization
 from aligntok.stages.diffusion import LatentDiffusion
 from aligntok.stages.generator import GeneratorStage
+from aligntok.stages.optimization import Optimization
 from aligntok.stages.pretraining import EncoderPretraining, load_classifier
 from aligntok.stages.stage import Stage
 from aligntok.stages.tokenizer_stage import TokenizerStage
@@ -17,6 +18,7 @@ __all__ = [
     "GeneratorStage",
     "LatentAlignment",
     "LatentDiffusion",
+    "Optimization",
     "PerceptualAlignment",
     "Stage",
     "TokenizerStage",

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from aligntok.losses import AdversarialLoss
-from aligntok.losses.semantic import Distance, semantic_preservation
+from aligntok.losses.reconstruction import ReconstructionLoss, Terms
+from aligntok.losses.semantic import SemanticPreservation, semantic_preservation
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.lora import DOWN, UP, add_lora
 from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.schedule import Schedule, check_schedule, value_at
-from aligntok.stages.image_loss import Terms
+from aligntok.schedule import check_schedule, value_at
+from aligntok.stages.optimization import Optimization
 from aligntok.stages.tokenizer_stage import TokenizerStage
 from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of, tokenizer_state
 
@@ -36,25 +35,18 @@ class LatentAlignment(TokenizerStage):
 class PerceptualAlignment(TokenizerStage):
     """Stage 2: everything learns and the latent picks up detail, held near its stage-1 place by the semantic loss.
 
-    The loss gains ``semantic_weight`` times the distance between the latent and that of a frozen snapshot of the
+    The loss gains ``semantic.weight`` times the distance between the latent and that of a frozen snapshot of the
     stage-1 encoder and adapter on the same image. Both latents are measured in units of the snapshot's standard
     deviation per channel (taken before the first step), because an l2 has no meaning without a unit; features are
     compared as the encoder gives them.
 
     Args:
         tokenizer: As for every tokenizer stage.
-        learning_rate: As for every tokenizer stage.
-        semantic_weight: w_sp, over the steps; 1 in the paper, and 0 gives its ablation without the loss.
-        semantic_distance: ``l2`` or ``cosine``.
-        semantic_before_adapter: Compare the encoder's features instead of the latents (an ablation that loses).
-        lora_rank: Train low-rank updates of the encoder's linear layers instead of the layers (an ablation that loses).
-        perceptual: As for every tokenizer stage.
-        perceptual_weight: As for every tokenizer stage.
-        adversarial: As for every tokenizer stage.
-        discriminator_learning_rate: As for every tokenizer stage.
+        loss: As for every tokenizer stage.
+        optimization: As for every tokenizer stage.
         kl_weight: As for every tokenizer stage.
-        optimizer: As for every tokenizer stage.
-        max_nonfinite_steps: As for every tokenizer stage.
+        semantic: Weight and kind of the semantic preservation loss.
+        lora_rank: Train low-rank updates of the encoder's linear layers instead of the layers (an ablation that loses).
     """
 
     previous_stages = ("LatentAlignment",)
@@ -64,47 +56,29 @@ class PerceptualAlignment(TokenizerStage):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        learning_rate: Schedule = 1e-4,
-        semantic_weight: Schedule = 1.0,
-        semantic_distance: Distance = "l2",
-        semantic_before_adapter: bool = False,
-        lora_rank: int | None = None,
-        perceptual: nn.Module | None = None,
-        perceptual_weight: Schedule = 1.0,
-        adversarial: AdversarialLoss | None = None,
-        discriminator_learning_rate: Schedule | None = None,
+        loss: ReconstructionLoss | None = None,
+        optimization: Optimization = Optimization(1e-4),
         kl_weight: float = 0.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        max_nonfinite_steps: int = 10,
+        semantic: SemanticPreservation = SemanticPreservation(),
+        lora_rank: int | None = None,
     ) -> None:
-        super().__init__(
-            tokenizer,
-            learning_rate,
-            perceptual=perceptual,
-            perceptual_weight=perceptual_weight,
-            adversarial=adversarial,
-            discriminator_learning_rate=discriminator_learning_rate,
-            kl_weight=kl_weight,
-            optimizer=optimizer,
-            max_nonfinite_steps=max_nonfinite_steps,
-        )
-        self.semantic_weight = check_schedule("semantic_weight", semantic_weight)
-        self.semantic_distance: Distance = semantic_distance
-        self.semantic_before_adapter = semantic_before_adapter
+        super().__init__(tokenizer, loss, optimization, kl_weight)
+        check_schedule("semantic.weight", semantic.weight)
+        self.semantic = semantic
         self.anchor = Frozen(nn.Sequential(deepcopy(tokenizer.encoder), deepcopy(tokenizer.adapter)))
         if lora_rank is not None:
             add_lora(tokenizer.encoder, lora_rank)
 
     def latent_terms(self, image: Tensor, features: Tensor, latent: Tensor) -> Terms:
         """Return the semantic preservation loss."""
-        weight = value_at(self.semantic_weight, self.global_step)
+        weight = value_at(self.semantic.weight, self.global_step)
         if not weight:
             return {}
         with torch.no_grad():
             anchor_features = self.anchor.network[0](image)
             anchor = self.tokenizer.normalize(self.anchor.network[1](anchor_features))
-        pair = (features, anchor_features) if self.semantic_before_adapter else (latent, anchor)
-        return {"semantic": (weight, semantic_preservation(pair[0], pair[1], self.semantic_distance))}
+        pair = (features, anchor_features) if self.semantic.before_adapter else (latent, anchor)
+        return {"semantic": (weight, semantic_preservation(pair[0], pair[1], self.semantic.distance))}
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Take stage 1's tokenizer, and the snapshot of its encoder and adapter."""

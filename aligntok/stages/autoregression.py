@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -19,8 +18,8 @@ from aligntok.errors import UserError
 from aligntok.files import write_text
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.schedule import Schedule
 from aligntok.stages.generator import GeneratorStage
+from aligntok.stages.optimization import Optimization
 
 PER_POSITION = "accuracy_per_position.csv"
 SIZES = ("codebook_size", "grid", "num_prefix", "sequence_length")  # that tokenizer, cache and network share
@@ -39,12 +38,10 @@ class AutoregressiveGeneration(GeneratorStage):
         network: Tokens and label to logits.
         tokenizer: Decodes samples, and encodes images where nothing is cached; from a checkpoint:
             ``class_path: aligntok.weights.load_tokenizer``. Null trains on a cache that has none here.
-        learning_rate: Over the optimizer steps.
         label_dropout: Share of labels that become the null class, in [0, 1], for classifier-free guidance.
         sampler: From class to tokens.
         seed: Of the samples; a sample is a function of (seed, id, label).
-        optimizer: Built with the parameters.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
+        optimization: Optimizer, learning rate, weight decay.
 
     Raises:
         UserError: Network, tokenizer and sampler that do not fit each other; both values are named.
@@ -57,14 +54,12 @@ class AutoregressiveGeneration(GeneratorStage):
         self,
         network: AutoregressiveTransformer,
         tokenizer: Tokenizer | None = None,
-        learning_rate: Schedule = 4e-4,
         label_dropout: float = 0.1,
         sampler: TokenSampler | None = None,
         seed: int = 0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        max_nonfinite_steps: int = 10,
+        optimization: Optimization = Optimization(4e-4),
     ) -> None:
-        super().__init__(network, tokenizer, learning_rate, label_dropout, seed, optimizer, max_nonfinite_steps)
+        super().__init__(network, tokenizer, label_dropout, seed, optimization)
         self.sampler = sampler or TokenSampler()
         self.sums: Tensor | None = None
         self.check_parts()

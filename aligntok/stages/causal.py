@@ -6,16 +6,16 @@ Reference:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aligntok.errors import UserError
+from aligntok.losses.reconstruction import ReconstructionLoss, Terms
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.schedule import Schedule
-from aligntok.stages.image_loss import Terms
+from aligntok.stages.optimization import Optimization
 from aligntok.stages.tokenizer_stage import COMMITMENT_WEIGHT, TokenizerStage
 
 
@@ -31,11 +31,12 @@ class CausalTokenization(TokenizerStage):
 
     Args:
         tokenizer: A discrete one, e.g. ``QueryEncoder``, ``LinearAdapter``, ``VectorQuantizer``, ``TokenDecoder``.
-        learning_rate: As for every tokenizer stage.
+        loss: As for every tokenizer stage.
+        optimization: As for every tokenizer stage.
+        kl_weight: As for every tokenizer stage.
         auxiliary: Loss of the prefix: ``none``; ``mse``, AliTok's first version; ``perceptual``, its second.
         prefix_weight: Of the mean squared error of the prefix; 10 in the published code.
         commitment_weight: Of the term that draws the latent to its codes.
-        **options: As for every tokenizer stage.
 
     Raises:
         UserError: Parts of the tokenizer that do not go with the loss; says what to change.
@@ -46,13 +47,14 @@ class CausalTokenization(TokenizerStage):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        learning_rate: Schedule = 1e-4,
+        loss: ReconstructionLoss | None = None,
+        optimization: Optimization = Optimization(1e-4),
+        kl_weight: float = 0.0,
         auxiliary: Literal["none", "mse", "perceptual"] = "none",
         prefix_weight: float = 10.0,
         commitment_weight: float = COMMITMENT_WEIGHT,
-        **options: Any,
     ) -> None:
-        super().__init__(tokenizer, learning_rate, **options)
+        super().__init__(tokenizer, loss, optimization, kl_weight)
         self.auxiliary, self.prefix_weight, self.commitment_weight = auxiliary, prefix_weight, commitment_weight
         self.check_parts()
 
@@ -76,8 +78,8 @@ class CausalTokenization(TokenizerStage):
                 f"num_prefix {spec.num_prefix} of encoder and decoder: with a prefix_head it is {columns}, the patches"
                 f" of the first row, or {columns + 1}, the first patch and then the first row"
             )
-        if self.auxiliary == "perceptual" and self.perceptual is None and self.lpips is None:
-            raise UserError("model.auxiliary perceptual needs model.perceptual or model.lpips; or set auxiliary mse")
+        if self.auxiliary == "perceptual" and not self.loss.perceptual:
+            raise UserError("auxiliary perceptual needs a perceptual term of the loss; or set auxiliary mse")
 
     def decode(self, latent: Tensor, image: Tensor) -> tuple[Tensor, Terms]:
         """Return the reconstruction of a latent (B, C, 1, N), and the terms on what the prefix gives."""
@@ -100,7 +102,7 @@ class CausalTokenization(TokenizerStage):
         terms: Terms = {"prefix_mse": (self.prefix_weight * share, F.mse_loss(prefix, target))}
         if self.auxiliary == "perceptual":
             row, rows = prefix[..., -image.shape[-1] :], reconstruction[..., spec.downsampling :, :]
-            judged = self.perceptual_terms(image, torch.cat((row, rows.detach()), dim=-2))
+            judged = self.loss.perceptual_terms(image, torch.cat((row, rows.detach()), dim=-2), self.global_step)
             terms |= {f"prefix_{name}": term for name, term in judged.items()}
         return terms
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from aligntok.errors import UserError
@@ -21,8 +20,8 @@ from aligntok.networks.dit import DiT
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.randomness import noise_like_ids
-from aligntok.schedule import Schedule
 from aligntok.stages.generator import GeneratorStage
+from aligntok.stages.optimization import Optimization
 from aligntok.weights.lightningdit import is_lightningdit, load_lightningdit
 
 NUM_BINS = 10  # of time, for the logs
@@ -40,7 +39,6 @@ class LatentDiffusion(GeneratorStage):
         network: Latent, time, label to velocity.
         tokenizer: Decodes samples, and encodes images where nothing is cached; from a checkpoint:
             ``class_path: aligntok.weights.load_tokenizer``. Null trains on a cache that has none here.
-        learning_rate: Over the optimizer steps.
         time_sampling: How times are drawn in training.
         uniform_from: From this step on, times are uniform (LightningDiT's long run: late in training).
         cosine_weight: Of the cosine term, 1 in LightningDiT, 0 in RAE.
@@ -50,8 +48,7 @@ class LatentDiffusion(GeneratorStage):
         guidance: Of the sampler.
         guide: Network of autoguidance, e.g. ``class_path: aligntok.weights.load_network``; or null for the null class.
         seed: Of the noise of samples; a sample is a function of (seed, id, label).
-        optimizer: Built with the parameters.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
+        optimization: Optimizer, learning rate, weight decay.
 
     Raises:
         UserError: Network, tokenizer, guide and guidance that do not fit each other; both values are named.
@@ -63,7 +60,6 @@ class LatentDiffusion(GeneratorStage):
         self,
         network: DiT,
         tokenizer: Tokenizer | None = None,
-        learning_rate: Schedule = 2e-4,
         time_sampling: TimeSampling | None = None,
         uniform_from: int | None = None,
         cosine_weight: float = 1.0,
@@ -73,10 +69,9 @@ class LatentDiffusion(GeneratorStage):
         guidance: Guidance | None = None,
         guide: DiT | None = None,
         seed: int = 0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        max_nonfinite_steps: int = 10,
+        optimization: Optimization = Optimization(2e-4),
     ) -> None:
-        super().__init__(network, tokenizer, learning_rate, label_dropout, seed, optimizer, max_nonfinite_steps)
+        super().__init__(network, tokenizer, label_dropout, seed, optimization)
         self.time_sampling = time_sampling or TimeSampling()
         self.uniform_from = uniform_from
         self.cosine_weight = cosine_weight

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.schedule import Schedule
+from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
 from aligntok.weights.checkpoint import load_strictly, part_of
 
@@ -25,11 +24,9 @@ class GeneratorStage(Stage):
     Args:
         network: What learns; has ``num_classes`` (none without classes), ``null_label`` and ``check_labels``.
         tokenizer: Decodes samples, and encodes images where nothing is cached; or none, on a cache.
-        learning_rate: Over the optimizer steps.
         label_dropout: Share of labels that become the null class, in [0, 1].
         seed: Of the samples.
-        optimizer: Built with the parameters.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
+        optimization: Optimizer, learning rate, weight decay.
     """
 
     network: Any
@@ -42,13 +39,11 @@ class GeneratorStage(Stage):
         self,
         network: nn.Module,
         tokenizer: Tokenizer | None,
-        learning_rate: Schedule,
         label_dropout: float,
         seed: int,
-        optimizer: OptimizerCallable,
-        max_nonfinite_steps: int,
+        optimization: Optimization,
     ) -> None:
-        super().__init__(learning_rate, optimizer, max_nonfinite_steps)
+        super().__init__(optimization)
         self.network = network
         self.frozen_tokenizer = Frozen(tokenizer) if tokenizer is not None else None
         self.label_dropout, self.seed = label_dropout, seed

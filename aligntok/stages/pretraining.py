@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aligntok.files import write_atomically
 from aligntok.networks.encoders import VisionEncoder
-from aligntok.schedule import Schedule
+from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
 from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, recipe_of
 
@@ -27,22 +25,18 @@ class EncoderPretraining(Stage):
     Args:
         encoder: A small ``VisionEncoder``, ``weights: null``.
         num_classes: Classes of the data.
-        learning_rate: Over the optimizer steps.
         label_smoothing: Of the cross-entropy, in [0, 1).
-        optimizer: Built with the parameters.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
+        optimization: Optimizer, learning rate, weight decay.
     """
 
     def __init__(
         self,
         encoder: VisionEncoder,
         num_classes: int,
-        learning_rate: Schedule = 1e-3,
         label_smoothing: float = 0.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        max_nonfinite_steps: int = 10,
+        optimization: Optimization = Optimization(1e-3),
     ) -> None:
-        super().__init__(learning_rate, optimizer, max_nonfinite_steps)
+        super().__init__(optimization)
         self.encoder = encoder
         self.head = nn.Linear(encoder.width, num_classes)
         self.label_smoothing = label_smoothing

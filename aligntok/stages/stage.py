@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.schedule import Schedule, check_schedule, value_at
+from aligntok.stages.migration import rename_discriminator, split_groups
+from aligntok.stages.optimization import Optimization, ParameterGroup, clip_, drop_gradients, parameters_by_group
 from aligntok.weights.checkpoint import STAGE_KEY, check_fits, read_checkpoint
 
 
@@ -27,10 +24,7 @@ class Stage(pl.LightningModule):
     """Base of all stages.
 
     Args:
-        learning_rate: Over the optimizer steps; absolute, never rescaled by batch or devices.
-        optimizer: Built with the parameter groups; its own ``lr`` is not used.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run; single ones are
-            skipped.
+        optimization: Optimizer, learning rate, weight decay, guard against gradients that are not finite.
     """
 
     previous_stages: tuple[str, ...] = ()
@@ -39,27 +33,23 @@ class Stage(pl.LightningModule):
     needs_previous = False
     """Whether the command line refuses to start this stage without ``--init_from``."""
 
-    def __init__(
-        self,
-        learning_rate: Schedule,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        max_nonfinite_steps: int = 10,
-    ) -> None:
+    def __init__(self, optimization: Optimization) -> None:
         super().__init__()
+        # Lightning has no public way to ask whether its command line builds the module. The command line's recipe is
+        # plain YAML and goes into the checkpoint; modules that are built by hand are no recipe and would be pickled.
         if hparams_mixin._given_hyperparameters.get() is not None:
-            self.save_hyperparameters(logger=False)  # the CLI's recipe: plain YAML. Modules built by hand are no recipe
-        self.learning_rate = check_schedule("learning_rate", learning_rate)
-        self.optimizer = optimizer
-        self.max_nonfinite_steps = max_nonfinite_steps
+            self.save_hyperparameters(logger=False)
+        self.optimization = optimization
         self.nonfinite_steps = 0
         self.batch_ids: list[Tensor] = []
         self.resumed = False
 
     # What a stage says of itself
 
-    def parameter_groups(self) -> dict[str, tuple[list[nn.Parameter], Schedule]]:
-        """Return the optimizer's groups: name to parameters and learning rate. By default all that require grad."""
-        return {"model": ([p for p in self.parameters() if p.requires_grad], self.learning_rate)}
+    def parameter_groups(self) -> dict[str, ParameterGroup]:
+        """Return the optimizer's groups by name; by default one, of all parameters that require grad."""
+        learning = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return {"model": ParameterGroup(learning, self.optimization.learning_rate)}
 
     def idle_groups(self) -> Sequence[str]:
         """Return the names of groups that do not learn at this step."""
@@ -85,14 +75,8 @@ class Stage(pl.LightningModule):
     # Optimisation
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over all groups; each group's learning rate follows its own schedule."""
-        groups = self.parameter_groups()
-        optimizer = self.optimizer([{"params": p, "lr": 1.0, "name": name} for name, (p, _) in groups.items()])
-        for group in optimizer.param_groups:  # the base of LambdaLR: its factor is then the rate itself
-            group["lr"] = 1.0
-        rates: list[Callable[[int], float]] = [partial(value_at, schedule) for _, schedule in groups.values()]
-        scheduler: Any = {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        """Return one optimizer over all groups; each group's learning rate follows its own schedule."""
+        return self.optimization.build(self.parameter_groups())
 
     def on_fit_start(self) -> None:
         """Refuse what cannot go right, and set the modes: Lightning trains in whatever modes the modules came."""
@@ -121,25 +105,20 @@ class Stage(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Measure each group's gradient, clip it by its own norm, and skip the step where it is not finite."""
-        idle = self.idle_groups()
-        norms: dict[str, float] = {}
-        for group in optimizer.param_groups:
-            parameters = group["params"]
-            if group["name"] in idle:
-                set_no_gradient(parameters)  # the optimizer then leaves weights and state alone
-                continue
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            norms[group["name"]] = float(norm)
-            if gradient_clip_val and norms[group["name"]] > gradient_clip_val:  # else nothing to do
-                torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
+        norms: dict[str, Tensor] = {}
+        groups = parameters_by_group(optimizer)
+        for name, parameters in groups.items():
+            if name in self.idle_groups():
+                drop_gradients(parameters)
+            else:
+                norms[name] = clip_(parameters, float(gradient_clip_val) if gradient_clip_val else None)
         self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
         ids, self.batch_ids = self.batch_ids, []
-        if all(math.isfinite(norm) for norm in norms.values()):
+        if bool(torch.stack(list(norms.values())).isfinite().all()):
             self.nonfinite_steps = 0
             return
-        for group in optimizer.param_groups:
-            set_no_gradient(group["params"])
+        for parameters in groups.values():
+            drop_gradients(parameters)
         self.report_nonfinite(ids)
 
     def report_nonfinite(self, ids: list[Tensor]) -> None:
@@ -151,7 +130,7 @@ class Stage(pl.LightningModule):
         with path.open("a") as file:
             file.write(f"{self.global_step},{self.global_rank},{images}\n")
         rank_zero_warn(f"step {self.global_step}: gradient not finite, step skipped; its image ids are in {path}")
-        if self.nonfinite_steps >= self.max_nonfinite_steps:
+        if self.nonfinite_steps >= self.optimization.max_nonfinite_steps:
             raise UserError(
                 f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {self.global_step}; image"
                 f" ids in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate"
@@ -176,11 +155,8 @@ class Stage(pl.LightningModule):
                 f"--ckpt_path is of stage {stage}, this run is {type(self).__name__}: --ckpt_path goes on with the same"
                 " stage, --init_from starts the next one"
             )
+        rename_discriminator(checkpoint)
+        if "optimizer_states" in checkpoint:
+            split_groups(checkpoint, self.optimization, self.parameter_groups())
         check_fits(self.state_dict(), checkpoint["state_dict"], "--ckpt_path", "Use the config of that run")
         self.resumed = True
-
-
-def set_no_gradient(parameters: Sequence[nn.Parameter]) -> None:
-    """Drop the gradients, so that the optimizer skips these parameters."""
-    for parameter in parameters:
-        parameter.grad = None

@@ -1,27 +1,24 @@
-"""What the tokenizer stages share: frozen parts, the way of an image through the tokenizer, the reconstruction losses.
+"""What the tokenizer stages share: frozen parts, the way of an image through the tokenizer, the loss.
 
-ONE optimizer with a group for the generator and one for the discriminator, under automatic optimisation; ``image_loss``
-says how both learn from one backward.
+One optimizer with a group for the generator and one for the discriminator, under automatic optimisation:
+``ReconstructionLoss`` says how both learn from one backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
-from aligntok.losses import AdversarialLoss
+from aligntok.losses.reconstruction import ReconstructionLoss, Terms, weighted_sum
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.schedule import Schedule, check_schedule, value_at
-from aligntok.stages.image_loss import Terms, image_loss, weighted_sum
+from aligntok.stages.optimization import Optimization, ParameterGroup
 from aligntok.stages.stage import Stage
 from aligntok.stages.statistics import channel_statistics
 from aligntok.weights.checkpoint import load_strictly, tokenizer_state
@@ -34,26 +31,15 @@ class TokenizerStage(Stage):
     """Trains some parts of a tokenizer to reconstruct images; a stage says which, and adds its terms.
 
     Batches are dicts with ``image`` (B, 3, H, W) in [0, 1]; with a cached ``latent`` (B, C, h, w) beside it, the
-    encoder does not run. The loss is ``pixel_loss + perceptual_weight * perceptual + lpips_weight * lpips +
-    adversarial.weight * adaptive weight * adversarial`` (AlignTok, section 3; weights as in VA-VAE), each a mean over
-    pixels or images, plus the stage's own terms and, where a quantizer learns, its commitment and codebook terms.
-    A perceptual term is not computed at steps where its weight is 0.
+    encoder does not run. To the loss of the reconstruction come the stage's own terms and, where a quantizer learns,
+    its commitment and codebook terms.
 
     Args:
         tokenizer: Encoder, adapter, quantizer if it is a discrete one, decoder.
-        learning_rate: Of the tokenizer, over the optimizer steps.
-        pixel_loss: ``l1``, the mean absolute difference, or ``mse``, the mean squared one.
-        perceptual: Distance of two images (B, 3, H, W) in [0, 1] as a scalar: ``LPIPS``, ``LogitDistance`` or
-            ``FeatureDistance``.
-        perceptual_weight: Over the steps.
-        lpips: A second such distance (AliTok's first phase has LPIPS beside the logits), or null.
-        lpips_weight: Over the steps.
-        adversarial: Discriminator and its weight, or null for none.
-        discriminator_learning_rate: By default the tokenizer's.
+        loss: Of the reconstruction: pixel term, perceptual terms, adversarial term; by default the l1 alone.
+        optimization: Of the tokenizer, and of the discriminator but for its learning rate.
         kl_weight: Of the KL divergence, averaged over the image's pixels; needs a ``GaussianAdapter``. For the
             ablation.
-        optimizer: Built with both groups.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run.
     """
 
     trains: tuple[str, ...] = PARTS
@@ -71,33 +57,13 @@ class TokenizerStage(Stage):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        learning_rate: Schedule = 1e-4,
-        pixel_loss: Literal["l1", "mse"] = "l1",
-        perceptual: nn.Module | None = None,
-        perceptual_weight: Schedule = 1.0,
-        lpips: nn.Module | None = None,
-        lpips_weight: Schedule = 1.0,
-        adversarial: AdversarialLoss | None = None,
-        discriminator_learning_rate: Schedule | None = None,
+        loss: ReconstructionLoss | None = None,
+        optimization: Optimization = Optimization(1e-4),
         kl_weight: float = 0.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        max_nonfinite_steps: int = 10,
     ) -> None:
-        super().__init__(learning_rate, optimizer, max_nonfinite_steps)
+        super().__init__(optimization)
         self.tokenizer = tokenizer
-        self.pixel_loss = pixel_loss
-        self.perceptual: Any = perceptual
-        self.lpips: Any = lpips
-        self.perceptual_weight = check_schedule("perceptual_weight", perceptual_weight)
-        self.lpips_weight = check_schedule("lpips_weight", lpips_weight)
-        self.adversarial = adversarial
-        if discriminator_learning_rate is not None and adversarial is None:
-            raise UserError(
-                "discriminator_learning_rate has no effect without adversarial: remove it or add a discriminator"
-            )
-        if discriminator_learning_rate is None:
-            discriminator_learning_rate = self.learning_rate
-        self.discriminator_learning_rate = check_schedule("discriminator_learning_rate", discriminator_learning_rate)
+        self.loss = ReconstructionLoss() if loss is None else loss
         if kl_weight and not isinstance(tokenizer.adapter, GaussianAdapter):
             raise UserError("kl_weight needs tokenizer.adapter to be an aligntok.networks.GaussianAdapter")
         if not kl_weight and isinstance(tokenizer.adapter, GaussianAdapter):
@@ -125,19 +91,20 @@ class TokenizerStage(Stage):
             network.eval()
         return self
 
-    def parameter_groups(self) -> dict[str, tuple[list[nn.Parameter], Schedule]]:
+    def parameter_groups(self) -> dict[str, ParameterGroup]:
         """Return the generator's parameters and, if there is one, the discriminator's."""
-        groups = {"generator": ([p for p in self.tokenizer.parameters() if p.requires_grad], self.learning_rate)}
-        if self.adversarial is not None:
-            groups["discriminator"] = (
-                list(self.adversarial.discriminator.parameters()),
-                self.discriminator_learning_rate,
-            )
+        rate, adversarial = self.optimization.learning_rate, self.loss.adversarial
+        learning = {name: p for name, p in self.tokenizer.named_parameters() if p.requires_grad}
+        groups = {"generator": ParameterGroup(learning, rate)}
+        if adversarial is not None:
+            own = rate if adversarial.learning_rate is None else adversarial.learning_rate
+            groups["discriminator"] = ParameterGroup(dict(adversarial.discriminator.named_parameters()), own)
         return groups
 
     def idle_groups(self) -> Sequence[str]:
         """The discriminator rests until its start step."""
-        return () if self.adversarial is None or self.adversarial.active(self.global_step) else ("discriminator",)
+        adversarial = self.loss.adversarial
+        return () if adversarial is None or adversarial.active(self.global_step) else ("discriminator",)
 
     # Training
 
@@ -149,9 +116,9 @@ class TokenizerStage(Stage):
         latent, terms = (batch["latent"], {}) if "latent" in batch else self.encode(image)
         reconstruction, more_terms = self.decode(latent, image)
         terms |= more_terms
-        logs: dict[str, Tensor] = {name: value.detach() for name, (_, value) in terms.items()}
-        loss = self.image_loss(image, reconstruction, logs) + weighted_sum(terms, like=latent)
-        logs["loss"] = loss.detach()
+        result = self.loss(image, reconstruction, self.global_step, self.tokenizer.decoder.last_layer)
+        loss: Tensor = result.value + weighted_sum(terms, like=latent)
+        logs = {name: value.detach() for name, (_, value) in terms.items()} | result.terms | {"loss": loss.detach()}
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(image))
         return loss
 
@@ -189,36 +156,6 @@ class TokenizerStage(Stage):
         """Return the stage's own terms on features (B, width, h, w) and latent (B, C, h, w)."""
         return {}
 
-    def reconstruction_terms(self, image: Tensor, reconstruction: Tensor) -> Terms:
-        """Return the terms that compare a reconstruction with its image, both (B, 3, H, W) float32."""
-        loss = F.l1_loss if self.pixel_loss == "l1" else F.mse_loss
-        return {self.pixel_loss: (1.0, loss(reconstruction, image))} | self.perceptual_terms(image, reconstruction)
-
-    def perceptual_terms(self, image: Tensor, reconstruction: Tensor) -> Terms:
-        """Return the perceptual terms that count at this step, in fp32; both images (B, 3, H, W)."""
-        terms: Terms = {}
-        for name, judge, schedule in (
-            ("perceptual", self.perceptual, self.perceptual_weight),
-            ("lpips", self.lpips, self.lpips_weight),
-        ):
-            weight = value_at(schedule, self.global_step)
-            if judge is not None and weight:
-                with torch.autocast(image.device.type, enabled=False):
-                    terms[name] = (weight, judge(reconstruction, image))
-        return terms
-
-    def image_loss(self, image: Tensor, reconstruction: Tensor, logs: dict[str, Tensor]) -> Tensor:
-        """Return the loss in pixel space of a reconstruction (B, 3, H, W) with its graph; log its terms."""
-        return image_loss(
-            image,
-            reconstruction,
-            self.reconstruction_terms,
-            self.adversarial,
-            self.tokenizer.decoder.last_layer,
-            self.global_step,
-            logs,
-        )
-
     # Validation, prediction
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -231,7 +168,7 @@ class TokenizerStage(Stage):
         code = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"])
         latent = self.tokenizer.latent(code)
         reconstruction = self.tokenizer.decode_latent(latent)
-        terms = self.reconstruction_terms(batch["image"], reconstruction.float())
+        terms = self.loss.terms(batch["image"], reconstruction.float(), self.global_step)
         prefix = "test" if self.trainer.testing else "val"
         logs = {f"{prefix}/{name}": value for name, (_, value) in terms.items()}
         self.log_mean(logs, len(latent))
@@ -250,9 +187,8 @@ class TokenizerStage(Stage):
 
     def setup(self, stage: str) -> None:
         """Fetch the perceptual weights now, so that a missing file does not stop the run later."""
-        for judge in (self.perceptual, self.lpips):
-            if stage == "fit" and hasattr(judge, "load"):
-                judge.load()
+        if stage == "fit":
+            self.loss.load()
 
     def on_fit_start(self) -> None:
         """Measure the latents of the tokenizer that came, unless the run goes on from a checkpoint.

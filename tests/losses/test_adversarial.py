@@ -2,9 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from aligntok.errors import UserError
 from aligntok.losses import AdversarialLoss, hinge
-from aligntok.stages import LatentAlignment
 
 
 def test_hinge():
@@ -14,11 +12,13 @@ def test_hinge():
 
 def test_health_tells_who_wins():
     loss = AdversarialLoss(nn.Identity())
-    health = loss(torch.tensor([3.0, -1.0]), torch.tensor([-2.0, -4.0])).health
-    assert {key: float(value) for key, value in health.items()} == {
+    logs = loss(torch.tensor([3.0, -1.0]), torch.tensor([-2.0, -4.0]), step=0).logs
+    assert {key.removeprefix("gan_"): float(value) for key, value in logs.items()} == {
         "logit_real": 1.0,
         "logit_fake": -3.0,
         "accuracy": 0.75,
+        "discriminator": 0.5,
+        "generator": 3.0,
     }
 
 
@@ -42,8 +42,3 @@ def test_idle_touches_every_weight_with_zero(tiny):
     assert zero == 0
     zero.backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in loss.parameters())
-
-
-def test_a_rate_without_a_discriminator_is_refused(tiny):
-    with pytest.raises(UserError, match="discriminator_learning_rate has no effect"):
-        tiny.stage(LatentAlignment, discriminator_learning_rate=1e-4)

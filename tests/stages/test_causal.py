@@ -113,7 +113,7 @@ def test_the_decoder_runs_once_and_no_parameter_is_unused(tiny, auxiliary):
         part.register_forward_hook(lambda *_: calls.append(1))
     stage.training_step({"image": tiny.images(2)}, 0).backward()
     assert len(calls) == 2
-    assert stage.perceptual.calls == (2 if auxiliary == "perceptual" else 1)
+    assert stage.loss.perceptual["perceptual"].calls == (2 if auxiliary == "perceptual" else 1)
     assert [name for name, p in stage.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -130,7 +130,7 @@ def test_pixel_loss(tiny):
     for pixel_loss, wanted in (("l1", F.l1_loss), ("mse", F.mse_loss)):
         stage = tiny.stage(LatentAlignment, pixel_loss=pixel_loss)
         image, other = tiny.images(2), tiny.images(2, seed=1)
-        assert stage.reconstruction_terms(image, other) == {pixel_loss: (1.0, wanted(other, image))}
+        assert stage.loss.terms(image, other, 0) == {pixel_loss: (1.0, wanted(other, image))}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_pixel_loss(tiny):
         ({"num_prefix": 3}, {}, r"num_prefix 3 .* it is 4, the patches of the first row, or 5"),
         ({"prefix_head": False}, {}, r"auxiliary mse does not go with .* with no prefix_head"),
         ({}, {"auxiliary": "none"}, r"auxiliary none does not go with .* with a prefix_head"),
-        ({}, {"auxiliary": "perceptual"}, r"auxiliary perceptual needs model\.perceptual or model\.lpips"),
+        ({}, {"auxiliary": "perceptual"}, r"auxiliary perceptual needs a perceptual term of the loss"),
     ],
 )
 def test_parts_that_do_not_fit_the_loss_are_refused(tiny, tokenizer, options, words):
@@ -225,7 +225,7 @@ def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(tiny, tmp_path,
     assert half["global_step"] == cut
     _, resumed = fit(tiny, tmp_path, END, seed=5, ckpt_path=str(tmp_path / "checkpoints/last.ckpt"))
     assert {"tokenizer.quantizer.codebook", "tokenizer.quantizer.usage"} <= resumed["state_dict"].keys()
-    assert any(key.startswith("adversarial.discriminator.") for key in resumed["state_dict"])
+    assert any(key.startswith("loss.adversarial.discriminator.") for key in resumed["state_dict"])
     assert not torch.equal(
         half["state_dict"]["tokenizer.quantizer.usage"], resumed["state_dict"]["tokenizer.quantizer.usage"]
     )

@@ -68,7 +68,7 @@ def test_two_ranks_equal_one(runs, run):
 
 
 @pytest.mark.parametrize("run", ["stage1", "stage2"])
-@pytest.mark.parametrize("part", ["tokenizer.adapter", "tokenizer.decoder", "adversarial"])
+@pytest.mark.parametrize("part", ["tokenizer.adapter", "tokenizer.decoder", "loss.adversarial"])
 def test_the_runs_learned_far_more_than_the_tolerance(runs, run, part):
     (one, *_), _ = runs
     assert max(change for name, change in one[run]["change"].items() if name.startswith(part)) > 2e-3

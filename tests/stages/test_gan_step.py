@@ -14,15 +14,16 @@ PERCEPTUAL_WEIGHT, GAN_WEIGHT = 0.7, 0.5
 
 def textbook(stage, image):
     """Return lambda and the gradients of VQGAN's two losses, each from its own passes, by full autograd."""
-    discriminator = stage.adversarial.discriminator
+    discriminator = stage.loss.adversarial.discriminator
     reconstruction = stage.tokenizer.decode(stage.tokenizer.encode(image), clamp=False)
     rec = F.l1_loss(reconstruction, image)
-    if stage.perceptual is not None:
-        rec = rec + PERCEPTUAL_WEIGHT * stage.perceptual(reconstruction, image)
+    rec = rec + PERCEPTUAL_WEIGHT * stage.loss.perceptual["perceptual"](reconstruction, image)
     adv = -discriminator(reconstruction).mean()
     last = stage.tokenizer.decoder.last_layer
     rec_norm, adv_norm = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (rec, adv))
-    scale = (rec_norm / (adv_norm + 1e-4)).clamp(0, 1e4).detach() if stage.adversarial.adaptive else torch.tensor(1.0)
+    scale = (
+        (rec_norm / (adv_norm + 1e-4)).clamp(0, 1e4).detach() if stage.loss.adversarial.adaptive else torch.tensor(1.0)
+    )
     generator = [p for p in stage.tokenizer.parameters() if p.requires_grad]
     gradients = list(torch.autograd.grad(rec + GAN_WEIGHT * scale * adv, generator))
     judged = hinge(discriminator(image), discriminator(reconstruction.detach()))
@@ -59,7 +60,7 @@ def test_gradients_are_those_of_the_two_textbook_losses(tiny, discriminator, ada
     assert len(wanted) == len(parameters)
     for ours, theirs in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()) + 1e-7)
-    assert all(p.grad is None for p in stage.perceptual.parameters())
+    assert all(p.grad is None for p in stage.loss.perceptual["perceptual"].parameters())
 
 
 def test_without_a_discriminator_it_is_plain_autograd(tiny):
@@ -68,7 +69,9 @@ def test_without_a_discriminator_it_is_plain_autograd(tiny):
     )
     image = tiny.images(4)
     reconstruction = stage.tokenizer.decode(stage.tokenizer.encode(image), clamp=False)
-    loss = F.l1_loss(reconstruction, image) + PERCEPTUAL_WEIGHT * stage.perceptual(reconstruction, image)
+    loss = F.l1_loss(reconstruction, image) + PERCEPTUAL_WEIGHT * stage.loss.perceptual["perceptual"](
+        reconstruction, image
+    )
     parameters = [p for p in stage.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(loss, parameters)
     stage.log_dict = lambda *_, **__: None
@@ -83,10 +86,10 @@ def test_each_image_goes_once_through_judge_and_discriminator(tiny):
     stage = tiny.stage(adversarial=tiny.gan(weight=1.0), perceptual=tiny.judge())
     stage.log_dict = lambda *_, **__: None
     calls = {"discriminator": 0, "judge": 0}
-    stage.adversarial.discriminator.register_forward_hook(
+    stage.loss.adversarial.discriminator.register_forward_hook(
         lambda *_: calls.update(discriminator=calls["discriminator"] + 1)
     )
-    stage.perceptual.register_forward_hook(lambda *_: calls.update(judge=calls["judge"] + 1))
+    stage.loss.perceptual["perceptual"].register_forward_hook(lambda *_: calls.update(judge=calls["judge"] + 1))
     stage.training_step({"image": tiny.images(2)}, 0).backward()
     assert calls == {"discriminator": 2, "judge": 1}  # real and reconstruction; the reconstruction terms
 
@@ -116,7 +119,7 @@ def test_no_parameter_is_unused(tiny, cls, options, discriminator_start):
     stage.log_dict = lambda *_, **__: None
     stage.training_step({"image": tiny.images(2)}, 0).backward()
     assert [name for name, p in stage.named_parameters() if p.requires_grad and p.grad is None] == []
-    grouped = {id(p) for parameters, _ in stage.parameter_groups().values() for p in parameters}
+    grouped = {id(p) for group in stage.parameter_groups().values() for p in group.parameters.values()}
     assert grouped == {id(p) for p in stage.parameters() if p.requires_grad}
 
 
@@ -154,7 +157,7 @@ def test_two_accumulated_batches_equal_one_of_twice_the_size(tiny, tmp_path):
     halves, _, trainer2 = run(tiny, tmp_path / "2", accumulate=2)
     assert trainer.global_step == trainer2.global_step == 5
     assert trainer2.fit_loop.total_batch_idx + 1 == 10
-    for part in ("tokenizer.adapter", "tokenizer.decoder", "adversarial"):
+    for part in ("tokenizer.adapter", "tokenizer.decoder", "loss.adversarial"):
         change = max(float((v - start[n]).abs().max()) for n, v in tiny_copies(whole).items() if n.startswith(part))
         assert change > 1e-3, part  # it learned, so equality says something
     for (name, ours), theirs in zip(tiny_copies(halves).items(), tiny_copies(whole).values(), strict=True):
@@ -180,11 +183,11 @@ def test_frozen_parts_stay_bit_equal_and_in_eval_mode(tiny, tmp_path, cls, still
     tokenizer = tiny.tokenizer(drop_path_rate=0.5, depth=2)
     watch = Watch(0.9)
     stage, start, _ = run(tiny, tmp_path, cls=cls, tokenizer=tokenizer, callbacks=[watch], learning_rate=0.02)
-    for prefix in [*still, "perceptual.judge"]:
+    for prefix in [*still, "loss.perceptual.perceptual.judge"]:
         assert moved(stage, start, prefix) == []
         assert not any(mode for name, mode in modes.items() if name.startswith(prefix))
         assert not any(name.startswith(prefix) for name in watch.averages[0])
-    for prefix in [*learning, "adversarial"]:
+    for prefix in [*learning, "loss.adversarial"]:
         assert moved(stage, start, prefix), prefix
         assert modes[prefix]
 
@@ -192,7 +195,7 @@ def test_frozen_parts_stay_bit_equal_and_in_eval_mode(tiny, tmp_path, cls, still
 def test_the_discriminators_loss_moves_the_discriminator_only(tiny, tmp_path):
     stage, start, _ = run(tiny, tmp_path, learning_rate=0.0, discriminator_learning_rate=0.1, steps=2)
     assert moved(stage, start, "tokenizer") == []
-    assert moved(stage, start, "adversarial")
+    assert moved(stage, start, "loss.adversarial")
 
 
 def test_the_adversarial_term_does_not_move_the_discriminator(tiny, tmp_path):
@@ -202,7 +205,7 @@ def test_the_adversarial_term_does_not_move_the_discriminator(tiny, tmp_path):
         options = {"discriminator_learning_rate": 0.1, "adversarial": tiny.gan(weight=weight, adaptive=False)}
         stage, _, _ = run(tiny, tmp_path / str(index), learning_rate=0.0, steps=1, **options)
         steps.append(
-            {name: value.clone() for name, value in tiny_copies(stage).items() if name.startswith("adversarial")}
+            {name: value.clone() for name, value in tiny_copies(stage).items() if name.startswith("loss.adversarial")}
         )
     assert steps[0].keys() == steps[1].keys()
     for name in steps[0]:
@@ -215,12 +218,12 @@ def test_an_idle_discriminator_is_bit_equal_and_has_no_optimizer_state(tiny, tmp
     stage, start, trainer = run(tiny, tmp_path / "idle", steps=3, adversarial=adversarial, **options)
     optimizer = trainer.optimizers[0]
     groups = {group["name"]: group["params"] for group in optimizer.param_groups}
-    assert moved(stage, start, "adversarial") == []
+    assert moved(stage, start, "loss.adversarial") == []
     assert not any(p in optimizer.state for p in groups["discriminator"])
     assert all(p in optimizer.state for p in groups["generator"])
     adversarial = tiny.gan(weight={3: 0.0, 4: 0.5}, discriminator_start=3)
     stage, start, _ = run(tiny, tmp_path / "learns", steps=4, adversarial=adversarial, **options)
-    assert moved(stage, start, "adversarial")
+    assert moved(stage, start, "loss.adversarial")
 
 
 def test_before_the_generator_hears_the_discriminator_only_the_latter_learns_from_it(tiny, tmp_path):
@@ -237,7 +240,7 @@ def test_clipping_is_by_the_norm_of_each_group(tiny, tmp_path):
     stage = tiny.stage(learning_rate=1.0, optimizer=plain, adversarial=tiny.gan(weight=0.5))
     start = tiny.copies(stage)
     tiny.trainer(tmp_path, 1, gradient_clip_val=1e-3).fit(stage, datamodule=tiny.data())
-    for prefix in ("tokenizer", "adversarial"):
+    for prefix in ("tokenizer", "loss.adversarial"):
         steps = [(v - start[n]).flatten().double() for n, v in tiny_copies(stage).items() if n.startswith(prefix)]
         assert float(torch.cat(steps).norm()) == pytest.approx(1e-3, rel=2e-2)
 

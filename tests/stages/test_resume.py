@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_stage_is_refused(tiny, tmp_path):
 def test_nothing_that_only_measures_is_saved(tiny, tmp_path):
     _, checkpoint = fit(tiny, tmp_path, CUT, PerceptualAlignment, perceptual=tiny.judge())
     for state in ("state_dict", "current_model_state"):
-        assert {key.split(".")[0] for key in checkpoint[state]} == {"tokenizer", "adversarial"}
+        assert {key.split(".")[0] for key in checkpoint[state]} == {"tokenizer", "loss"}
     assert all(
-        key.startswith("adversarial.discriminator.") for key in checkpoint["state_dict"] if key.startswith("adv")
+        key.startswith("loss.adversarial.discriminator.") for key in checkpoint["state_dict"] if key.startswith("loss")
     )

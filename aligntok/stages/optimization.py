@@ -1,0 +1,103 @@
+"""How weights learn: one optimizer, learning rates by step, which weights decay, gradients clipped group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from aligntok.schedule import Schedule, check_schedule, value_at
+
+NO_DECAY = "_no_decay"  # ends the name of the half of a group whose weights do not decay
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters by name that share a learning rate, and are measured and clipped together."""
+
+    parameters: dict[str, nn.Parameter]
+    learning_rate: Schedule
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The optimizer of a stage, its learning rate, and what it does where a gradient is not finite.
+
+    Args:
+        learning_rate: Over the optimizer steps; absolute, never rescaled by batch or devices.
+        optimizer: Built with the parameter groups; its own ``lr`` is not used.
+        no_decay: Exempt from weight decay the parameters of fewer than 2 dimensions (biases, norms) and those with one
+            of these words in their name; ``None`` exempts none.
+        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run; single ones are
+            skipped.
+
+    >>> weight = ParameterGroup({"head.weight": nn.Parameter(torch.ones(2, 2))}, 1e-4)
+    >>> built = Optimization({0: 0.0, 1000: 1e-4}).build({"model": weight})
+    >>> built["optimizer"].param_groups[0]["name"]
+    'model'
+    """
+
+    learning_rate: Schedule
+    optimizer: OptimizerCallable = torch.optim.AdamW
+    no_decay: list[str] | None = None
+    max_nonfinite_steps: int = 10
+
+    def __post_init__(self) -> None:
+        check_schedule("learning_rate", self.learning_rate)
+
+    def build(self, groups: dict[str, ParameterGroup]) -> OptimizerLRScheduler:
+        """Return one optimizer over all groups; each group's learning rate follows its own schedule.
+
+        A group with parameters that do not decay is in the optimizer as two, ``NAME`` and ``NAME_no_decay``.
+        """
+        parts: list[dict[str, Any]] = []
+        rates: list[Callable[[int], float]] = []
+        for name, group in groups.items():
+            for part, names in self.halves(name, group).items():
+                options = {"weight_decay": 0.0} if part != name else {}
+                parts.append({"params": [group.parameters[n] for n in names], "lr": 1.0, "name": part, **options})
+                rates.append(partial(value_at, group.learning_rate))
+        optimizer = self.optimizer(parts)
+        for built in optimizer.param_groups:  # the base of LambdaLR: its factor is then the rate itself
+            built["lr"] = 1.0
+        scheduler: Any = {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def halves(self, name: str, group: ParameterGroup) -> dict[str, list[str]]:
+        """Return the names of a group's parameters that decay and of those that do not; an empty half is left out."""
+        exempt = [n for n, parameter in group.parameters.items() if self.is_exempt(n, parameter)]
+        rest = [n for n in group.parameters if n not in set(exempt)]
+        return {part: names for part, names in ((name, rest), (name + NO_DECAY, exempt)) if names}
+
+    def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is exempt from weight decay."""
+        words = self.no_decay
+        return words is not None and (parameter.ndim < 2 or any(word in name for word in words))
+
+
+def parameters_by_group(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each group, its two halves together."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for part in optimizer.param_groups:
+        groups.setdefault(part["name"].removesuffix(NO_DECAY), []).extend(part["params"])
+    return groups
+
+
+def clip_(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients down to a norm of at most ``max_norm``, and return the norm () that they had."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Let the optimizer leave these parameters and their state alone in this step."""
+    for parameter in parameters:
+        parameter.grad = None
