@@ -44,10 +44,10 @@ def test_the_recipe_is_alitoks(monkeypatch, tmp_path):
     steps = yaml.safe_load(find_config("alitok_ar.yaml").read_text())["trainer"]["max_steps"]
     assert (steps, data.global_batch_size) == (500_000, 2048)
     assert steps * 2048 / 1_281_167 == pytest.approx(800, abs=1)
-    rates = [model.learning_rate(step) for step in (0, 31_250, 62_500, 500_000)]
+    rates = [model.optimization.learning_rate(step) for step in (0, 31_250, 62_500, 500_000)]
     assert rates == pytest.approx([0.0, 2e-4, 4e-4, 1e-5])
     assert run.trainer.gradient_clip_val == 1.0
-    (group,) = model.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups
+    (group,) = model.optimization.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.96), 0.03)
     assert model.label_dropout == 0.1
     assert (model.network.sequence_length, model.network.dropout.p) == (272, 0.1)

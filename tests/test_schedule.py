@@ -1,10 +1,10 @@
 import pytest
 
 from aligntok.errors import UserError
-from aligntok.losses import AdversarialLoss
+from aligntok.losses import AdversarialLoss, PerceptualTerm, ReconstructionLoss
 from aligntok.networks import PatchDiscriminator
 from aligntok.schedule import CosineDecay, check_schedule, first_nonzero_step, value_at
-from aligntok.stages import LatentAlignment
+from aligntok.stages import Optimization, PerceptualAlignment
 
 
 def test_a_constant():
@@ -55,10 +55,19 @@ def test_errors_name_the_key(schedule, message):
         check_schedule("learning_rate", schedule)
 
 
-@pytest.mark.parametrize("key", ["learning_rate", "perceptual_weight", "discriminator_learning_rate"])
-def test_a_stage_checks_its_schedules(tiny, key):
-    with pytest.raises(UserError, match=rf"^{key} is an empty"):
-        tiny.stage(LatentAlignment, adversarial=tiny.gan(), **{key: {}})
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("learning_rate", lambda tiny: Optimization({})),
+        ("learning_rate", lambda tiny: tiny.gan(learning_rate={})),
+        ("weight", lambda tiny: tiny.gan(weight={})),
+        ("weight of lpips", lambda tiny: ReconstructionLoss(perceptual={"lpips": PerceptualTerm(tiny.judge(), {})})),
+        ("semantic.weight", lambda tiny: tiny.stage(PerceptualAlignment, semantic_weight={})),
+    ],
+)
+def test_the_parts_of_a_stage_check_their_schedules(tiny, name, part):
+    with pytest.raises(UserError, match=rf"^{name} is an empty"):
+        part(tiny)
 
 
 @pytest.mark.parametrize(("weight", "start"), [(0.5, 0), ({4999: 0.0, 5000: 0.5}, 4000), ({500: 0.0, 501: 0.5}, 0)])
