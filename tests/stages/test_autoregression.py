@@ -29,7 +29,7 @@ from aligntok.decoding import TokenSampler
 from aligntok.errors import UserError
 from aligntok.metrics import GenerationMetrics
 from aligntok.schedule import CosineDecay
-from aligntok.stages import AutoregressiveGeneration
+from aligntok.stages import AutoregressiveGeneration, Optimization
 
 LENGTH = 18
 
@@ -119,7 +119,7 @@ def test_dropped_labels_become_the_null_class_in_training_alone(tiny, batch):
 
 def test_two_classes_are_learned_and_sampled_under_somebody_elses_trainer(tiny, tmp_path):
     network = tiny.ar(scale=0, num_classes=2, dropout=0.0)
-    stage = AutoregressiveGeneration(network, learning_rate=1e-2, sampler=TokenSampler(temperature=0))
+    stage = AutoregressiveGeneration(network, optimization=Optimization(1e-2), sampler=TokenSampler(temperature=0))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options |= {"limit_val_batches": 1, "default_root_dir": tmp_path, "accelerator": "cpu", "max_epochs": 5}
     trainer = pl.Trainer(**options, num_sanity_val_steps=0)

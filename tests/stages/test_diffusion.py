@@ -19,7 +19,7 @@ from aligntok.data import ClassLabels, LatentDataModule, Shapes
 from aligntok.errors import UserError
 from aligntok.flow import Euler, Guidance, TimeSampling
 from aligntok.losses import RepresentationAlignment
-from aligntok.stages import LatentAlignment, LatentDiffusion
+from aligntok.stages import LatentAlignment, LatentDiffusion, Optimization
 from aligntok.weights import load_network
 from aligntok.weights.lightningdit import to_lightningdit
 
@@ -117,7 +117,7 @@ def test_the_term_of_repa_is_added_with_its_weight_at_its_block(tiny, batch, blo
 
 
 def test_two_classes_are_learned_and_sampled_under_somebody_elses_trainer(tiny, tmp_path):
-    stage = LatentDiffusion(tiny.dit(scale=0, num_classes=2), learning_rate=1e-2, sampler=Euler(8))
+    stage = LatentDiffusion(tiny.dit(scale=0, num_classes=2), optimization=Optimization(1e-2), sampler=Euler(8))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options |= {"limit_val_batches": 1, "default_root_dir": tmp_path, "accelerator": "cpu", "max_epochs": 12}
     loader = DataLoader(Rows(512), batch_size=32, shuffle=True)
@@ -503,7 +503,7 @@ def test_a_cache_of_another_tokenizer_or_shape_is_refused(tiny, tmp_path, cache)
         assert tiny.measured().fingerprint() in text
     network = tiny.dit(latent_shape=(4, 2, 2))
     text = message(
-        tiny.trainer(tmp_path, 1).fit, LatentDiffusion(network, learning_rate=1e-3), datamodule=tiny.cached(cache)
+        tiny.trainer(tmp_path, 1).fit, LatentDiffusion(network, optimization=Optimization(1e-3)), datamodule=tiny.cached(cache)
     )
     assert "[4, 4, 4]" in text
     assert "model.network.latent_shape is [4, 2, 2]" in text
