@@ -503,7 +503,9 @@ def test_a_cache_of_another_tokenizer_or_shape_is_refused(tiny, tmp_path, cache)
         assert tiny.measured().fingerprint() in text
     network = tiny.dit(latent_shape=(4, 2, 2))
     text = message(
-        tiny.trainer(tmp_path, 1).fit, LatentDiffusion(network, optimization=Optimization(1e-3)), datamodule=tiny.cached(cache)
+        tiny.trainer(tmp_path, 1).fit,
+        LatentDiffusion(network, optimization=Optimization(1e-3)),
+        datamodule=tiny.cached(cache),
     )
     assert "[4, 4, 4]" in text
     assert "model.network.latent_shape is [4, 2, 2]" in text
