@@ -13,8 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
-from aligntok.networks.codebook import all_reduced, kmeans, nearest, nearest_of_all_ranks
+from aligntok.errors import UserError, check_positive
+from aligntok.networks.codebook import (
+    counts_of_all_ranks,
+    kmeans,
+    means_of_all_ranks,
+    nearest,
+    nearest_of_all_ranks,
+    numbers_of,
+)
 
 CLUSTERING_SHARPNESS, CLUSTERING_SHIFT = 10.0, 1e-3  # CVQ-VAE, equation 4
 
@@ -39,26 +46,37 @@ class Quantized:
 class VectorQuantizer(nn.Module):
     """Nearest code of a codebook, in float32 whatever autocast says.
 
-    In training mode each forward pass, after its lookup, moves the codes as `update` says, by the vectors of all ranks:
-    the codebook stays the same bit for bit on all of them, and is that of one process with the whole batch. Vectors
-    and distances stay on their rank. In eval mode nothing changes.
+    In training mode each forward pass looks up first and then moves the codes as `update` says, by the vectors of all
+    ranks. The codebook stays bit-equal on all ranks and is that of one process with the whole batch; vectors and
+    distances stay on their rank. In eval mode nothing changes. Which code is nearest depends on the values alone, and
+    of codes equally near the first is taken.
+
+    On a GPU the host waits for the device once in a lookup, and twice more in a training step with ``clustering``: for
+    the number of vectors that `nearest` compares again, and for that of the codes that move.
 
     Args:
         codebook_size: Number of codes, K.
         latent_dim: Channels of a code, C.
-        distance: ``euclidean``, or ``cosine``: vectors and codes are brought to length 1 first, also in the output.
+        distance: ``euclidean``, or ``cosine``: vectors and codes are normalised to length 1 first, also in the output.
         gradient: How the gradient passes the lookup. ``straight_through`` copies it; ``rotation`` rotates and scales it
-            as the vector had to be to become its code (Fifty et al., arXiv:2410.06424).
-        update: What moves the codes. ``gradient``: the optimizer alone, by the codebook loss; ``clustering``: that, and
-            codes in little use move to the vector nearest to them (CVQ-VAE); ``ema``: each code follows the mean of its
-            vectors (VQ-VAE-2, arXiv:1906.00446, appendix A.1), no gradient.
-        decay: Share of the running usage, and of the mean for ``ema``, that stays at each step, in [0, 1).
-        kmeans_start: Begin with k-means on the first training batch, in place of random codes.
-        chunk_size: Vectors that are compared with all codes at once: a bound on memory, chunk_size * codebook_size
+            by the rotation and scale that map the vector to its code (Fifty et al., arXiv:2410.06424).
+        update: What moves the codes. ``gradient``: only the optimizer, by the codebook loss. ``clustering``: that, and
+            rarely used codes move to the vector nearest to them (CVQ-VAE). ``ema``: each code follows the moving
+            average of its vectors (VQ-VAE-2, arXiv:1906.00446, appendix A.1), and gets no gradient.
+        decay: Decay of the moving averages of usage and, for ``ema``, of the vectors, in [0, 1).
+        kmeans_start: Initialise the codes by k-means on the first training batch; without it they are random.
+        chunk_size: Vectors that are compared with all codes at once: bounds memory to chunk_size * codebook_size
             distances of 4 bytes.
 
     Raises:
         UserError: An argument is out of range.
+
+    >>> quantizer = VectorQuantizer(codebook_size=512, latent_dim=8).eval()
+    >>> quantized = quantizer(torch.randn(2, 8, 4, 4))
+    >>> quantized.latent.shape, quantized.tokens.shape
+    (torch.Size([2, 8, 4, 4]), torch.Size([2, 16]))
+    >>> bool((quantizer.lookup(quantized.tokens).unflatten(2, (4, 4)) == quantized.latent).all())
+    True
     """
 
     codebook: Tensor  # a parameter, or a buffer for ``ema``
@@ -77,15 +95,14 @@ class VectorQuantizer(nn.Module):
         chunk_size: int = 1024,
     ) -> None:
         super().__init__()
-        for key, value in {"codebook_size": codebook_size, "latent_dim": latent_dim, "chunk_size": chunk_size}.items():
-            if value < 1:
-                raise UserError(f"quantizer.{key}={value}: give at least 1")
+        check_positive(codebook_size=codebook_size, latent_dim=latent_dim, chunk_size=chunk_size)
         if not 0 <= decay < 1:
-            raise UserError(f"quantizer.decay={decay}: give a share in [0, 1), such as 0.99")
+            raise UserError(f"decay={decay}: give a share in [0, 1), such as 0.99")
         self.codebook_size, self.latent_dim = codebook_size, latent_dim
         self.distance, self.gradient, self.update = distance, gradient, update
         self.decay, self.kmeans_start = decay, kmeans_start
         self.max_distances = chunk_size * codebook_size
+        self.may_start = kmeans_start  # until the first training step: later the host need not wait to look at `usage`
         codes = torch.randn(codebook_size, latent_dim)  # far apart: codes that begin alike move to one vector, together
         if update == "ema":
             self.register_buffer("codebook", codes)
@@ -94,40 +111,52 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("usage", torch.zeros(codebook_size))  # running share of the vectors that chose each code
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
 
-    def forward(self, latent: Tensor) -> Quantized:
-        """Quantize a latent (B, C, h, w); in training mode, move the codes afterwards."""
+    def forward(self, latent: Tensor, ids: Tensor | None = None) -> Quantized:
+        """Quantize a latent; in training mode, move the codes afterwards.
+
+        Args:
+            latent: (B, C, h, w).
+            ids: Of the images, (B,) int64: they decide with which vectors k-means begins, and which of two vectors
+                equally near to a code it moves to, in any order of the images and on any number of ranks. None numbers
+                the images by their places in the batch, rank after rank.
+        """
+        b, _, h, w = latent.shape
         with torch.autocast(latent.device.type, enabled=False):
-            vectors = self._scaled(latent.float().flatten(2).transpose(1, 2).flatten(0, 1))
-            if self.training and self.kmeans_start and not self.usage.any():
-                self._set_codes(kmeans(self._codes(), vectors.detach(), self.max_distances))
-            tokens = nearest(vectors, self._codes(), self.max_distances)
-            codes = self._scaled(F.embedding(tokens, self.codebook.float()))
+            vectors = self._vectors(latent)  # (B * h * w, C)
+            numbers = numbers_of(ids, b, h * w, latent.device) if self.training else None
+            if numbers is not None and self.may_start:
+                self.may_start = False
+                if not self.usage.any():
+                    self._set_codes(kmeans(self._codes(), vectors.detach(), numbers, self.max_distances))
+            tokens = nearest(vectors, self._codes(), self.max_distances)  # (B * h * w)
+            codes = self._scaled(F.embedding(tokens, self.codebook.float()))  # (B * h * w, C)
             commitment, codebook = F.mse_loss(vectors, codes.detach()), F.mse_loss(codes, vectors.detach())
             pass_gradient = straight_through if self.gradient == "straight_through" else rotation_trick
-            output = pass_gradient(vectors, codes.detach())
-            if self.training:
-                self._learn(vectors.detach(), tokens)
-        b, _, h, w = latent.shape
+            output = pass_gradient(vectors, codes.detach())  # (B * h * w, C)
+            if numbers is not None:
+                self._learn(vectors.detach(), tokens, numbers)
         return Quantized(output.view(b, h, w, -1).permute(0, 3, 1, 2), tokens.view(b, h * w), commitment, codebook)
 
     @torch.no_grad()
     def tokens(self, latent: Tensor) -> Tensor:
         """Return the numbers (B, h * w) of the codes nearest to a latent (B, C, h, w), in raster order."""
         with torch.autocast(latent.device.type, enabled=False):
-            vectors = self._scaled(latent.float().flatten(2).transpose(1, 2).flatten(0, 1))
-            return nearest(vectors, self._codes(), self.max_distances).view(len(latent), -1)
+            return nearest(self._vectors(latent), self._codes(), self.max_distances).view(len(latent), -1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Return the codes (B, C, N) of tokens (B, N).
 
         Raises:
-            UserError: A token is no code's number.
+            UserError: A token is no code's number. On a GPU, where this check would make the host wait, the kernel
+                stops instead.
         """
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
-            raise UserError(
-                f"tokens from {int(tokens.min())} to {int(tokens.max())} are out of range: the codebook has"
-                f" {self.codebook_size} codes, 0 to {self.codebook_size - 1}. Use the tokenizer that wrote them"
-            )
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.codebook_size:
+                raise UserError(
+                    f"tokens from {low} to {high} are out of range: the codebook has {self.codebook_size} codes,"
+                    f" 0 to {self.codebook_size - 1}. Use the tokenizer that wrote them"
+                )
         return self._scaled(F.embedding(tokens, self.codebook.float())).transpose(1, 2)
 
     def reset_counts(self) -> None:
@@ -148,9 +177,9 @@ class VectorQuantizer(nn.Module):
         return {"usage": used / len(counts), "perplexity": perplexity, "dead": float(len(counts) - used)}
 
     @torch.no_grad()
-    def _learn(self, vectors: Tensor, tokens: Tensor) -> None:
+    def _learn(self, vectors: Tensor, tokens: Tensor, numbers: Tensor) -> None:
         """Count the tokens (M,) of the vectors (M, C), and move the codes."""
-        counts = all_reduced(torch.bincount(tokens, minlength=self.codebook_size))
+        counts = counts_of_all_ranks(tokens, self.codebook_size)
         self.counts += counts
         share = counts / counts.sum()
         self.usage.lerp_(share, 1 - self.decay)
@@ -158,20 +187,24 @@ class VectorQuantizer(nn.Module):
         if self.update == "clustering":
             slope = CLUSTERING_SHARPNESS * self.codebook_size / (1 - self.decay)
             weight = torch.exp(-self.usage * slope - CLUSTERING_SHIFT)
-            moving = weight.nonzero().flatten()  # exactly 0 for codes in use: the search is over the others only
+            # Exactly 0 for codes in use. The host waits for their number: it saves the search for all others.
+            moving = weight.nonzero().flatten()
             if len(moving):
                 old = codes[moving]
-                new = nearest_of_all_ranks(old, vectors, self.max_distances)
+                new = nearest_of_all_ranks(old, vectors, numbers, self.max_distances)
                 self._set_codes(codes.index_copy(0, moving, old.lerp(new, weight[moving, None])))
         elif self.update == "ema":
-            sums = all_reduced(torch.zeros_like(codes).index_add_(0, tokens, vectors))
-            means = sums / counts.clamp(min=1)[:, None]
             step = (1 - self.decay) * share / self.usage  # as the running sum over the running count of each code
+            means = means_of_all_ranks(vectors, tokens, counts)
             self._set_codes(codes.lerp(means, step.nan_to_num()[:, None]))
 
     def _codes(self) -> Tensor:
         """Return the codes as they are compared, (K, C) float32, without gradient."""
         return self._scaled(self.codebook.detach().float())
+
+    def _vectors(self, latent: Tensor) -> Tensor:
+        """Return the vectors of a latent (B, C, h, w) as they are compared, (B * h * w, C) float32."""
+        return self._scaled(latent.float().flatten(2).transpose(1, 2).flatten(0, 1).contiguous())
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         """Return vectors (..., C) as the distance wants them."""
