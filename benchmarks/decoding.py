@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligntok.decoding import TokenSampler
+from aligntok.decoding.cached import StepLinear
+from aligntok.decoding.native import fits
 from aligntok.networks import AutoregressiveTransformer
-from aligntok.networks.cached import FewRowLinear
-from aligntok.networks.native import fits
 
 GUIDANCE = (16.0, 1.8)  # of AliTok-B
 SIZE = {"width": 768, "depth": 24, "num_heads": 16}
@@ -144,7 +144,7 @@ def layers_alone(network: AutoregressiveTransformer, batch: int, dtype: str, ste
     """Return the seconds that the linear layers of each step take."""
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
     kind, rows = getattr(torch, dtype), 2 * batch
-    functions = [FewRowLinear(linear, kind, rows, pack=True) for linear in linears]
+    functions = [StepLinear(linear, kind, rows, pack=True) for linear in linears]
     inputs = [torch.randn(rows, linear.in_features, dtype=kind) for linear in linears]
     times = [clock()]
     for _ in range(steps):

@@ -6,13 +6,11 @@ import shutil
 import pytest
 import torch
 
-from aligntok import decoding
-from aligntok.decoding import TokenSampler, fixed_shape
+from aligntok.decoding import TokenSampler, native, sampler
+from aligntok.decoding.cached import CachedTransformer
+from aligntok.decoding.native import NativeStep
 from aligntok.errors import UserError
-from aligntok.networks import AutoregressiveTransformer, native
-from aligntok.networks.cached import CachedTransformer, ShortNorm
-from aligntok.networks.layers import RMSNorm
-from aligntok.networks.native import NativeStep
+from aligntok.networks import AutoregressiveTransformer
 from aligntok.randomness import gumbel_noise, keys_like_ids
 
 SMALL = {"codebook_size": 20, "grid": (3, 4), "num_prefix": 2, "num_classes": 5}
@@ -56,34 +54,23 @@ def test_cached_logits_are_those_of_the_network(changes, dtype, rows):
     ids = torch.cat((network.start_ids(label, rows)[:, None], tokens), dim=1)
     cached = CachedTransformer(network, rows, getattr(torch, dtype))
     for i in range(network.sequence_length):
-        logits = cached(ids[:, i][None], i)
+        logits = cached(ids[:, i : i + 1], i)
         assert logits.dtype == torch.float32
         assert same(logits, expected[:, i], DTYPES[dtype])
-
-
-def test_short_norm_is_the_norm():
-    """Also where its eps counts."""
-    norms = [RMSNorm(8, 1e-5), RMSNorm(8, 1e-5)]
-    for norm in norms:
-        torch.nn.init.normal_(norm.weight)
-    x = torch.randn(5, 2, 3, 8) * torch.tensor([0.0, 1e-3, 1e-2, 1.0, 100.0])[:, None, None, None]
-    torch.testing.assert_close(ShortNorm(norms[:1])(x), norms[0](x))
-    both = torch.stack([norm(x[:, i]) for i, norm in enumerate(norms)], dim=1)
-    torch.testing.assert_close(ShortNorm(norms)(x), both)
 
 
 @torch.no_grad()
 def test_one_pass_fills_the_cache_as_single_steps_do():
     """For some of the rows; the others' part of the cache is untouched."""
     network = small()
-    ids = torch.cat((network.start_ids(torch.arange(4), 4)[None], torch.randint(0, 20, (5, 4))))
+    ids = torch.cat((network.start_ids(torch.arange(4), 4)[:, None], torch.randint(0, 20, (4, 5))), dim=1)
     at_once, one_by_one = (CachedTransformer(network, 4, torch.float32) for _ in range(2))
-    logits = at_once(ids[:, 2:], 0, slice(2, 4))
+    logits = at_once(ids[2:], 0, slice(2, 4))
     for i in range(6):
-        expected = one_by_one(ids[i : i + 1], i)
+        expected = one_by_one(ids[:, i : i + 1], i)
     torch.testing.assert_close(logits, expected[2:])
-    for left, right in zip(at_once.layers, one_by_one.layers, strict=True):
-        for filled, expected in ((left.keys, right.keys), (left.values, right.values)):
+    for left, right in zip(at_once.caches, one_by_one.caches, strict=True):
+        for filled, expected in zip(left, right, strict=True):
             torch.testing.assert_close(filled[2:, :, :6], expected[2:, :, :6])
             assert not filled[:2].any()
             assert not filled[:, :, 6:].any()
@@ -92,7 +79,7 @@ def test_one_pass_fills_the_cache_as_single_steps_do():
 @torch.no_grad()
 def test_a_tensor_for_the_position_keeps_shapes_and_results():
     network = small()
-    ids = torch.cat((network.start_ids(torch.arange(3), 3)[None], torch.randint(0, 20, (5, 3))))
+    ids = torch.cat((network.start_ids(torch.arange(3), 3)[:, None], torch.randint(0, 20, (3, 5))), dim=1)
     growing, fixed = (CachedTransformer(network, 3, torch.float32) for _ in range(2))
     seen = []
 
@@ -104,7 +91,7 @@ def test_a_tensor_for_the_position_keeps_shapes_and_results():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
         for i in range(6):
-            torch.testing.assert_close(fixed(ids[i : i + 1], torch.tensor([i])), growing(ids[i : i + 1], i))
+            torch.testing.assert_close(fixed(ids[:, i : i + 1], torch.tensor([i])), growing(ids[:, i : i + 1], i))
     assert seen == [n for i in range(6) for n in (LENGTH, LENGTH, i + 1, i + 1)]
 
 
@@ -272,7 +259,7 @@ def test_the_plain_attributes_are_the_settings():
 def test_keys_and_values_of_a_layer_share_memory_with_no_other():
     """torch.compile writes into a tensor of its own; of a view it copies the whole base at each write."""
     cached = CachedTransformer(small(), 2, torch.float32)
-    caches = [tensor for layer in cached.layers for tensor in (layer.keys, layer.values)]
+    caches = [tensor for pair in cached.caches for tensor in pair]
     assert len({tensor.untyped_storage().data_ptr() for tensor in caches}) == len(caches) > 2
 
 
@@ -291,22 +278,22 @@ def test_native_step_is_the_network(changes, dtype, rows):
     cached = CachedTransformer(network, rows, getattr(torch, dtype), pack=False)
     step, eager = NativeStep(cached), CachedTransformer(network, rows, getattr(torch, dtype))
     for i in range(network.sequence_length):
-        assert same(step(ids[:, i][None], i, slice(rows)), expected[:, i], DTYPES[dtype])
-        eager(ids[:, i][None], i)
-    for own, other in zip(cached.layers, eager.layers, strict=True):
-        assert same(own.keys, other.keys, DTYPES[dtype])
-        assert same(own.values, other.values, DTYPES[dtype])
+        assert same(step(ids[:, i : i + 1], i, slice(rows)), expected[:, i], DTYPES[dtype])
+        eager(ids[:, i : i + 1], i)
+    for own, other in zip(cached.caches, eager.caches, strict=True):
+        assert same(own[0], other[0], DTYPES[dtype])
+        assert same(own[1], other[1], DTYPES[dtype])
 
 
 @needs_compiler
 @torch.no_grad()
 def test_native_values_are_rounded_to_the_nearest():
-    network, ids = small(), torch.arange(8)[None]
+    network, ids = small(), torch.arange(8)[:, None]
     cached = CachedTransformer(network, 8, torch.bfloat16, pack=False)
     NativeStep(cached)(ids, 0, slice(8))
-    block, kept = network.blocks[0], cached.layers[0].values[:, :, 0].flatten(1)
+    block, kept = network.blocks[0], cached.caches[0][1][:, :, 0].flatten(1)
     weight, bias = (part.bfloat16().float() for part in (block.attention.qkv.weight, block.attention.qkv.bias))
-    exact = (block.norm_attention(network.embed(ids[0])) @ weight.T + bias)[:, -32:]
+    exact = (block.norm_attention(network.embed(ids[:, 0])) @ weight.T + bias)[:, -32:]
     assert (kept == exact.bfloat16()).float().mean() > 0.95  # half, if they were cut off
 
 
@@ -318,7 +305,7 @@ def test_native_step_on_any_number_of_threads(monkeypatch):
     for threads in (1, 2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         step = NativeStep(CachedTransformer(network, 2, torch.float32, pack=False))
-        found.append([step(torch.arange(i, i + 2)[None], i, slice(2)) for i in range(3)][-1])
+        found.append([step(torch.arange(i, i + 2)[:, None], i, slice(2)) for i in range(3)][-1])
     for logits in found[1:]:
         assert torch.equal(logits, found[0])
 
@@ -333,10 +320,10 @@ def test_native_norms_where_their_eps_counts():
     network.embed.weight.mul_(1e-3)
     cached, expected = (CachedTransformer(network, 2, torch.float32, pack=False) for _ in range(2))
     step = NativeStep(cached)
-    for i, ids in enumerate(torch.randint(0, 20, (4, 1, 2))):
+    for i, ids in enumerate(torch.randint(0, 20, (4, 2, 1))):
         assert same(step(ids, i, slice(2)), expected(ids, i), 2e-6)
-    for own, other in zip(cached.layers, expected.layers, strict=True):
-        assert same(own.keys, other.keys, 2e-6)
+    for own, other in zip(cached.caches, expected.caches, strict=True):
+        assert same(own[0], other[0], 2e-6)
 
 
 @needs_compiler
@@ -413,16 +400,16 @@ def test_fixed_shape(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr(decoding, "compiled", fixed_shape)  # as on a GPU
+    monkeypatch.setattr(sampler, "compiled", sampler.fixed_shape)  # as on a GPU
     network, ids = small(), torch.arange(3)
     tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)
-    assert calls == [((1, 6), True)] * LENGTH  # one shape
+    assert calls == [((6, 1), True)] * LENGTH  # one shape
     assert torch.equal(tokens, TokenSampler(4.0)(network, labels(ids), ids, seed=0))
 
 
 @pytest.mark.slow
 def test_real_compiler(monkeypatch):
-    monkeypatch.setattr(decoding, "compiled", fixed_shape)  # as on a GPU
+    monkeypatch.setattr(sampler, "compiled", sampler.fixed_shape)  # as on a GPU
     network, ids = small(), torch.arange(3)
     for _ in range(2):  # the second call compiles nothing
         tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)

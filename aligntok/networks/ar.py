@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError
-from aligntok.networks.layers import Attention, RMSNorm, SwiGLU
+from aligntok.networks.layers import Attention, KeyValueCache, RMSNorm, SwiGLU
 from aligntok.networks.positions import class_first_rotary
 
 INIT_STD = 0.02  # arXiv:2406.06525
@@ -175,10 +175,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """Map tokens (B, n, width)."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), rotary))
-        y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map tokens (B, n, width): a whole sequence from its start, or those that follow a cache."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache))  # (B, n, width)
+        y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))  # (B, n, width)
         return y
 
 

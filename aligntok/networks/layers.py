@@ -5,6 +5,8 @@ Touvron et al., LLaMA, arXiv:2302.13971.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +24,22 @@ class RMSNorm(nn.RMSNorm):
         """Normalise the last axis; same shape and dtype."""
         gain = None if self.weight is None else self.weight.float()
         return F.rms_norm(x.float(), self.normalized_shape, gain, self.eps).to(x.dtype)
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of the earlier tokens of one attention layer, and where the new ones belong.
+
+    Attributes:
+        keys: (B, num_heads, N, head_dim); the new ones are written into it.
+        values: Likewise.
+        positions: Of the n new tokens among the N, (n,) int64.
+        mask: Which of the N positions a new token sees, (n, N) bool; None for all up to its own, where n = 1 or n = N.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    mask: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -52,21 +70,27 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // num_heads, eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Attend.
 
         Args:
-            x: (B, N, width).
-            rotary: Rotations of the N positions, from ``rotary_table``.
+            x: (B, n, width).
+            rotary: Rotations of the n positions, from ``rotary_table``.
+            cache: Of the tokens before these; without it, `x` is the whole sequence.
 
         Returns:
-            (B, N, width).
+            (B, n, width).
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        mask, causal = None, self.causal
+        if cache is not None:
+            k = cache.keys.index_copy_(2, cache.positions, k)  # (B, heads, N, head_dim)
+            v = cache.values.index_copy_(2, cache.positions, v)
+            mask, causal = cache.mask, causal and len(cache.positions) > 1  # one new token sees all
         dropout = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
-        y: Tensor = self.proj(seen.transpose(1, 2).flatten(2))
+        seen = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+        y: Tensor = self.proj(seen.transpose(1, 2).flatten(2))  # (B, n, width)
         return y
 
 

@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aligntok.decoding import native
+from aligntok.decoding.cached import CachedTransformer
 from aligntok.errors import UserError
-from aligntok.networks import native
 from aligntok.networks.ar import AutoregressiveTransformer
-from aligntok.networks.cached import CachedTransformer
 from aligntok.randomness import gumbel_noise, keys_like_ids
 
 Precision = Literal["float32", "bfloat16", "float16"]
-Step = Callable[[Tensor, int, slice], Tensor]  # ids (1, R), position and rows, as of ``CachedTransformer``
+Step = Callable[[Tensor, int, slice], Tensor]  # ids (R, 1), position and rows, as of ``CachedTransformer``
 
 
 class TokenSampler:
@@ -118,20 +118,20 @@ class TokenSampler:
         joins = next((max(i - 1, 0) for i, scale in enumerate(scales) if scale != 1), length)
         keys = keys_like_ids(ids, seed).to(device)
         starts = start_ids(network, label, count, guided=joins < length)
-        sequence = starts.repeat(length + 1, 1)  # position by position: the start, then the tokens
+        sequence = starts[:, None].repeat(1, length + 1)  # (rows, N + 1): the start, then the tokens
         faster = self.compile and (device.type != "cpu" or native.fits(network, len(starts), dtype))
         cached = CachedTransformer(network, len(starts), dtype, pack=not faster)
         step = compiled(cached) if faster else cached
         for i, scale in enumerate(scales):
             if i == joins > 0:
-                cached(sequence[:i, count:], 0, slice(count, None))
+                cached(sequence[count:, :i], 0, slice(count, None))
             rows = slice(count) if i < joins else slice(len(starts))
-            logits = step(sequence[i : i + 1, rows], i, rows)
+            logits = step(sequence[rows, i : i + 1], i, rows)  # (R, codebook_size)
             if scale != 1:
                 null = logits[count:]
                 logits = null + (logits[:count] - null) * scale
-            sequence[i + 1].view(-1, count)[:] = self.draw(logits[:count], keys, i)
-        return sequence[1:, :count].t()
+            sequence[:, i + 1].view(-1, count)[:] = self.draw(logits[:count], keys, i)
+        return sequence[:count, 1:]
 
     def draw(self, logits: Tensor, keys: Tensor, step: int) -> Tensor:
         """Return tokens (B,) from guided logits (B, codebook_size) float32 and ``keys_like_ids`` (B, 2)."""
@@ -151,7 +151,7 @@ class TokenSampler:
 
 def compiled(cached: CachedTransformer) -> Step:
     """Return the step of one token compiled: by ``torch.compile`` on a GPU, in C++ on a CPU."""
-    return native.NativeStep(cached) if cached.rotary.device.type == "cpu" else fixed_shape(cached)
+    return native.NativeStep(cached) if cached.network.rotary.device.type == "cpu" else fixed_shape(cached)
 
 
 def fixed_shape(cached: CachedTransformer) -> Step:

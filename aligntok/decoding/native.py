@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from aligntok.decoding.cached import CachedTransformer
 from aligntok.errors import UserError
 from aligntok.networks.ar import AutoregressiveTransformer
-from aligntok.networks.cached import CachedTransformer
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
@@ -45,51 +44,52 @@ class NativeStep:
     """
 
     def __init__(self, cached: CachedTransformer) -> None:
-        layers, head, kept = cached.layers, cached.head, []
-        assert all(layer.proj_in.bias is None and layer.proj_out.bias is None for layer in layers)
+        network: Any = cached.network
+        keys, _ = cached.caches[0]
+        self.dtype = keys.dtype
+        alive: list[Tensor] = []  # what the addresses below point to
 
         def address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
             if tensor is None:
                 return None
-            kept.append(tensor.to(dtype).contiguous())
-            return kept[-1].data_ptr()
+            alive.append(tensor.detach().to(dtype).contiguous())
+            return alive[-1].data_ptr()
 
-        self.dtype = head.weight.dtype
-        codebook_size, width = head.weight.shape
-        _, num_heads, length, _ = layers[0].keys.shape
-        self.codebook_size = codebook_size
         self.network = _Network(
-            depth=len(layers),
-            width=width,
-            num_heads=num_heads,
-            hidden=layers[0].proj_out.weight.shape[1],
-            length=length,
-            codebook_size=codebook_size,
-            norm=address(cached.norm.gain),
-            head_bias=address(head.bias),
-            head=address(head.weight, self.dtype),
-            floor=float(cached.norm.floor),
-            head_floor=float(layers[0].norm_qk.floor),
+            depth=len(network.blocks),
+            width=network.width,
+            num_heads=network.num_heads,
+            hidden=network.blocks[0].mlp.proj_out.weight.shape[1],
+            length=network.sequence_length,
+            codebook_size=network.codebook_size,
+            norm=address(network.norm.gain),
+            head_bias=address(network.head.bias),
+            head=address(network.head.weight, self.dtype),
+            eps_norm=float(network.norm.eps_norm),
+            head_eps_norm=float(network.blocks[0].attention.q_norm.eps_norm),
         )
-        self.layers = (_Layer * len(layers))()
-        for own, layer in zip(self.layers, layers, strict=True):
-            for name in ("norm_attention", "norm_qk", "norm_mlp"):
-                setattr(own, name, address(getattr(layer, name).gain))
-            own.qkv_bias, own.proj_bias = address(layer.qkv.bias), address(layer.proj.bias)
-            for name in ("qkv", "proj", "proj_in", "proj_out"):
-                setattr(own, name, address(getattr(layer, name).weight, self.dtype))
-            own.keys, own.values = layer.keys.data_ptr(), layer.values.data_ptr()
-        self.cached, self.kept = cached, kept  # so that the addresses stay good
-        self.rotary = cached.rotary.float().contiguous()
+        self.layers = (_Layer * len(network.blocks))()
+        for layer, block, (keys, values) in zip(self.layers, network.blocks, cached.caches, strict=True):
+            attention, mlp = block.attention, block.mlp
+            assert mlp.proj_in.bias is None
+            assert mlp.proj_out.bias is None
+            layer.norm_attention, layer.norm_mlp = address(block.norm_attention.gain), address(block.norm_mlp.gain)
+            layer.norm_q, layer.norm_k = address(attention.q_norm.gain), address(attention.k_norm.gain)
+            layer.qkv_bias, layer.proj_bias = address(attention.qkv.bias), address(attention.proj.bias)
+            for part, names in ((attention, ("qkv", "proj")), (mlp, ("proj_in", "proj_out"))):
+                for name in names:
+                    setattr(layer, name, address(getattr(part, name).weight, self.dtype))
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        self.cached, self.alive = cached, alive
+        self.rotary = network.rotary.float().contiguous()
 
     def __call__(self, ids: Tensor, start: int, rows: slice) -> Tensor:
-        """Return logits as ``CachedTransformer`` does, of one token for each of the first rows, ids (1, R)."""
-        num_rows, _, length, _ = self.cached.layers[0].keys.shape
+        """Return logits as ``CachedTransformer`` does, of one token for each of the first rows, ids (R, 1)."""
+        network: Any = self.cached.network
         assert not rows.start
-        assert ids.shape[1] <= num_rows
-        assert 0 <= start < length
-        x = F.embedding(ids[0], self.cached.table)
-        logits = x.new_empty(len(x), self.codebook_size)
+        assert 0 <= start < network.sequence_length
+        x: Tensor = network.embed(ids[:, 0]).float()  # (R, width)
+        logits = x.new_empty(len(x), network.codebook_size)
         rotary, threads = self.rotary[start].data_ptr(), torch.get_num_threads()
         step = build(len(x), TYPES[self.dtype])
         step(self.network, self.layers, rotary, start, threads, x.data_ptr(), logits.data_ptr())
@@ -126,12 +126,12 @@ class _Network(ctypes.Structure):
     _fields_ = [
         *_fields("depth width num_heads hidden length codebook_size", ctypes.c_int64),
         *_fields("norm head_bias head", ctypes.c_void_p),
-        *_fields("floor head_floor", ctypes.c_float),
+        *_fields("eps_norm head_eps_norm", ctypes.c_float),
     ]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *_fields("norm_attention norm_qk norm_mlp qkv_bias proj_bias", ctypes.c_void_p),
+        *_fields("norm_attention norm_q norm_k norm_mlp qkv_bias proj_bias", ctypes.c_void_p),
         *_fields("qkv proj proj_in proj_out keys values", ctypes.c_void_p),
     ]

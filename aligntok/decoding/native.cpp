@@ -34,11 +34,11 @@ struct Network {
   int64_t depth, width, num_heads, hidden, length, codebook_size;
   const float *norm, *head_bias;
   const Weight* head;
-  float floor, head_floor;  // of the norms over `width`, and over a head's channels
+  float eps_norm, head_eps_norm;  // of the norms over `width`, and over a head's channels
 };
 
 struct Layer {
-  const float *norm_attention, *norm_qk, *norm_mlp, *qkv_bias, *proj_bias;
+  const float *norm_attention, *norm_q, *norm_k, *norm_mlp, *qkv_bias, *proj_bias;
   const Weight *qkv, *proj, *proj_in, *proj_out;
   Weight *keys, *values;  // (ROWS or more, num_heads, length, head_dim)
 };
@@ -107,9 +107,9 @@ void linear(const Weight* weight, const float* bias, const float* x, int64_t in,
   for (; first < last; ++first) channels<ADD, 1>(weight, bias, x, in, y, out, first);
 }
 
-// gain x / sqrt(|x|^2 + floor^2), as ShortNorm
-void norm(const float* x, const float* gain, float floor, int64_t size, float* y) {
-  float squares = floor * floor;
+// gain x / sqrt(|x|^2 + eps_norm^2), as StepNorm
+void norm(const float* x, const float* gain, float eps_norm, int64_t size, float* y) {
+  float squares = eps_norm * eps_norm;
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < size; ++i) squares += x[i] * x[i];
   const float scale = 1 / std::sqrt(squares);
@@ -131,8 +131,8 @@ void attend(const Network& network, const Layer& layer, const float* rotary, int
   const int64_t size = network.width / network.num_heads;
   float *query = scratch.data(), *key = query + size, *scores = key + size;
   const float* value = qkv + 2 * network.width + head * size;
-  norm(qkv + head * size, layer.norm_qk, network.head_floor, size, query);
-  norm(qkv + network.width + head * size, layer.norm_qk + size, network.head_floor, size, key);
+  norm(qkv + head * size, layer.norm_q, network.head_eps_norm, size, query);
+  norm(qkv + network.width + head * size, layer.norm_k, network.head_eps_norm, size, key);
   rotate(query, rotary, size);
   rotate(key, rotary, size);
   for (int64_t i = 0; i < size; ++i) {
@@ -176,7 +176,7 @@ extern "C" void step(const Network* pointer, const Layer* layers, const float* r
     std::vector<float> normed(ROWS * width), up(ROWS * hidden), scratch(2 * width / num_heads + network.length);
     const auto normalise = [&](const float* gain) {  // each thread for itself, as waiting takes longer
       for (int64_t row = 0; row < ROWS; ++row)
-        norm(x + row * width, gain, network.floor, width, normed.data() + row * width);
+        norm(x + row * width, gain, network.eps_norm, width, normed.data() + row * width);
     };
     for (const Layer* layer = layers; layer < layers + network.depth; ++layer) {
       normalise(layer->norm_attention);
