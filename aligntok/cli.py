@@ -137,8 +137,7 @@ class RunCLI(LightningCLI):
         stage: Any = locate(config.model.class_path)
         starts = self.subcommand == "fit" and not config.get("ckpt_path") and not config.init_from
         if starts and getattr(stage, "needs_previous", False):
-            wanted = " or ".join(stage.previous_stages)
-            raise UserError(f"{stage.__name__} starts from {wanted}: add --init_from CHECKPOINT of that stage")
+            raise UserError(f"{stage.__name__} starts from a previous stage: add --init_from CHECKPOINT of that stage")
         if config.ema is not None and self.subcommand == "fit":
             raise UserError("--ema is of validate, test and predict: fit goes on with all weights that the run kept")
         if config.get("ckpt_path"):

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aligntok.errors import UserError
 from aligntok.losses.reconstruction import ReconstructionLoss, Terms
 from aligntok.losses.semantic import SemanticPreservation, semantic_preservation
 from aligntok.networks.frozen import Frozen
-from aligntok.networks.lora import DOWN, UP, add_lora
-from aligntok.networks.token_decoder import TokenDecoder
+from aligntok.networks.lora import add_lora, merge_lora
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import check_schedule, value_at
+from aligntok.stages.chain import Chain
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.tokenizer_stage import TokenizerStage
-from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of, tokenizer_state
+from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of
 
 
 class LatentAlignment(TokenizerStage):
     """Stage 1: adapter and decoder learn to reconstruct from the frozen encoder; the latent keeps its semantics."""
 
     trains = ("adapter", "quantizer", "decoder")
-    previous_stages = ("LatentAlignment",)  # to train it for longer
 
 
 class PerceptualAlignment(TokenizerStage):
@@ -49,7 +49,6 @@ class PerceptualAlignment(TokenizerStage):
         lora_rank: Train low-rank updates of the encoder's linear layers instead of the layers (an ablation that loses).
     """
 
-    previous_stages = ("LatentAlignment",)
     needs_previous = True
     measures_latents = True
 
@@ -81,10 +80,18 @@ class PerceptualAlignment(TokenizerStage):
         return {"semantic": (weight, semantic_preservation(pair[0], pair[1], self.semantic.distance))}
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Take stage 1's tokenizer, and the snapshot of its encoder and adapter."""
-        state = tokenizer_state(checkpoint)
-        updates = {key: value for key, value in self.tokenizer.state_dict().items() if key.endswith((UP, DOWN))}
-        load_strictly(self.tokenizer, state | updates, f"--init_from {path}")
+        """Take the tokenizer, and the snapshot of its encoder and adapter.
+
+        Raises:
+            UserError: The encoder has learned before: it is no longer where its pretraining put it.
+        """
+        if "encoder" in Chain.of(checkpoint).learned:
+            raise UserError(
+                f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)}, whose encoder has learned already, but"
+                f" {type(self).__name__} holds the latent near that of the pretrained encoder"
+            )
+        super().load_previous(checkpoint, path)
+        state = merge_lora(self.held("tokenizer", checkpoint, path))
         for module, part in zip(self.anchor.network, ("encoder", "adapter"), strict=True):
             load_strictly(module, part_of(state, part), f"--init_from {path}")
 
@@ -105,21 +112,10 @@ class DecoderRefinement(TokenizerStage):
     The latent space stays as it is, so this stage may also come after a generator was trained. Of a continuous
     tokenizer, mean and standard deviation of the latents are measured first; but on a cache of the previous stage's
     latents with their images (``LatentShards`` with ``images``) the encoder never runs, and the statistics that the
-    cache is scaled by stay. After ``CausalTokenization`` the decoder is a new one without the causal mask: what of
-    the old one fits carries over (AliTok, arXiv:2506.05289).
+    cache is scaled by stay. Where the decoder before was causal and this one is not, what of the old one fits carries
+    over (AliTok, arXiv:2506.05289).
     """
 
     trains = ("decoder",)
-    previous_stages = ("PerceptualAlignment", "LatentAlignment", "DecoderRefinement", "CausalTokenization")
     needs_previous = True
     measures_latents = True
-
-    def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Take the tokenizer; the latents of another decoder refinement stay as its generators know them."""
-        stage, state, decoder = checkpoint[STAGE_KEY], tokenizer_state(checkpoint), self.tokenizer.decoder
-        if stage == "CausalTokenization" and isinstance(decoder, TokenDecoder):
-            carried = decoder.carried_over(part_of(state, "decoder"))
-            state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
-            state |= {f"decoder.{key}": value for key, value in carried.items()}
-        load_strictly(self.tokenizer, state, f"--init_from {path}")
-        self.keeps_statistics = stage == type(self).__name__

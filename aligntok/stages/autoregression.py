@@ -18,6 +18,7 @@ from aligntok.errors import UserError
 from aligntok.files import write_text
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.protocols import HasCache
 from aligntok.stages.generator import GeneratorStage
 from aligntok.stages.optimization import Optimization
 
@@ -47,7 +48,6 @@ class AutoregressiveGeneration(GeneratorStage):
         UserError: Network, tokenizer and sampler that do not fit each other; both values are named.
     """
 
-    previous_stages = ("AutoregressiveGeneration",)  # to train it for longer
     learns = "tokens"
 
     def __init__(
@@ -84,7 +84,7 @@ class AutoregressiveGeneration(GeneratorStage):
                     " to the second"
                 )
 
-    def check_data(self, data: Any) -> None:
+    def check_data(self, data: HasCache) -> None:
         """Refuse tokens of another tokenizer, codebook, grid or prefix."""
         data.check_tokens({name: getattr(self.network, name) for name in SIZES}, self.tokenizer)
 

@@ -42,8 +42,6 @@ class CausalTokenization(TokenizerStage):
         UserError: Parts of the tokenizer that do not go with the loss; says what to change.
     """
 
-    previous_stages = ("CausalTokenization",)  # to train it for longer
-
     def __init__(
         self,
         tokenizer: Tokenizer,

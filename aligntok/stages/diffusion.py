@@ -19,6 +19,7 @@ from aligntok.losses.representation import RepresentationAlignment
 from aligntok.networks.dit import DiT
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.protocols import HasCache
 from aligntok.randomness import noise_like_ids
 from aligntok.stages.generator import GeneratorStage
 from aligntok.stages.optimization import Optimization
@@ -53,8 +54,6 @@ class LatentDiffusion(GeneratorStage):
     Raises:
         UserError: Network, tokenizer, guide and guidance that do not fit each other; both values are named.
     """
-
-    previous_stages = ("LatentDiffusion",)  # to train it for longer
 
     def __init__(
         self,
@@ -115,9 +114,9 @@ class LatentDiffusion(GeneratorStage):
 
     # Training
 
-    def check_data(self, data: Any) -> None:
+    def check_data(self, data: HasCache) -> None:
         """Refuse latents of another tokenizer, shape or scale."""
-        data.check_latents(self.network.latent_shape, self.tokenizer)
+        data.check_latents(self.network.latent_shape, self.tokenizer, "model.network.latent_shape")
         if self.tokenizer is not None and not data.has_latents and not self.tokenizer.is_measured:
             raise UserError(
                 "the latents of model.tokenizer were never measured, so they would be learned unscaled: stages 2"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from aligntok.errors import UserError
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.protocols import HasCache, HasLabels, offered_data
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import load_strictly, part_of
+from aligntok.weights.checkpoint import load_strictly
 
 
 class GeneratorStage(Stage):
@@ -80,22 +81,23 @@ class GeneratorStage(Stage):
             )
 
     @abstractmethod
-    def check_data(self, data: Any) -> None:
-        """Raise a ``UserError`` where the data of a ``LatentDataModule`` are not what the network learns."""
+    def check_data(self, data: HasCache) -> None:
+        """Raise a ``UserError`` where cached latents or tokens are not what the network learns."""
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Take the network (its EMA, where the run kept one)."""
-        load_strictly(self.network, part_of(checkpoint["state_dict"], "network"), f"--init_from {path}")
+        load_strictly(self.network, self.held("network", checkpoint, path), f"--init_from {path}")
 
     # Labels
 
     def setup(self, stage: str) -> None:
         """Refuse data of another tokenizer, and classes that the network does not have."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "check_labels") and self.network.num_classes is not None:
-            data.check_labels(self.network.num_classes, "model.network.num_classes")
-        if stage != "predict" and hasattr(data, "check_latents"):
-            self.check_data(data)
+        super().setup(stage)
+        labels, cache = offered_data(self.trainer, HasLabels), offered_data(self.trainer, HasCache)
+        if labels is not None and self.network.num_classes is not None:
+            labels.check_labels(self.network.num_classes, "model.network.num_classes")
+        if stage != "predict" and cache is not None:
+            self.check_data(cache)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels that the network does not have while they are on the CPU, where looking costs nothing."""

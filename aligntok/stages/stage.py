@@ -17,7 +17,7 @@ from torch import Tensor
 from aligntok.errors import UserError
 from aligntok.stages.migration import rename_discriminator, split_groups
 from aligntok.stages.optimization import Optimization, ParameterGroup, clip_, drop_gradients, parameters_by_group
-from aligntok.weights.checkpoint import STAGE_KEY, check_fits, read_checkpoint
+from aligntok.weights.checkpoint import STAGE_KEY, check_fits, part_of, read_checkpoint
 
 
 class Stage(pl.LightningModule):
@@ -26,9 +26,6 @@ class Stage(pl.LightningModule):
     Args:
         optimization: Optimizer, learning rate, weight decay, guard against gradients that are not finite.
     """
-
-    previous_stages: tuple[str, ...] = ()
-    """Names of the stages whose checkpoint ``--init_from`` accepts."""
 
     needs_previous = False
     """Whether the command line refuses to start this stage without ``--init_from``."""
@@ -56,21 +53,42 @@ class Stage(pl.LightningModule):
         return ()
 
     def init_from(self, path: str | Path) -> None:
-        """Start from the weights of a previous stage's checkpoint; call this before ``fit``.
+        """Start from the weights of another run's checkpoint; call this before ``fit``.
+
+        Which run it was does not matter, but what the file holds.
 
         Raises:
-            UserError: No checkpoint, of another stage, or of other shapes.
+            UserError: No checkpoint, one without what this stage needs, or of other shapes; names the key.
         """
-        checkpoint = read_checkpoint(path)
-        stage = checkpoint.get(STAGE_KEY)
-        if stage not in self.previous_stages:
-            wanted = " or ".join(self.previous_stages) or "no previous stage"
-            raise UserError(f"--init_from {path} is of stage {stage}, but {type(self).__name__} starts from {wanted}")
-        self.load_previous(checkpoint, path)
+        self.load_previous(read_checkpoint(path), path)
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Take the weights that this stage wants from a previous stage's checkpoint."""
-        raise NotImplementedError  # a stage with `previous_stages` defines it
+        """Take the weights that this stage needs from a checkpoint."""
+        raise UserError(f"--init_from {path}: {type(self).__name__} starts from no checkpoint")
+
+    def held(self, part: str, checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+        """Return the weights of a part of a checkpoint (the EMA, where the run kept one).
+
+        Raises:
+            UserError: It holds none.
+        """
+        state = part_of(checkpoint["state_dict"], part)
+        if not state:
+            raise UserError(
+                f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)} and holds no weights {part}.*, which"
+                f" {type(self).__name__} needs"
+            )
+        return state
+
+    # Before the first step
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision in which the weights themselves are rounded, or that the networks do not know."""
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise UserError(
+                f"precision {self.trainer.precision} is not supported (weights stay in float32: in bf16 they are too coarse for"
+                " steps of 1e-4 and averages of 0.999): use bf16-mixed or 32-true"
+            )
 
     # Optimisation
 

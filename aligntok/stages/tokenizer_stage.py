@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from aligntok.errors import UserError
 from aligntok.losses.reconstruction import ReconstructionLoss, Terms, weighted_sum
 from aligntok.networks.adapters import GaussianAdapter
+from aligntok.networks.lora import DOWN, UP, merge_lora
+from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.protocols import HasCache, HasCalibration, offered_data
+from aligntok.stages.chain import PARTS, Chain
 from aligntok.stages.optimization import Optimization, ParameterGroup
 from aligntok.stages.stage import Stage
 from aligntok.stages.statistics import channel_statistics
-from aligntok.weights.checkpoint import load_strictly, tokenizer_state
+from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of
 
-PARTS = ("encoder", "adapter", "quantizer", "decoder")
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al., arXiv:1711.00937, section 3.2
 
 
@@ -48,9 +51,6 @@ class TokenizerStage(Stage):
     measures_latents = False
     """Whether the stage measures the latents of the tokenizer that it is given, before its first step."""
 
-    keeps_statistics = False
-    """Whether the tokenizer came with statistics that hold, because only its decoder has learned since."""
-
     commitment_weight = COMMITMENT_WEIGHT
     """Of the term that draws the latent to its codes, where a quantizer learns."""
 
@@ -63,6 +63,7 @@ class TokenizerStage(Stage):
     ) -> None:
         super().__init__(optimization)
         self.tokenizer = tokenizer
+        self.previous = Chain([], measured=False, causal=False)  # what the tokenizer was when it came
         self.loss = ReconstructionLoss() if loss is None else loss
         if kl_weight and not isinstance(tokenizer.adapter, GaussianAdapter):
             raise UserError("kl_weight needs tokenizer.adapter to be an aligntok.networks.GaussianAdapter")
@@ -187,8 +188,12 @@ class TokenizerStage(Stage):
 
     def setup(self, stage: str) -> None:
         """Fetch the perceptual weights now, so that a missing file does not stop the run later."""
+        super().setup(stage)
         if stage == "fit":
             self.loss.load()
+        cache = offered_data(self.trainer, HasCache)
+        if cache is not None and cache.has_latents and stage == "fit":
+            self.check_cache(cache)
 
     def on_fit_start(self) -> None:
         """Measure the latents of the tokenizer that came, unless the run goes on from a checkpoint.
@@ -196,31 +201,32 @@ class TokenizerStage(Stage):
         Cached latents are in the units of the tokenizer that wrote them: then its statistics stay.
         """
         super().on_fit_start()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if getattr(data, "has_latents", False):
-            self.check_cache(data)
+        cache = offered_data(self.trainer, HasCache)
+        if cache is not None and cache.has_latents:
+            self.check_cache(cache)
             return
-        if not self.measures_latents or self.resumed or self.keeps_statistics or self.tokenizer.quantizer is not None:
+        if not self.measures_latents or self.resumed or self.previous.measured or self.tokenizer.quantizer is not None:
             return
-        if hasattr(data, "calibration_dataloader"):
+        data = offered_data(self.trainer, HasCalibration)
+        if data is not None:
             self.measure_latents(batch["image"] for batch in data.calibration_dataloader())
         elif not self.tokenizer.is_measured:
             raise UserError(
                 f"{type(self).__name__} needs the statistics of the latents: call stage.measure_latents(images) before"
-                " fit, or use aligntok's LatentDataModule"
+                " fit, or give a data module with calibration_dataloader()"
             )
 
     def on_validation_start(self) -> None:
         """Refuse cached latents of another tokenizer."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self.trainer.state.fn != TrainerFn.FITTING and getattr(data, "has_latents", False):  # else it is done
-            self.check_cache(data)
+        cache = offered_data(self.trainer, HasCache)
+        if self.trainer.state.fn != TrainerFn.FITTING and cache is not None and cache.has_latents:  # else it is done
+            self.check_cache(cache)
 
     def on_test_start(self) -> None:
         """Refuse cached latents of another tokenizer."""
         self.on_validation_start()
 
-    def check_cache(self, data: Any) -> None:
+    def check_cache(self, data: HasCache) -> None:
         """Raise a ``UserError`` where this stage cannot work on the cached latents of the data."""
         name = type(self).__name__
         if set(self.trains) != {"decoder"}:
@@ -247,8 +253,38 @@ class TokenizerStage(Stage):
         self.tokenizer.set_latent_statistics(mean, std)
 
     def load_previous(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Take the previous stage's tokenizer (its EMA, where it kept one)."""
-        load_strictly(self.tokenizer, tokenizer_state(checkpoint), f"--init_from {path}")
+        """Take the tokenizer; where its decoder was causal and this one is not, what of it fits.
+
+        Raises:
+            UserError: There is no tokenizer, parts of other sizes, or a decoder that is not causal as this one is.
+        """
+        state, decoder = merge_lora(self.held("tokenizer", checkpoint, path)), self.tokenizer.decoder
+        updates = {key: value for key, value in self.tokenizer.state_dict().items() if key.endswith((UP, DOWN))}
+        self.previous = Chain.of(checkpoint)
+        causal = isinstance(decoder, TokenDecoder) and decoder.causal
+        if causal and not self.previous.causal:
+            raise UserError(
+                f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)}, whose decoder is not causal, but"
+                f" {type(self).__name__} has one that is"
+            )
+        if self.previous.causal and not causal and isinstance(decoder, TokenDecoder):
+            carried = decoder.carried_over(part_of(state, "decoder"))
+            state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
+            state |= {f"decoder.{key}": value for key, value in carried.items()}
+        load_strictly(self.tokenizer, state | updates, f"--init_from {path}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the tokenizer has become."""
+        super().on_save_checkpoint(checkpoint)
+        decoder, parts = self.tokenizer.decoder, {p for p in self.trains if getattr(self.tokenizer, p) is not None}
+        learned = [part for part in PARTS if part in parts | set(self.previous.learned)]
+        measured = parts <= {"decoder"} and self.tokenizer.is_measured
+        Chain(learned, measured, isinstance(decoder, TokenDecoder) and decoder.causal).save(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Know what the tokenizer was before the run that goes on."""
+        super().on_load_checkpoint(checkpoint)
+        self.previous = Chain.of(checkpoint)
 
 
 def check_range(image: Tensor) -> None:

@@ -273,5 +273,7 @@ def test_a_stage_goes_on_from_its_own_kind_and_other_sizes_are_named(tiny, tmp_p
     other = tiny.causal(num_prefix=5, causal=False, prefix_head=False, num_buffer=2)
     with pytest.raises(UserError, match=r"decoder\.buffer_tokens is \(3, 16\) there and \(2, 16\) here"):
         tiny.stage(DecoderRefinement, tokenizer=other).init_from(tmp_path / "checkpoints/last.ckpt")
-    with pytest.raises(UserError, match="is of stage DecoderRefinement, but CausalTokenization starts from"):
+    with pytest.raises(
+        UserError, match="is of stage DecoderRefinement, whose decoder is not causal, but CausalTokenization"
+    ):
         stage.init_from(tmp_path / "checkpoints/last.ckpt")

@@ -97,3 +97,10 @@ def test_loaders_of_ones_own_work(tiny, tmp_path):
     trainer = tiny.trainer(tmp_path, 3)
     trainer.fit(tiny.stage(LatentAlignment), loader)
     assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_precision_in_which_the_weights_are_rounded_is_refused_by_name(tiny, tmp_path, precision):
+    for stage in (tiny.stage(LatentAlignment), tiny.autoregressive()):
+        with pytest.raises(UserError, match=f"precision {precision} is not supported.*bf16-mixed or 32-true"):
+            tiny.trainer(tmp_path, 1, precision=precision).fit(stage, datamodule=tiny.data())

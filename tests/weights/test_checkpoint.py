@@ -60,12 +60,13 @@ def test_stage_k_loads_into_the_next(tiny, stage1, cls):
 
 def test_wrong_stage(tiny, stage1, tmp_path):
     checkpoint = torch.load(stage1, weights_only=True)
+    del checkpoint["tokenizer_chain"]  # as earlier versions wrote it
     torch.save({**checkpoint, "aligntok_stage": "DecoderRefinement"}, tmp_path / "three.ckpt")
-    message = r"three\.ckpt is of stage DecoderRefinement, but PerceptualAlignment starts from LatentAlignment"
+    message = r"three\.ckpt is of stage DecoderRefinement, whose encoder has learned already, but PerceptualAlignment"
     with pytest.raises(UserError, match=message):
         tiny.stage(PerceptualAlignment).init_from(tmp_path / "three.ckpt")
     pretraining = EncoderPretraining(tiny.encoder(), 10)
-    with pytest.raises(UserError, match="EncoderPretraining starts from no previous stage"):
+    with pytest.raises(UserError, match="EncoderPretraining starts from no checkpoint"):
         pretraining.init_from(stage1)
 
 
@@ -209,3 +210,39 @@ def test_lora_updates_are_merged(tiny, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     stage.tokenizer.encoder.backbone.blocks[0].attn.qkv.lora_up.data.zero_()
     assert (ours - stage.tokenizer.encode(image)).abs().max() > 1e-3  # the update matters
+
+
+# A chain that others can extend
+
+
+class MyStage2(PerceptualAlignment):
+    """Somebody else's stage, whose name nobody here knows."""
+
+
+def test_a_stage_of_ones_own_is_followed_by_ours(tiny, stage1, tmp_path):
+    """Its encoder has learned, so the latents are measured; after a decoder's stage of one's own they stay."""
+
+    class MyStage3(DecoderRefinement):
+        pass
+
+    path = stage1
+    for name, cls, learned, measured in (
+        ("two", MyStage2, {"encoder", "adapter", "decoder"}, False),
+        ("three", MyStage3, {"encoder", "adapter", "decoder"}, True),
+        ("four", DecoderRefinement, {"encoder", "adapter", "decoder"}, True),
+    ):
+        stage = tiny.stage(cls, seed=3)
+        stage.init_from(path)
+        before = stage.tokenizer.fingerprint()
+        tiny.trainer(tmp_path / name, 2, [SaveCheckpoint()]).fit(stage, datamodule=tiny.data())
+        path = tmp_path / name / "checkpoints/last.ckpt"
+        chain = torch.load(path, weights_only=True)["tokenizer_chain"]
+        assert (set(chain["learned"]), chain["measured"], chain["causal"]) == (learned, measured, False)
+        assert (stage.tokenizer.fingerprint() == before) == (name == "four")
+    with pytest.raises(UserError, match=r"holds no weights network\.\*, which LatentDiffusion needs"):
+        tiny.generator().init_from(path)
+    with pytest.raises(UserError, match="whose encoder has learned already, but MyStage2"):
+        tiny.stage(MyStage2).init_from(path)
+    torch.save({"state_dict": {"network.x": torch.zeros(1)}, "aligntok_stage": "Theirs"}, tmp_path / "generator.ckpt")
+    with pytest.raises(UserError, match=r"of stage Theirs and holds no weights tokenizer\.\*, which DecoderRefinement"):
+        tiny.stage(DecoderRefinement).init_from(tmp_path / "generator.ckpt")
