@@ -86,8 +86,8 @@ class Stage(pl.LightningModule):
         """Refuse a precision in which the weights themselves are rounded, or that the networks do not know."""
         if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
             raise UserError(
-                f"precision {self.trainer.precision} is not supported (weights stay in float32: in bf16 they are too coarse for"
-                " steps of 1e-4 and averages of 0.999): use bf16-mixed or 32-true"
+                f"precision {self.trainer.precision} is not supported (weights stay in float32: in bf16 they are too"
+                " coarse for steps of 1e-4 and averages of 0.999): use bf16-mixed or 32-true"
             )
 
     # Optimisation
