@@ -277,7 +277,7 @@ def test_the_tokenizer_of_a_checkpoint_must_be_the_same_and_its_own_kind_goes_on
     fresh = tiny.autoregressive(tiny.ar(7))
     fresh.init_from(path)
     assert torch.equal(fresh.network.embed.weight, stage.network.embed.weight)
-    with pytest.raises(UserError, match=r"does not fit this network: .* is missing there"):
+    with pytest.raises(UserError, match="does not fit this network"):
         tiny.generator().init_from(path)
 
 
