@@ -6,7 +6,7 @@ ALITOK := runs/quickstart_alitok
 LAST := checkpoints/last.ckpt
 FIT := $(BIN)/aligntok fit --ckpt_path last --config
 
-.PHONY: install format check test test-slow test-gpu bench quickstart quickstart-alitok clean
+.PHONY: install format check test test-slow test-gpu test-kernels bench quickstart quickstart-alitok clean
 
 install: .venv/installed
 
@@ -53,6 +53,13 @@ check: install
 
 test: install
 	$(BIN)/pytest -m "not slow and not gpu"
+
+# What rounding could tip, with other kernels of the processor and with one thread.
+test-kernels: install
+	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -m "kernels and not slow and not gpu"
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -m "kernels and not slow and not gpu"
+	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m "kernels and not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "kernels and not slow and not gpu"
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not gpu"

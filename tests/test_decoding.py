@@ -13,6 +13,8 @@ from aligntok.errors import UserError
 from aligntok.networks import AutoregressiveTransformer
 from aligntok.randomness import gumbel_noise, keys_like_ids
 
+pytestmark = pytest.mark.kernels
+
 SMALL = {"codebook_size": 20, "grid": (3, 4), "num_prefix": 2, "num_classes": 5}
 SMALL |= {"width": 32, "depth": 2, "num_heads": 2, "hidden": 48}
 LENGTH = 14

@@ -9,6 +9,8 @@ from aligntok.errors import UserError
 from aligntok.metrics import inception_score, kernel_distance, precision_recall
 from aligntok.metrics.feature_sets import radii, squared_distance
 
+pytestmark = pytest.mark.kernels
+
 
 def features(count: int, seed: int, dim: int = 6, spread: float = 1.0, centre: float = 0.0):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) * spread + centre

@@ -6,6 +6,8 @@ from sklearn.linear_model import LogisticRegression
 from aligntok.errors import UserError
 from aligntok.metrics.probe import fit_classifier, flatten_latent, linear_probe, pool_latent
 
+pytestmark = pytest.mark.kernels
+
 
 def blobs(spread: float, classes: int = 5, dim: int = 20, count: int = 900, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)

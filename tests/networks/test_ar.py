@@ -8,6 +8,8 @@ from aligntok.errors import UserError
 from aligntok.networks import AutoregressiveTransformer
 from aligntok.networks.positions import grid_coordinates, rotary_table
 
+pytestmark = pytest.mark.kernels
+
 SMALL = {"codebook_size": 20, "grid": (3, 4), "num_prefix": 2, "num_classes": 5}
 SMALL |= {"width": 32, "depth": 2, "num_heads": 2, "hidden": 48}
 VARIANTS = [{}, {"num_prefix": 0, "grid": (2, 2)}, {"num_classes": None}, {"null_class": False, "num_heads": 1}]

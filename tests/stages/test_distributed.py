@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.kernels
+
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
