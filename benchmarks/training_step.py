@@ -32,15 +32,25 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.models import vgg16
 
-from aligntok.losses import LPIPS, AdversarialLoss, FeatureDistance, PerceptualTerm, ReconstructionLoss, hinge
-from aligntok.networks import ConvDecoder, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
+from aligntok.losses import (
+    LPIPS,
+    AdversarialLoss,
+    FeatureDistance,
+    PerceptualTerm,
+    ReconstructionLoss,
+    hinge,
+    perceptual,
+)
+from aligntok.networks import ConvDecoder, Frozen, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
 from aligntok.stages import Optimization, PerceptualAlignment
 
 ADAPTIVE_EPS, MAX_ADAPTIVE = 1e-4, 1e4  # VA-VAE's
@@ -204,13 +214,17 @@ def tiny32() -> tuple[PerceptualAlignment, int]:
 
 def paper256() -> tuple[PerceptualAlignment, int]:
     """The paper's size: DINOv2-L/14, VA-VAE's decoder and discriminator, LPIPS with VGG-16; all weights random."""
-    from torchmetrics.functional.image.lpips import _LPIPS
-
     decoder = ConvDecoder(32, width=128, multipliers=(1, 1, 2, 2, 4), num_blocks=3)
     encoder = VisionEncoder("vit_large_patch14_dinov2.lvd142m", 256, 16, weights=None)
     lpips = LPIPS()
-    lpips._network.append(_LPIPS(net="vgg", pnet_rand=True).eval().requires_grad_(False))
+    lpips.network = Frozen(random_lpips)
     return alignment(Tokenizer(encoder, LinearAdapter(1024, 32), decoder), lpips, PatchDiscriminator()), 256
+
+
+def random_lpips() -> nn.Module:
+    """LPIPS' network with random weights: a benchmark needs no download."""
+    with patch.object(perceptual, "published_state", lambda *_: vgg16().state_dict()):
+        return LPIPS.build()
 
 
 def alignment(tokenizer: Tokenizer, perceptual: nn.Module, discriminator: nn.Module) -> PerceptualAlignment:

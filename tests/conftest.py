@@ -1,5 +1,7 @@
 """What many tests share: networks of a few thousand parameters, a real Trainer, data module, checkpoint writer."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -17,7 +19,7 @@ from aligntok.losses import (
     ReconstructionLoss,
     SemanticPreservation,
 )
-from aligntok.losses.perceptual import CONVNEXT_FILE, VGG16_FILE
+from aligntok.losses.perceptual import CONVNEXT_URL, VGG16_URL
 from aligntok.metrics import InceptionFeatures, inception
 from aligntok.networks import (
     AutoregressiveTransformer,
@@ -265,10 +267,12 @@ def judge_weights(tmp_path_factory):
     """Put other weights where VGG's, ConvNeXt's and Inception's would be: no network, but all of the loading code."""
     home = tmp_path_factory.mktemp("home")
     vgg = torchvision.models.vgg16().features.state_dict()
-    torch.save({f"features.{key}": value for key, value in vgg.items()}, home / VGG16_FILE)
+    torch.save({f"features.{key}": value for key, value in vgg.items()}, home / Path(VGG16_URL).name)
     with torch.device("meta"):
         convnext = torchvision.models.convnext_small().state_dict()
-    torch.save({key: torch.tensor(0.02).expand(value.shape) for key, value in convnext.items()}, home / CONVNEXT_FILE)
+    torch.save(
+        {key: torch.tensor(0.02).expand(value.shape) for key, value in convnext.items()}, home / Path(CONVNEXT_URL).name
+    )
     network = inception.FeatureExtractorInceptionV3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "load_state_dict", lambda self, state: None)

@@ -2,81 +2,119 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small, vgg16
 
 from aligntok.errors import UserError
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.frozen import Frozen
+from aligntok.published import find_published, published_state
 
-VGG16_FILE = "vgg16-397923af.pth"  # torchvision's name for its ImageNet VGG-16
-CONVNEXT_FILE = "convnext_small-0c510722.pth"  # and for its ImageNet ConvNeXt-S
+VGG16_URL, CONVNEXT_URL = VGG16_Weights.IMAGENET1K_V1.url, ConvNeXt_Small_Weights.IMAGENET1K_V1.url
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels, red green blue
-NORM_EPS = 1e-10
+LPIPS_LAYERS = (3, 8, 15, 22, 29)  # the last ReLU before each pooling in VGG-16's `features`
+LPIPS_EPS, NORM_EPS = 1e-8, 1e-10
+REMEDY = ", or use aligntok.losses.FeatureDistance"
 
 
-class OnDemand(nn.Module):
-    """A judge whose published weights come at the first use, so that a stage can be built where there is no network.
+class PerceptualDistance(nn.Module):
+    """Base of the distances between images in a frozen network's features.
 
-    They are looked for in ``$ALIGNTOK_HOME``, then in torch's cache, then downloaded.
+    A subclass says what is compared (``features``) and how (``compare``). Whoever compares several images with the same
+    reference calls both, and the network sees the reference once.
+
+    >>> class Colour(PerceptualDistance):
+    ...     def features(self, image): return [image.mean((2, 3))]
+    ...     def compare(self, ours, theirs): return (ours[0] - theirs[0]).abs().mean()
+    >>> Colour()(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
+    tensor(1.)
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._network: list[nn.Module] = []  # in a list: no submodule, so in no checkpoint, average or parameter count
+    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
+        """Return the mean distance () between two batches (B, 3, H, W) in [0, 1]; the gradient goes to ``image``."""
+        with torch.no_grad():
+            theirs = self.features(reference)
+        return self.compare(self.features(image), theirs)
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Return what is compared of images (B, 3, H, W) in [0, 1], of any size."""
+        raise NotImplementedError
+
+    def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        """Return the mean distance () between two lists of ``features``."""
+        raise NotImplementedError
 
     def load(self) -> None:
-        """Get the weights now; a stage calls this before the first step, so that a missing file stops it early.
+        """Fetch published weights now; a stage calls this before the first step, so that a missing file stops it early.
 
         Raises:
             UserError: The weights are nowhere and cannot be downloaded; says which file to put where.
         """
-        if not self._network:
-            self._network.append(self.build().eval().requires_grad_(False))
-
-    def build(self) -> nn.Module:
-        """Return the network with its weights."""
-        raise NotImplementedError  # a loss defines it
-
-    def network_on(self, device: torch.device) -> nn.Module:
-        """Return the network on a device."""
-        self.load()
-        return self._network[0].to(device)
+        for part in self.children():
+            if isinstance(part, Frozen):
+                part.load()
 
 
-class LPIPS(OnDemand):
-    """LPIPS with VGG-16, torchmetrics' implementation, as a mean over the batch.
+class LPIPS(PerceptualDistance):
+    """LPIPS with VGG-16: torchvision's network, and the layers' weights that torchmetrics brings.
+
+    >>> distance = LPIPS()  # needs no file yet: `load` or the first use looks for it
 
     Reference:
         Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, arXiv:1801.03924.
     """
 
-    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
-        """Return the mean distance () between two batches (B, 3, H, W) in [0, 1]."""
-        distance: Tensor = self.network_on(image.device)(image.float() * 2 - 1, reference.float() * 2 - 1)
-        return distance.mean()
+    mean: Tensor
+    std: Tensor
 
-    def build(self) -> nn.Module:
-        """Return torchmetrics' network with torchvision's VGG-16."""
-        from torchmetrics.functional.image.lpips import _LPIPS
-        from torchvision.models import vgg16
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Frozen(self.build)
+        # of pixels in [-1, 1], as in the published code
+        self.register_buffer("mean", torch.tensor((-0.030, -0.088, -0.188)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor((0.458, 0.448, 0.450)).view(3, 1, 1), persistent=False)
 
-        network: Any = _LPIPS(net="vgg", pnet_rand=True)
-        state = published_state(VGG16_FILE, lambda: vgg16(weights="DEFAULT"), "LPIPS")
-        # torchmetrics cuts VGG's `features` into slices and keeps each layer's number in its name
-        ours = network.net.state_dict()
-        network.net.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in ours})
-        return cast(nn.Module, network)
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Return five maps of features, of unit length in each place."""
+        x = (image.float() * 2 - 1 - self.mean) / self.std
+        maps = []
+        for index, layer in enumerate(self.network.on(image.device)[0]):
+            x = layer(x)
+            if index in LPIPS_LAYERS:
+                maps.append(x / (x.square().sum(1, keepdim=True) + LPIPS_EPS).sqrt())
+        return maps
+
+    def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        """Return the weighted squared distance, a mean over places and a sum over layers."""
+        _, *weigh = self.network.on(ours[0].device)
+        terms = [layer((a - b).square()).mean() for layer, a, b in zip(weigh, ours, theirs, strict=True)]
+        return torch.stack(terms).sum()
+
+    @staticmethod
+    def build() -> nn.Module:
+        """Return VGG-16 up to its last compared layer, and a linear layer without bias for each compared one."""
+        import torchmetrics
+
+        state = published_state(VGG16_URL, "LPIPS", REMEDY)
+        with torch.device("meta"):
+            layers = vgg16().features[: LPIPS_LAYERS[-1] + 1]
+        layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
+        file = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/vgg.pth"
+        weights = torch.load(file, weights_only=True, map_location="cpu").values()
+        weigh = [nn.Conv2d(weight.shape[1], 1, 1, bias=False) for weight in weights]
+        for layer, weight in zip(weigh, weights, strict=True):
+            layer.weight.data = weight
+        return nn.ModuleList([layers, *weigh])
 
 
-class LogitDistance(OnDemand):
+class LogitDistance(PerceptualDistance):
     """Mean squared difference of a classifier's logits: torchvision's ConvNeXt-S, trained on ImageNet-1k.
+
+    >>> distance = LogitDistance(image_size=224)  # needs no file yet: `load` or the first use looks for it
 
     Args:
         image_size: Side in pixels to which images are resized, bilinear with antialiasing.
@@ -91,40 +129,43 @@ class LogitDistance(OnDemand):
     def __init__(self, image_size: int = 224) -> None:
         super().__init__()
         self.image_size = image_size
+        self.network = Frozen(self.build)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
-        """Return the mean distance () between two batches (B, 3, H, W) in [0, 1]; the gradient goes to ``image``."""
-        with torch.no_grad():
-            theirs = self.logits(reference)
-        return F.mse_loss(self.logits(image), theirs)
-
-    def logits(self, image: Tensor) -> Tensor:
-        """Return the logits (B, 1000) of images (B, 3, H, W) in [0, 1]."""
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Return the logits (B, 1000)."""
         size = (self.image_size, self.image_size)
         resized = F.interpolate(image.float(), size, mode="bilinear", antialias=True)
-        logits: Tensor = self.network_on(image.device)((resized - self.mean) / self.std)
-        return logits
+        return [self.network.on(image.device)((resized - self.mean) / self.std)]
 
-    def build(self) -> nn.Module:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        """Return the mean squared difference ()."""
+        return F.mse_loss(ours[0], theirs[0])
+
+    @staticmethod
+    def build() -> nn.Module:
         """Return torchvision's network."""
-        from torchvision.models import convnext_small
-
-        state = published_state(CONVNEXT_FILE, lambda: convnext_small(weights="IMAGENET1K_V1"), "LogitDistance")
+        state = published_state(CONVNEXT_URL, "LogitDistance", REMEDY)
         with torch.device("meta"):
             network: nn.Module = convnext_small()
         network.load_state_dict(state, assign=True)
         return network
 
 
-class FeatureDistance(nn.Module):
+class FeatureDistance(PerceptualDistance):
     """LPIPS-like distance in any timm backbone: squared distance of unit-length features, a mean over cells and layers.
 
-    For machines where LPIPS' VGG cannot be had, and to use the frozen encoder itself as the judge.
+    For machines where LPIPS' VGG cannot be had, and to compare in the features of the tokenizer's own encoder. Images
+    of another size than the encoder's are resized, bicubic with antialiasing.
+
+    >>> encoder = VisionEncoder("resnet10t", image_size=64, downsampling=16, weights=None)
+    >>> distance = FeatureDistance(encoder)
+    >>> distance(torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)).shape
+    torch.Size([])
 
     Args:
-        encoder: The judge; any ``VisionEncoder``.
+        encoder: Gives the features; any ``VisionEncoder``.
         layers: Which of its intermediate layers to compare; by default only the encoder's own output layer.
     """
 
@@ -132,44 +173,21 @@ class FeatureDistance(nn.Module):
         super().__init__()
         self.layers = layers or [encoder.layer]
         if min(self.layers) < 0 or max(self.layers) > encoder.layer:
-            raise UserError(
-                f"perceptual layers {self.layers}: {encoder.name} has layers 0 to {encoder.layer}, the used one"
-            )
+            raise UserError(f"layers {self.layers}: {encoder.name} has layers 0 to {encoder.layer}, the used one")
         self.judge = Frozen(encoder)
 
-    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
-        """Return the mean distance () between two batches (B, 3, H, W) in [0, 1]; the gradient goes to ``image``."""
-        with torch.no_grad():
-            theirs = self.judge.network.intermediates(reference.float(), self.layers)
-        ours = self.judge.network.intermediates(image.float(), self.layers)
-        distances = [
-            (F.normalize(a, dim=1, eps=NORM_EPS) - F.normalize(b, dim=1, eps=NORM_EPS)).square().sum(1).mean()
-            for a, b in zip(ours, theirs, strict=True)
-        ]
-        return torch.stack(distances).mean()
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Return the maps of the layers, of unit length in each cell."""
+        encoder: VisionEncoder = self.judge.network
+        maps = encoder.intermediates(encoder.resized(image.float()), self.layers)
+        return [F.normalize(x, dim=1, eps=NORM_EPS) for x in maps]
+
+    def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        """Return the squared distance (), a mean over cells and layers."""
+        terms = [(a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True)]
+        return torch.stack(terms).mean()
 
 
 def lpips_weights() -> Path | None:
     """Return the local file of torchvision's VGG-16, or ``None``."""
-    return local_weights(VGG16_FILE)
-
-
-def local_weights(file: str) -> Path | None:
-    """Return where a file of weights is on this machine, or ``None``: ``$ALIGNTOK_HOME`` first, then torch's cache."""
-    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
-    if "ALIGNTOK_HOME" in os.environ:
-        folders.insert(0, Path(os.environ["ALIGNTOK_HOME"]))
-    return next((folder / file for folder in folders if (folder / file).is_file()), None)
-
-
-def published_state(file: str, download: Callable[[], nn.Module], loss: str) -> dict[str, Tensor]:
-    """Return torchvision's weights of that file name, or download the network; ``loss`` is who needs them."""
-    path = local_weights(file)
-    try:
-        state: dict[str, Tensor] = torch.load(path, weights_only=True) if path else download().state_dict()
-    except OSError as error:
-        raise UserError(
-            f"{loss} needs torchvision's {file} and cannot download it: put the file into $ALIGNTOK_HOME or"
-            f" {Path(torch.hub.get_dir()) / 'checkpoints'}, or use aligntok.losses.FeatureDistance"
-        ) from error
-    return state
+    return find_published(VGG16_URL)

@@ -5,8 +5,6 @@ Reference:
     the choices of layers and channels are those of ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py).
 """
 
-import http.client
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from aligntok.errors import UserError
+from aligntok.networks.frozen import Frozen
+from aligntok.published import published_file
 
 SPATIAL_CHANNELS, SPATIAL_GRID = 7, 17  # of ADM's evaluator: the first 7 channels of a map of 17 x 17
 
@@ -25,16 +25,18 @@ class InceptionFeatures(nn.Module):
     half-pixel centres, no antialias), (x - 128) / 128. So numbers compare with those of torch-fidelity and the ADM
     evaluator, not with torchmetrics' own default, which resizes with antialias.
 
-    The weights are looked for at first use: ``weights``, then ``$ALIGNTOK_HOME``, then the checkpoint folder of
-    ``torch.hub``; then they are downloaded into the first of these
-    folders that is set. They belong to no ``state_dict``.
+    The weights are fetched by ``load`` or at the first use: from ``weights``, else see ``aligntok.published``. They
+    belong to no ``state_dict``.
+
+    >>> features = InceptionFeatures()  # needs no file yet
+    >>> features.name, features.num_features
+    ('inception', 2048)
 
     Args:
         weights: Path of ``weights-inception-2015-12-05-6726825d.pth``.
     """
 
     FILE: str = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-    SHA256_PREFIX = "6726825d"  # torch.hub's naming convention, name-<hash>.pth
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class InceptionFeatures(nn.Module):
         self.num_features = 2048
         self.num_spatial = SPATIAL_CHANNELS * SPATIAL_GRID**2
         self.weights = weights
-        self._network: tuple[nn.Module, ...] = ()
+        self.network = Frozen(self._build)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits.
@@ -50,7 +52,7 @@ class InceptionFeatures(nn.Module):
         Raises:
             UserError: The weights are nowhere and cannot be downloaded, or the file is not what it should be.
         """
-        network = self._on(image.device)
+        network = self.network.on(image.device)
         features: Tensor = network(image.float().clamp(0, 1).mul(255).round().byte())[0]
         return features
 
@@ -60,7 +62,7 @@ class InceptionFeatures(nn.Module):
         Raises:
             UserError: As in ``forward``.
         """
-        self._on(torch.device("cpu"))
+        self.network.load()
 
     def with_spatial(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (B, 2048) and, of the same pass, those of sFID (B, 2023) of images (B, 3, H, W).
@@ -70,7 +72,7 @@ class InceptionFeatures(nn.Module):
         torch-fidelity has no sFID.
         """
         maps: list[Tensor] = []
-        branch = self._on(image.device).get_submodule("Mixed_6d.branch1x1")
+        branch = self.network.on(image.device).get_submodule("Mixed_6d.branch1x1")
         hook = branch.register_forward_hook(lambda module, inputs, output: maps.append(output[:, :SPATIAL_CHANNELS]))
         try:
             features = self(image)
@@ -84,46 +86,17 @@ class InceptionFeatures(nn.Module):
         ADM multiplies ``pool_3`` with the weight, torch-fidelity calls that ``logits_unbiased``. The network of 2015
         has 1008 outputs.
         """
-        weight = self._on(features.device).get_parameter("fc.weight")
+        weight: Tensor = self.network.on(features.device).get_parameter("fc.weight")
         return features.double() @ weight.double().T
 
-    def _on(self, device: torch.device) -> nn.Module:
-        """Return the network on a device, loaded at first use."""
-        if not self._network:
-            self._network = (self._load(self._find()),)
-        network = self._network[0]
-        if next(network.parameters()).device != device:
-            network.to(device)
-        return network
-
-    def _find(self) -> Path:
-        """Return the path of the weights, downloaded when they are nowhere."""
-        if self.weights is not None:
+    def _build(self) -> nn.Module:
+        """Return the network with its weights."""
+        if self.weights is None:
+            path = published_file(URL_INCEPTION_V3, "FID", ", give its path as `weights`, or choose other features")
+        else:
             path = Path(self.weights).expanduser()
             if not path.is_file():
                 raise UserError(f"Inception weights not found: {path} (argument `weights`); it should be {self.FILE}")
-            return path
-        home = os.environ.get("ALIGNTOK_HOME")
-        folders = [Path(home).expanduser()] if home else []
-        folders.append(Path(torch.hub.get_dir()) / "checkpoints")
-        for folder in folders:
-            if (folder / self.FILE).is_file():
-                return folder / self.FILE
-        path = folders[0] / self.FILE
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), self.SHA256_PREFIX, progress=False)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise UserError(
-                f"FID needs {self.FILE} (95 MB), which is in none of {', '.join(map(str, folders))} and could not be "
-                f"downloaded ({error}). Copy it into one of these folders from a machine with internet (the folder of "
-                "$ALIGNTOK_HOME is looked at first), give its path as `weights`, or choose other features"
-            ) from error
-        return path
-
-    @staticmethod
-    def _load(path: Path) -> nn.Module:
-        """Build the network with the weights of ``path``."""
         try:
             # torch-fidelity unpickles without restriction: a file that passes here has nothing to run there.
             torch.load(path, map_location="cpu", weights_only=True)
@@ -131,7 +104,7 @@ class InceptionFeatures(nn.Module):
         except Exception as error:  # whatever unpickling or strict loading makes of a wrong file
             raise UserError(
                 f"{path} does not hold the Inception weights ({type(error).__name__}: {str(error)[:200]}): delete it, "
-                f"and put {InceptionFeatures.FILE} there"
+                f"and put {self.FILE} there"
             ) from error
         return network
 

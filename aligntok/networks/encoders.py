@@ -116,6 +116,12 @@ class VisionEncoder(nn.Module):
         )
         return cast(list[Any], features)
 
+    def resized(self, image: Tensor) -> Tensor:
+        """Return an image (B, 3, H, W) of any size at the encoder's: for an encoder that only measures."""
+        if image.shape[-2:] == self.image_size:
+            return image
+        return F.interpolate(image, self.image_size, mode="bicubic", antialias=True, align_corners=False)
+
     def preprocess(self, image: Tensor) -> Tensor:
         """Return the image (B, 3, H, W) in [0, 1] as the backbone wants it: its size, its pixel statistics."""
         if image.shape[-2:] != self.input_size:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,19 +15,46 @@ class Frozen(nn.Module):
     Gradients still flow through it to its input. Its weights come from where the network was built (a hub, a file) or
     from whoever owns it, so that checkpoints stay small and load strictly.
 
+    A network whose published weights may have to be downloaded is given as the function that builds it. ``load`` calls
+    it: in a stage's ``setup``, so that a missing file stops the run early, or at the first use. Such a network is no
+    submodule, so it is in no parameter count and no average either.
+
+    >>> judge = Frozen(lambda: nn.Linear(2, 2))
+    >>> len(list(judge.parameters()))
+    0
+    >>> judge.on(torch.device("cpu"))
+    Linear(in_features=2, out_features=2, bias=True)
+
     Args:
-        network: The network to hold.
+        network: The network to hold, or a function that builds it.
     """
 
     network: Any
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module | Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.build: Callable[[], nn.Module] | None = None
+        if isinstance(network, nn.Module):
+            self.network = network.eval().requires_grad_(False)
+        else:
+            self.build = network
         self.register_load_state_dict_pre_hook(_bring_own_weights)  # type: ignore[no-untyped-call]  # torch's is untyped
+
+    def load(self) -> None:
+        """Build the network now, if that was left for later."""
+        if self.build is not None:
+            self.__dict__["network"] = self.build().eval().requires_grad_(False)  # past torch, which would register it
+            self.build = None
+
+    def on(self, device: torch.device) -> Any:
+        """Return the network, on this device."""
+        self.load()
+        weight = next(self.network.parameters(), None)
+        return self.network if weight is None or weight.device == device else self.network.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network."""
+        self.load()
         return self.network(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Frozen:
@@ -41,7 +70,7 @@ class Frozen(nn.Module):
         return {} if destination is None else destination
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
-        """Return itself: what never changes needs no second copy (an averaged model shares it)."""
+        """Return itself: what never changes needs no second copy."""
         return self
 
 

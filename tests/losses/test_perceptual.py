@@ -1,4 +1,5 @@
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.transforms.v2 import functional
 
 from aligntok.errors import UserError
-from aligntok.losses import LPIPS, FeatureDistance, LogitDistance
-from aligntok.losses.perceptual import CONVNEXT_FILE, VGG16_FILE, lpips_weights
+from aligntok.losses import LPIPS, FeatureDistance, LogitDistance, perceptual
+from aligntok.losses.perceptual import CONVNEXT_URL, VGG16_URL, lpips_weights
+
+VGG16_FILE, CONVNEXT_FILE = Path(VGG16_URL).name, Path(CONVNEXT_URL).name
 
 
 def offline(*_, **__):
@@ -47,16 +50,31 @@ def test_the_gradient_goes_to_the_image_only(judge, tiny):
 
 @pytest.mark.parametrize("layers", [[2], [-1]])
 def test_layers_that_are_not_there(tiny, layers):
-    with pytest.raises(UserError, match=r"perceptual layers .*layers 0 to 1"):
+    with pytest.raises(UserError, match=r"^layers .* has layers 0 to 1"):
         FeatureDistance(tiny.encoder(depth=2), layers=layers)
+
+
+def test_images_of_another_size_are_resized_to_the_encoders(judge, tiny):
+    image, other = tiny.images(2, size=24), tiny.images(2, seed=1, size=24)
+    small = [torch.nn.functional.interpolate(x, (16, 16), mode="bicubic", antialias=True) for x in (image, other)]
+    torch.testing.assert_close(judge(image, other), judge(*small))
+    assert float(judge(image, other)) > 0
+
+
+def test_the_references_features_serve_several_comparisons(judge, tiny):
+    reference, one, two = (tiny.images(2, seed=seed) for seed in range(3))
+    expected = [judge(one, reference), judge(two, reference)]
+    theirs = judge.features(reference)
+    assert torch.equal(judge.compare(judge.features(one), theirs), expected[0])
+    assert torch.equal(judge.compare(judge.features(two), theirs), expected[1])
 
 
 def test_lpips_without_its_weights_says_which_file_to_put_where(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("ALIGNTOK_HOME", raising=False)
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     assert lpips_weights() is None
-    with pytest.raises(UserError, match=rf"{VGG16_FILE} and cannot download it: put the file into .*ALIGNTOK_HOME"):
+    with pytest.raises(UserError, match=rf"{VGG16_FILE} and cannot download it .*: put the file into .*ALIGNTOK_HOME"):
         LPIPS().load()
 
 
@@ -75,15 +93,28 @@ def test_lpips_with_a_local_file(monkeypatch, tmp_path, tiny):
     other = (image + 0.1 * torch.randn_like(image)).requires_grad_()
     assert float(lpips(image, image)) == 0
     lpips(other, image).backward()
-    assert float(lpips(other, image)) > 0
+    assert float(lpips(other, image).detach()) > 0
     assert other.grad.abs().sum() > 0
     assert lpips.state_dict() == {}
     assert list(lpips.parameters()) == []
-    network = lpips._network[0]
+    network = lpips.network.network
     assert not network.training
-    weights = {tuple(p.shape): p for p in network.net.parameters()}
+    weights = {tuple(p.shape): p for p in network[0].parameters()}
     assert torch.equal(weights[(64, 3, 3, 3)], state["features.0.weight"])
-    assert len(list(network.net.parameters())) == len(state) == 26
+    assert len(list(network[0].parameters())) == len(state) == 26
+
+
+def test_lpips_is_torchmetrics_lpips(judge_weights, tiny):
+    from torchmetrics.functional.image.lpips import _LPIPS  # what the public function calls, which wants a download
+
+    lpips, image, other = LPIPS(), tiny.images(2, size=40), tiny.images(2, seed=1, size=40)
+    theirs = _LPIPS(net="vgg", pnet_rand=True)
+    lpips.load()
+    for parameter, value in zip(theirs.net.parameters(), lpips.network.network[0].parameters(), strict=True):
+        parameter.data = value.data
+    expected = theirs(image, other, normalize=True).mean()
+    torch.testing.assert_close(lpips(image, other), expected, rtol=1e-5, atol=1e-7)
+    assert float(expected) > 1e-3
 
 
 @pytest.fixture
@@ -94,7 +125,7 @@ def small_convnext(monkeypatch, tmp_path):
     network = ConvNeXt(blocks, num_classes=10).eval()
     for parameter in network.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    monkeypatch.setattr(torchvision.models, "convnext_small", lambda weights=None: ConvNeXt(blocks, num_classes=10))
+    monkeypatch.setattr(perceptual, "convnext_small", lambda weights=None: ConvNeXt(blocks, num_classes=10))
     torch.save(network.state_dict(), tmp_path / CONVNEXT_FILE)
     monkeypatch.setenv("ALIGNTOK_HOME", str(tmp_path))
     return network
@@ -116,7 +147,7 @@ def test_logit_distance_is_the_mean_square_between_torchvisions_logits(small_con
     assert other.grad is None
     assert distance.state_dict() == {}
     assert list(distance.parameters()) == []
-    assert not distance._network[0].training
+    assert not distance.network.network.training
 
 
 def test_logit_distance_is_of_torchvisions_convnext_small(monkeypatch, tmp_path):
@@ -128,13 +159,13 @@ def test_logit_distance_is_of_torchvisions_convnext_small(monkeypatch, tmp_path)
     distance = LogitDistance()
     assert distance.image_size == 224
     distance.load()
-    assert sum(p.numel() for p in distance._network[0].parameters()) == 50_223_688
-    assert all(bool((p == 1).all()) for p in distance._network[0].parameters())
+    assert sum(p.numel() for p in distance.network.network.parameters()) == 50_223_688
+    assert all(bool((p == 1).all()) for p in distance.network.network.parameters())
 
 
 def test_logit_distance_without_its_weights_says_which_file_to_put_where(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("ALIGNTOK_HOME", raising=False)
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match=rf"LogitDistance needs torchvision's {CONVNEXT_FILE}.*ALIGNTOK_HOME"):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError, match=rf"LogitDistance needs {CONVNEXT_FILE}.*ALIGNTOK_HOME"):
         LogitDistance().load()

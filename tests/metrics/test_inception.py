@@ -22,7 +22,7 @@ def test_all_outputs_of_one_pass(network):
     image = (torch.rand(2, 3, 32, 32) * 255).round() / 255
     features, spatial = network.with_spatial(image)
     assert torch.equal(features, network(image))
-    extractor = network._network[0]
+    extractor = network.network.network
     extractor.features_list = ["2048", "logits_unbiased", "logits"]
     blocks = []
     extractor.Mixed_6d.register_forward_hook(lambda module, inputs, output: blocks.append(output))
@@ -40,9 +40,9 @@ def test_all_outputs_of_one_pass(network):
 def test_fid_alone_makes_nothing_else(network):
     passes = []
     network.with_spatial(torch.rand(1, 3, 16, 16))
-    branch = network._network[0].Mixed_6d.branch1x1
+    branch = network.network.network.Mixed_6d.branch1x1
     assert not branch._forward_hooks
-    network._network[0].fc.register_forward_hook(lambda *args: passes.append("fc"))
+    network.network.network.fc.register_forward_hook(lambda *args: passes.append("fc"))
     FrechetDistance(network).update(torch.rand(1, 3, 16, 16), real=True)
     assert not passes
 

@@ -59,3 +59,28 @@ def test_copies_share_it():
 def test_it_moves_with_its_owner():
     owner = Owner().double()
     assert owner.judge.network[0].weight.dtype == torch.float64
+
+
+def test_one_that_is_built_later_is_no_part_of_its_owner():
+    built = []
+
+    def build():
+        built.append(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
+        return built[-1]
+
+    owner = nn.Module()
+    owner.judge = Frozen(build)
+    assert not built
+    x = torch.randn(2, 3, requires_grad=True)
+    owner.judge(x).sum().backward()
+    assert x.grad is not None
+    owner.judge.load()
+    owner.train()
+    assert len(built) == 1
+    assert owner.judge.on(torch.device("cpu")) is owner.judge.network is built[0]
+    assert not any(module.training for module in built[0].modules())
+    assert not any(p.requires_grad for p in built[0].parameters())
+    assert not list(owner.parameters())
+    assert owner.state_dict() == {}
+    assert deepcopy(owner).judge is owner.judge
+    assert owner.judge.on(torch.device("meta"))[0].weight.is_meta
