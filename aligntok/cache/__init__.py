@@ -14,6 +14,7 @@ from aligntok.cache.shards import (
     shard_name,
 )
 from aligntok.cache.statistics import code_counts, latent_statistics
+from aligntok.cache.writer import CacheWriter
 
 __all__ = [
     "CROPS",
@@ -23,6 +24,7 @@ __all__ = [
     "MIRRORED",
     "TOKENS",
     "TOKEN_LAYOUT",
+    "CacheWriter",
     "Layout",
     "Manifest",
     "Record",

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aligntok.cache.shards import LATENT_LAYOUT, MIRRORED, TOKEN_LAYOUT, Layout, Shard, numbered_shards
+import numpy as np
+
+from aligntok.cache.shards import LATENT_LAYOUT, MIRRORED, TOKEN_LAYOUT, Indices, Layout, Shard, numbered_shards
 from aligntok.errors import UserError
 from aligntok.files import write_text
 
@@ -37,6 +39,11 @@ class Record:
     missing: list[int]
     sha256: str
 
+    @property
+    def image_ids(self) -> Indices:
+        """Image of each row, (count,)."""
+        return np.setdiff1d(np.arange(self.first, self.first + self.count + len(self.missing)), self.missing)
+
 
 @dataclass
 class Manifest:
@@ -44,7 +51,7 @@ class Manifest:
 
     Attributes:
         tokenizer: ``fingerprint`` and the fields of its ``spec``.
-        images: ``source`` (hash of images and crop), ``split``, ``crop`` (a key of ``CROPS``), ``count``, ``classes``.
+        images: ``source`` (hash of images and crop), ``crop`` (a key of ``CROPS``), ``count``, ``classes``.
         dtype: ``float32`` or ``bfloat16`` of latents, ``uint16`` of tokens.
         flips: Whether there are rows of the mirrored images.
         shard_size: Images of a shard; shard k begins at image k * shard_size.

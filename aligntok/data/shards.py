@@ -214,9 +214,7 @@ class Opened:
         assert self.manifest is not None
         records = {record.file: record for record in self.manifest.shards}
         parts = [records[shard.path.name] for shard in self.shards]
-        return np.concatenate(
-            [np.setdiff1d(np.arange(r.first, r.first + r.count + len(r.missing)), r.missing) for r in parts]
-        )
+        return np.concatenate([record.image_ids for record in parts])
 
 
 def brief(problems: dict[str, str]) -> str:

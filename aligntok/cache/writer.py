@@ -1,0 +1,122 @@
+"""Writing a cache shard by shard: whole or not at all, and going on where a run was killed."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from aligntok.cache.manifest import Manifest, Record, hash_file
+from aligntok.cache.shards import LABELS, Layout, Shard, shard_name
+from aligntok.errors import UserError
+from aligntok.weights.checkpoint import write_atomically, write_text
+
+
+class CacheWriter:
+    """The shards of a cache as they are written.
+
+    Shard k holds the images k * shard_size to (k + 1) * shard_size - 1. It is finished when its file is there and,
+    beside it, a record with the file's hash; at the end the records go into ``manifest.json``.
+
+    Args:
+        folder: Of the cache.
+        manifest: What will be in it, without shards and statistics.
+
+    Raises:
+        UserError: The folder holds a cache of something else.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        there = Manifest.read(folder)
+        self.known = {record.file: record for record in there.shards} if there else {}
+        if there is None:
+            manifest.write(folder)
+        elif (difference := there.difference(manifest)) is not None:
+            what, theirs, ours = difference
+            raise UserError(
+                f"{folder} holds {self.layout.name} of {what} {theirs}, but this run's {what} is {ours}: give another"
+                " --output, or run it as it was"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """Of the shards."""
+        return self.manifest.layout
+
+    @property
+    def shards(self) -> list[range]:
+        """Image ids of each shard."""
+        size, count = self.manifest.shard_size, self.manifest.count
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+    def path(self, ids: range) -> Path:
+        """Return the file of a shard."""
+        return self.folder / shard_name(ids.start // self.manifest.shard_size, self.layout)
+
+    def record(self, ids: range) -> Record | None:
+        """Return what is known of a shard: its own record, or what the manifest says of it."""
+        path = self.path(ids)
+        try:
+            return Record(**json.loads(path.with_suffix(".json").read_text()))
+        except FileNotFoundError:
+            return self.known.get(path.name)
+        except (ValueError, TypeError):
+            return None
+
+    def unfinished(self) -> list[range]:
+        """Return the shards that are missing or broken; all others are read in full."""
+        with ThreadPoolExecutor() as pool:
+            intact = list(pool.map(self.is_intact, self.shards))
+        left = [ids for ids, good in zip(self.shards, intact, strict=True) if not good]
+        if len(left) < len(intact):
+            print(f"{len(intact) - len(left)} of {len(intact)} shards are finished", flush=True)
+        return left
+
+    def is_intact(self, ids: range) -> bool:
+        """Tell whether a shard and its record are there, and whether the file has the recorded hash."""
+        record, path = self.record(ids), self.path(ids)
+        try:
+            shard = Shard.open(path, self.layout)
+        except UserError:
+            return False
+        if record is None or not shard.shape[0] == record.count == len(ids) - len(record.missing):
+            return False
+        if hash_file(path) != record.sha256:
+            print(f"{path.name} is not what was written, and is written again", flush=True)
+            return False
+        return True
+
+    def write(self, ids: range, rows: dict[str, Tensor]) -> None:
+        """Write a shard, then its record.
+
+        Args:
+            ids: Of the shard's images.
+            rows: The tensors of the file, and ``id`` (N,) of the images that could be read.
+
+        Raises:
+            UserError: Values that are not finite, or the disk is full.
+        """
+        tensors = {key: value for key, value in rows.items() if key != "id"}
+        if not all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()):
+            raise UserError(f"{self.layout.name} of the images {ids.start} to {ids.stop - 1} are not finite")
+        path, missing = self.path(ids), sorted(set(ids) - set(rows["id"].tolist()))
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(save(tensors))  # safetensors' save_file makes files that only their owner may read
+
+        write_atomically(path, write)
+        record = Record(path.name, ids.start, len(tensors[LABELS]), missing, hash_file(path))
+        write_text(path.with_suffix(".json"), json.dumps(asdict(record)))
+
+    def finish(self, statistics: dict[str, list[float]]) -> None:
+        """Write the manifest with all records, and remove these."""
+        self.manifest.shards = [record for ids in self.shards if (record := self.record(ids)) is not None]
+        self.manifest.statistics = statistics
+        self.manifest.write(self.folder)
+        for ids in self.shards:
+            self.path(ids).with_suffix(".json").unlink(missing_ok=True)

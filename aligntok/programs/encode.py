@@ -1,0 +1,299 @@
+"""``aligntok encode``: what a tokenizer makes of images, written once, for generators and decoders to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import save_image
+
+from aligntok.cache import CROPS, LABELS, LATENTS, MIRRORED, TOKENS, CacheWriter, Manifest, Shard
+from aligntok.cache.statistics import code_counts, latent_statistics
+from aligntok.callbacks.grids import tiled
+from aligntok.data.batches import batch_source
+from aligntok.data.dataset import ImageDataset, evaluation_crop
+from aligntok.data.sources import crop_id, length, spread_over
+from aligntok.errors import UserError, check_positive
+from aligntok.networks.quantizers import VectorQuantizer
+from aligntok.networks.tokenizer import Tokenizer
+from aligntok.programs.command import make_parser, read, start
+from aligntok.programs.fabric import Progress, dealt, make_fabric, on_first_rank
+from aligntok.weights.checkpoint import load_tokenizer, write_atomically
+
+DESCRIPTION = """\
+Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs it.
+
+  aligntok encode --config cache.yaml --tokenizer runs/stage3/checkpoints/last.ckpt
+  aligntok encode --tokenizer CHECKPOINT --images aligntok.data.ImageFolder --images.root FOLDER --output FOLDER"""
+
+MAX_CODES = 1 << 16  # that uint16 can name
+ENLARGED = 1.1  # of the image that the ten crops are cut from: arXiv:2406.06525, arXiv:2506.05289
+PLACES = ("centre", "top left", "top right", "bottom left", "bottom right")
+NUM_CHECKED = 16  # images of the self-check
+MAX_LOSS = 1.0  # dB that cached rows may decode to below fresh ones ...
+INVISIBLE = 40.0  # ... unless they reach this much: rounding costs more of an almost perfect reconstruction
+CHECK = "check.png"
+
+
+@dataclass(frozen=True)
+class Views:
+    """The crops of an image that are encoded; evaluation takes the first, ADM's centre crop.
+
+    Attributes:
+        crops: ``center``, or, for tokens, ``ten``: of the image at 1.1 times the size the centre and the four corners,
+            then the same mirrored (five without ``flips``).
+        flips: Whether the mirrored crops are encoded too.
+
+    Example:
+        >>> [tuple(view.shape) for view in Views("ten", flips=False).of(torch.zeros(1, 3, 22, 22), (20, 20))]
+        [(1, 3, 20, 20), (1, 3, 20, 20), (1, 3, 20, 20), (1, 3, 20, 20), (1, 3, 20, 20)]
+
+    Reference:
+        Sun et al., LlamaGen, arXiv:2406.06525, the ten crops of ``extract_codes_c2i.py``; AliTok, arXiv:2506.05289.
+    """
+
+    crops: Literal["center", "ten"] = "center"
+    flips: bool = True
+
+    def image_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of the image that crops of ``size`` are cut from."""
+        return size if self.crops == "center" else (int(size[0] * ENLARGED), int(size[1] * ENLARGED))
+
+    def of(self, image: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """Return the views (B, 3, *size) of images (B, 3, H, W), mirrored ones last."""
+        (h, w), down, right = size, image.shape[2] - size[0], image.shape[3] - size[1]
+        corners = ((round(down / 2), round(right / 2)), (0, 0), (0, right), (down, 0), (down, right))
+        crops = [image[:, :, top : top + h, left : left + w] for top, left in corners[: CROPS[self.crops]]]
+        return crops + [crop.flip(-1) for crop in crops] if self.flips else crops
+
+    def name(self, view: int, kind: str) -> str:
+        """Return what messages call the rows of a view."""
+        if kind == "continuous":
+            return (LATENTS, MIRRORED)[view]
+        mirrored, place = divmod(view, CROPS[self.crops])
+        return f"{TOKENS} ({PLACES[place]}{', mirrored' * mirrored})"
+
+
+@torch.no_grad()
+def encode(
+    tokenizer: Tokenizer,
+    images: Dataset,  # type: ignore[type-arg]  # jsonargparse takes any subclass of the bare class
+    folder: str | Path,
+    views: Views | None = None,
+    fabric: Fabric | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    shard_size: int = 10_000,
+    batch_size: int = 50,
+    num_workers: int = 0,
+    min_psnr: float = 10.0,
+) -> None:
+    """Write the latents or tokens of images as safetensors shards with a manifest.
+
+    The same call goes on where it was killed, and writes again what is broken. Any number of ranks writes the same
+    bytes. At the end some rows are read back, decoded and compared with their images (``check.png``: images above
+    reconstructions, then the same of the mirrored ones).
+
+    Args:
+        tokenizer: Of measured latents, or a discrete one; it is left on the device, in eval mode.
+        images: Items (PIL image, label), e.g. an ``ImageFolder``; those that cannot be read are named and left out.
+        folder: Where the cache is, or will be.
+        views: What is encoded of each image: by default its centre crop and the same mirrored.
+        fabric: Device, precision and ranks; by default one process on whatever there is.
+        dtype: Of the latents in the files, by default float32; tokens are 16-bit integers.
+        shard_size: Images of a shard; 10,000 in LightningDiT.
+        batch_size: Images of a batch on one device; each view is a batch of its own.
+        num_workers: Processes per rank that read images.
+        min_psnr: Decibels that decoded rows must reach on average. The default is about what one flat colour in place
+            of the image reaches: below it, nothing of the images is left.
+
+    Raises:
+        UserError: The folder holds something else, no generator could use the rows, or they do not decode to the
+            images.
+    """
+    check_positive(shard_size=shard_size, batch_size=batch_size)
+    if batch_source(images) is not None:
+        raise UserError(f"images: {images} gives no images to encode, name a source of (PIL image, label)")
+    fabric, views = fabric or make_fabric(devices=1), views or Views()
+    tokenizer = tokenizer.to(fabric.device).eval()
+    spec = tokenizer.spec
+    size = views.image_size(spec.image_size)
+    dataset = ImageDataset(images, evaluation_crop(size), 0, replace_bad=False, on_bad_image="skip")
+
+    def begin() -> tuple[CacheWriter, list[range]]:
+        check_usable(tokenizer, views, dtype)
+        dataset.check_readable()
+        about: dict[str, Any] = {key: value for key, value in asdict(spec).items() if value is not None}
+        about = {key: list(value) if isinstance(value, tuple) else value for key, value in about.items()}
+        source = {
+            "source": crop_id(images, size),
+            "crop": views.crops,
+            "count": length(images),
+            "classes": [str(name) for name in getattr(images, "classes", [])],
+        }
+        stored = dtype or ("float32" if spec.kind == "continuous" else "uint16")
+        written_by = {"fingerprint": tokenizer.fingerprint(), **about}
+        writer = CacheWriter(Path(folder), Manifest(written_by, source, stored, views.flips, shard_size))
+        return writer, writer.unfinished()
+
+    writer, left = on_first_rank(fabric, begin)
+    batches = dealt(fabric, left, batch_size)
+    loader: Any = DataLoader(
+        dataset,
+        batch_sampler=[list(ids) for _, ids in batches],
+        num_workers=num_workers,
+        collate_fn=dataset.collate,
+        pin_memory=fabric.device.type == "cuda",
+    )
+    progress = Progress(fabric, sum(len(ids) for _, ids in batches))
+    rows: list[dict[str, Tensor]] = []
+    for (shard, ids), batch in zip(batches, loader, strict=True):
+        if batch is not None:  # else none of its images can be read
+            image = to_floats(batch["image"], fabric)
+            with fabric.autocast():
+                codes = [tokenizer.encode(view) for view in views.of(image, spec.image_size)]
+            rows.append({**as_stored(codes, writer.manifest), LABELS: batch["label"], "id": batch["id"]})
+        if ids[-1] == shard[-1]:
+            if not rows:
+                raise UserError(f"none of the images {shard.start} to {shard.stop - 1} can be read: remove these files")
+            writer.write(shard, {key: torch.cat([batch.pop(key) for batch in rows]) for key in list(rows[0])})
+            rows = []
+        progress.add(len(ids))
+    fabric.barrier()
+
+    def conclude() -> None:
+        shards = [Shard.open(writer.path(ids), writer.layout) for ids in writer.shards]
+        statistics, about = measured(shards, tokenizer)
+        words = self_check(writer, shards, dataset, tokenizer, views, fabric, min_psnr)
+        writer.finish(statistics)
+        count = f"{sum(shard.shape[0] for shard in shards):,}"
+        what = f"{count} latents" if spec.kind == "continuous" else f"tokens of {count} images"
+        print(f"{folder}: {what} in {len(shards)} shards, {words}, {about}", flush=True)
+
+    on_first_rank(fabric, conclude)
+
+
+def check_usable(tokenizer: Tokenizer, views: Views, dtype: str | None) -> None:
+    """Refuse rows that no generator could use, with a ``UserError``."""
+    spec = tokenizer.spec
+    if spec.kind == "discrete":
+        if dtype is not None:
+            raise UserError(f"dtype {dtype} has no effect on tokens, which are 16-bit integers: leave it out")
+        if spec.codebook_size is None or spec.codebook_size > MAX_CODES:
+            raise UserError(
+                f"tokenizer.quantizer.codebook_size {spec.codebook_size}: the cache holds 16-bit tokens, at most"
+                f" {MAX_CODES:,} codes; train on images instead"
+            )
+        return
+    if views.crops != "center":
+        raise UserError(f"views.crops {views.crops} is for tokens, but this tokenizer is continuous: use center")
+    if not tokenizer.is_measured:
+        raise UserError(
+            "the latents of this tokenizer were never measured, so they would be cached unscaled: stages 2 and 3"
+            " measure them; run one, e.g. aligntok fit --config stage3.yaml --init_from CHECKPOINT"
+        )
+
+
+def to_floats(image: Tensor, fabric: Fabric) -> Tensor:
+    """Return images (B, 3, H, W) of bytes on the device, in [0, 1]."""
+    moved: Tensor = fabric.to_device(image)
+    return moved.to(torch.float32, memory_format=torch.contiguous_format) / 255
+
+
+def as_stored(codes: list[Tensor], manifest: Manifest) -> dict[str, Tensor]:
+    """Return the tensors of a shard from what the tokenizer made of each view."""
+    dtype: torch.dtype = getattr(torch, manifest.dtype)
+    if dtype == torch.uint16:
+        return {TOKENS: torch.stack(codes, 1).to(dtype).cpu()}  # (B, V, L)
+    return {key: code.to(dtype).cpu() for key, code in zip((LATENTS, MIRRORED), codes, strict=False)}
+
+
+def measured(shards: Sequence[Shard], tokenizer: Tokenizer) -> tuple[dict[str, list[float]], str]:
+    """Return the ``statistics`` of a cache's manifest, and the same in words."""
+    size = tokenizer.spec.codebook_size
+    if size is not None:
+        health = VectorQuantizer.health(code_counts(shards, size))
+        words = f"{health['usage']:.1%} of {size:,} codes used, perplexity {health['perplexity']:.1f}"
+        return {key: [round(health[key], 6)] for key in ("usage", "perplexity")}, words
+    mean, std = latent_statistics(shards)
+    words = f"channels with mean {mean.min():.2f} to {mean.max():.2f} and std {std.min():.2f} to {std.max():.2f}"
+    return {key: [round(x, 6) for x in value.tolist()] for key, value in (("mean", mean), ("std", std))}, words
+
+
+def self_check(
+    writer: CacheWriter,
+    shards: Sequence[Shard],
+    dataset: ImageDataset,
+    tokenizer: Tokenizer,
+    views: Views,
+    fabric: Fabric,
+    min_psnr: float,
+) -> str:
+    """Decode some cached rows, draw them, and return their PSNR in words.
+
+    Raises:
+        UserError: They decode to something else than their images.
+    """
+    spec, folder = tokenizer.spec, writer.folder
+    records = [record for ids in writer.shards if (record := writer.record(ids)) is not None]
+    starts = np.cumsum([0] + [record.count for record in records])
+    chosen = spread_over(int(starts[-1]), NUM_CHECKED)
+    places = [(k, i - int(starts[k])) for i in chosen for k in [int(np.searchsorted(starts, i, "right")) - 1]]
+    batch = dataset.collate(dataset.__getitems__([int(records[k].image_ids[row]) for k, row in places]))
+    assert batch is not None
+    maps = [shard.map() for shard in shards]
+    pictures, found = [], []
+    for view, image in enumerate(views.of(to_floats(batch["image"], fabric), spec.image_size)):
+        stored = torch.cat([shards[k].tensor([maps[k][view].bytes[row]]) for k, row in places]).to(fabric.device)
+        with fabric.autocast():
+            decoded = tokenizer.decode(stored.float() if stored.is_floating_point() else stored.long()).float()
+            fresh = tokenizer.decode(tokenizer.encode(image)).float()
+        found.append((psnr(decoded, image), psnr(fresh, image)))
+        pictures.append(torch.cat([image, decoded]))
+    num_crops = CROPS[views.crops]
+    picture = tiled(torch.cat(pictures[::num_crops]), len(places))
+    write_atomically(folder / CHECK, lambda path: save_image(picture, path, format="png"))
+    for view, (quality, best) in enumerate(found):
+        what = f"{views.name(view, spec.kind)} in {folder} decode to {quality:.2f} dB"
+        if quality < min(best, INVISIBLE) - MAX_LOSS:
+            raise UserError(
+                f"{what}, but the tokenizer reaches {best:.2f} dB on the same images: these are not their"
+                f" {writer.layout.name} (see {CHECK}), write them into another --output"
+            )
+        if quality < min_psnr:
+            raise UserError(
+                f"{what}, less than min_psnr {min_psnr}: look at {CHECK}, train the tokenizer further, or lower"
+                " min_psnr"
+            )
+    means = [sum(q for q, _ in found[i : i + num_crops]) / num_crops for i in range(0, len(found), num_crops)]
+    words = " and ".join(f"{mean:.2f} dB{' mirrored' * mirrored}" for mirrored, mean in enumerate(means))
+    return f"PSNR {words} on {len(places)} images ({CHECK})"
+
+
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Return the mean PSNR in dB of images (B, 3, H, W) in [0, 1]."""
+    error = (image - reference).square().flatten(1).mean(1).clamp_min(1e-10)
+    return float(-10 * error.log10().mean())
+
+
+def encode_command(arguments: list[str]) -> None:
+    """Run ``aligntok encode`` with the words that follow it.
+
+    Raises:
+        UserError: What the user can mend.
+    """
+    parser = make_parser("encode", "runs/latents", DESCRIPTION)
+    parser.add_argument("--tokenizer", type=Tokenizer | str, required=True, help="Checkpoint, or a class path.")
+    parser.add_function_arguments(encode, skip={"tokenizer", "folder", "fabric"})
+    keys = ("images", "views", "dtype", "shard_size", "batch_size", "num_workers", "min_psnr")
+    options = read(parser, arguments, {"tokenizer", *keys})
+    fabric = start(parser, "encode", options)
+    given = parser.instantiate_classes(options)
+    tokenizer = load_tokenizer(given.tokenizer) if isinstance(given.tokenizer, str) else given.tokenizer
+    encode(tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in keys})
