@@ -23,10 +23,10 @@ quickstart: install
 	$(FIT) quickstart/stage2.yaml --init_from $(RUN)/stage1/$(LAST)
 	$(FIT) quickstart/stage3.yaml --init_from $(RUN)/stage2/$(LAST)
 	$(BIN)/aligntok validate --config quickstart/stage3.yaml --ckpt_path $(RUN)/stage3/$(LAST)
-	$(BIN)/aligntok predict --config quickstart/cache.yaml --ckpt_path $(RUN)/stage3/$(LAST)
+	$(BIN)/aligntok encode --config quickstart/cache.yaml --tokenizer $(RUN)/stage3/$(LAST)
 	$(FIT) quickstart/dit.yaml
 	$(BIN)/aligntok validate --config quickstart/dit.yaml --ckpt_path $(RUN)/dit/$(LAST)
-	$(BIN)/aligntok predict --config quickstart/samples.yaml --ckpt_path $(RUN)/dit/$(LAST)
+	$(BIN)/aligntok sample --config quickstart/samples.yaml --ckpt_path $(RUN)/dit/$(LAST)
 	$(BIN)/aligntok report $(RUN)
 
 # A classifier that judges, both stages of the discrete tokenizer; then tokens, generator, samples; report.
@@ -35,10 +35,10 @@ quickstart-alitok: install
 	$(FIT) quickstart_alitok/stage1.yaml
 	$(FIT) quickstart_alitok/stage2.yaml --init_from $(ALITOK)/stage1/$(LAST)
 	$(BIN)/aligntok validate --config quickstart_alitok/stage2.yaml --ckpt_path $(ALITOK)/stage2/$(LAST)
-	$(BIN)/aligntok predict --config quickstart_alitok/cache.yaml --ckpt_path $(ALITOK)/stage2/$(LAST)
+	$(BIN)/aligntok encode --config quickstart_alitok/cache.yaml --tokenizer $(ALITOK)/stage2/$(LAST)
 	$(FIT) quickstart_alitok/ar.yaml
 	$(BIN)/aligntok validate --config quickstart_alitok/ar.yaml --ckpt_path $(ALITOK)/ar/$(LAST)
-	$(BIN)/aligntok predict --config quickstart_alitok/samples.yaml --ckpt_path $(ALITOK)/ar/$(LAST)
+	$(BIN)/aligntok sample --config quickstart_alitok/samples.yaml --ckpt_path $(ALITOK)/ar/$(LAST)
 	$(BIN)/aligntok report $(ALITOK)
 
 format: install

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 import warnings
+
+PROGRAMS = {  # verb: function, imported when it is wanted
+    "encode": "aligntok.programs.encode.encode_command",
+    "sample": "aligntok.programs.sample.sample_command",
+    "repair": "aligntok.programs.repair.repair_command",
+    "import": "aligntok.programs.import_weights.import_command",
+    "evaluate": "aligntok.programs.evaluate.evaluate_command",
+    "report": "aligntok.programs.report.report_command",
+}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -14,25 +24,15 @@ def main(args: list[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if args is None else args
     try:
-        if arguments[:1] == ["report"]:
-            from aligntok.programs.report import report_command
-
-            report_command(arguments[1:])
-            return 0
-        from aligntok.cli import repair_command, run
-
         silence()
-        if arguments[:1] == ["repair"]:
-            repair_command(arguments[1:])
-        elif arguments[:1] == ["import"]:
-            from aligntok.importing import import_command
-
-            import_command(arguments[1:])
-        elif arguments[:1] == ["evaluate"]:
-            from aligntok.evaluate import evaluate_command
-
-            evaluate_command(arguments[1:])
+        if arguments and arguments[0] in PROGRAMS:
+            module, _, command = PROGRAMS[arguments[0]].rpartition(".")
+            getattr(importlib.import_module(module), command)(arguments[1:])
         else:
+            from aligntok.cli import run
+            from aligntok.programs.repair import refuse_writers
+
+            refuse_writers(arguments)
             run(args)
     except UserError as error:
         print(f"aligntok: error: {last_message(error)}", file=sys.stderr)

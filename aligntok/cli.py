@@ -34,8 +34,9 @@ Train image tokenizers from pretrained vision encoders, and generators on their 
   aligntok fit --config stage2.yaml --init_from STAGE1.ckpt      the next stage, from its weights
   aligntok fit --config stage2.yaml --ckpt_path last             go on where a run was cut off
   aligntok validate --config stage3.yaml --ckpt_path STAGE3.ckpt
-  aligntok predict --config stage3.yaml --config cache.yaml --ckpt_path STAGE3.ckpt --output FOLDER
-                                                                 cached latents of the training images
+  aligntok encode --config cache.yaml --tokenizer STAGE3.ckpt    cached latents of the training images
+  aligntok sample --config dit.yaml --config sample.yaml --ckpt_path DIT.ckpt
+                                                                 samples of a generator, PNG and .npz
   aligntok repair FOLDER                                         write again what is broken in such a folder
   aligntok import alitok AliTok.pth                              published weights as a checkpoint and a config
   aligntok evaluate SAMPLES --reference REFERENCE                FID and its companions of stored images
@@ -48,7 +49,7 @@ VERBS = {
     "fit": "Train a stage. Ends at trainer.max_steps; --ckpt_path last goes on with a run that was cut off.",
     "validate": "Measure a checkpoint on the validation images; writes validate.json into --output.",
     "test": "Measure a checkpoint on the test images (data.test, by default the validation images).",
-    "predict": "Walk over data.predict with a checkpoint; cache.yaml writes a cache of latents into --output.",
+    "predict": "Run a stage's predict_step over data.predict with a checkpoint.",
 }
 
 
@@ -203,23 +204,18 @@ class RunCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder, and ``predict.yaml`` for what ``predict`` writes there.
-
-    An earlier attempt's becomes ``config.1.yaml`` and so on.
-    """
+    """Writes ``config.yaml`` into the run's folder; an earlier attempt's becomes ``config.1.yaml`` and so on."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it when the work starts."""
-        if stage not in ("fit", "predict"):
+        if stage != "fit":
             return
         folder = Path(trainer.default_root_dir)
-        name = "config" if stage == "fit" else "predict"
-        path = folder / f"{name}.yaml"
+        path = folder / "config.yaml"
         if trainer.is_global_zero and not self.already_saved:
             text = self.parser.dump(self.config, skip_none=False)
             if path.is_file() and path.read_text() != text:
-                number = len(list(folder.glob(f"{name}.*.yaml"))) + 1
-                path.rename(folder / f"{name}.{number}.yaml")
+                path.rename(folder / f"config.{len(list(folder.glob('config.*.yaml'))) + 1}.yaml")
             write_text(path, text)
         self.already_saved = True
 
@@ -279,20 +275,6 @@ def run(args: list[str] | None = None) -> RunCLI:
         auto_configure_optimizers=False,
         trainer_defaults={"enable_model_summary": False},
     )
-
-
-def repair_command(args: list[str]) -> None:
-    """Run again the command that wrote a folder: it does again what is missing or broken, and only that.
-
-    Raises:
-        UserError: There is no such folder, or what it holds cannot be mended.
-    """
-    if len(args) != 1 or args[0].startswith("-"):
-        raise UserError("aligntok repair takes one folder that `aligntok predict` wrote: aligntok repair FOLDER")
-    config = Path(args[0]) / "predict.yaml"
-    if not config.is_file():
-        raise UserError(f"there is no {config}: only what `aligntok predict` wrote can be repaired")
-    run(["predict", "--config", str(config), "--output", args[0]])
 
 
 def merge_layers(arguments: list[str]) -> list[str]:

@@ -8,7 +8,6 @@ import torch
 import torchvision
 from torch import nn
 
-from aligntok.callbacks import LatentWriter
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO
 from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
@@ -33,7 +32,9 @@ from aligntok.networks import (
     VectorQuantizer,
     VisionEncoder,
 )
-from aligntok.stages import AutoregressiveGeneration, DecoderRefinement, LatentAlignment, LatentDiffusion, Optimization
+from aligntok.programs.encode import Views, encode
+from aligntok.programs.fabric import make_fabric
+from aligntok.stages import AutoregressiveGeneration, LatentAlignment, LatentDiffusion, Optimization
 
 WIDTH, LATENT = 16, 4
 collect_ignore_glob = ["*_worker.py"]  # programs that tests start; --doctest-modules would import them
@@ -164,8 +165,8 @@ class Tiny:
     @staticmethod
     def cache(folder, tokenizer, num_images=64, **options):
         """Write the latents of the training images of ``Tiny.data`` and return the folder."""
-        trainer = Tiny.trainer(folder, 1, [LatentWriter(min_psnr=0.0, **options)], enable_checkpointing=False)
-        trainer.predict(DecoderRefinement(tokenizer), datamodule=Tiny.data(num_images, predict="train"))
+        views, fabric = Views(flips=options.pop("flips", False)), make_fabric("cpu", 1)
+        encode(tokenizer, Shapes(num_images, 16), folder, views, fabric, **{"min_psnr": 0.0, **options})
         return str(folder)
 
     @staticmethod

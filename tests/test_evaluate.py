@@ -12,7 +12,7 @@ from aligntok.__main__ import main
 from aligntok.data.images import center_crop
 from aligntok.data.stored import StoredFile, StoredFolder
 from aligntok.errors import UserError
-from aligntok.evaluate import evaluate_command, make_metrics, parse, sorted_by_class
+from aligntok.programs.evaluate import evaluate_command, make_metrics, parse, sorted_by_class
 from aligntok.metrics import EncoderFeatures, GenerationMetrics, Reference
 from aligntok.metrics.protocol import FREE
 from aligntok.networks import VisionEncoder
@@ -198,7 +198,7 @@ class Pixels(nn.Module):
 
 
 def test_what_papers_report_against_adms_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("aligntok.evaluate.InceptionFeatures", Pixels)
+    monkeypatch.setattr("aligntok.programs.evaluate.InceptionFeatures", Pixels)
     features = [part.double() for part in Pixels(None).with_spatial(tensor(REAL))]
     stored = {}
     for (mean, cov), part in zip((("mu", "sigma"), ("mu_s", "sigma_s")), features, strict=True):

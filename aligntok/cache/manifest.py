@@ -120,7 +120,7 @@ class Manifest:
         for part in ("tokenizer", "images"):
             for values in (ours, theirs):
                 values |= {f"{part} {key}": value for key, value in values.pop(part).items()}
-        for key in sorted(ours.keys() - {"statistics", "shards"}):
+        for key in sorted(ours.keys() - {"statistics", "shards", "images split"}):  # earlier versions named a split
             if ours[key] != theirs.get(key):
                 return key, ours[key], theirs.get(key)
         return None

@@ -30,7 +30,7 @@ Indices = npt.NDArray[np.int64]
 
 LATENTS, MIRRORED, TOKENS, LABELS = "latents", "latents_flip", "tokens", "labels"
 MAX_HEADER = 1 << 20  # bytes; that of a shard has a few hundred
-WRITE = "aligntok predict --config STAGE.yaml --config {}cache.yaml --ckpt_path CHECKPOINT --output FOLDER"
+WRITE = "aligntok encode --config {}cache.yaml --tokenizer CHECKPOINT --output FOLDER"
 
 
 @dataclass(frozen=True)

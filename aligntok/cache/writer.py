@@ -10,10 +10,10 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from aligntok.cache.manifest import Manifest, Record, hash_file
+from aligntok.cache.manifest import Manifest, Record
 from aligntok.cache.shards import LABELS, Layout, Shard, shard_name
 from aligntok.errors import UserError
-from aligntok.weights.checkpoint import write_atomically, write_text
+from aligntok.files import hash_file, write_atomically, write_text
 
 
 class CacheWriter:
@@ -106,10 +106,8 @@ class CacheWriter:
             raise UserError(f"{self.layout.name} of the images {ids.start} to {ids.stop - 1} are not finite")
         path, missing = self.path(ids), sorted(set(ids) - set(rows["id"].tolist()))
 
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(save(tensors))  # safetensors' save_file makes files that only their owner may read
-
-        write_atomically(path, write)
+        # not safetensors' save_file, which makes files that only their owner may read
+        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors)))
         record = Record(path.name, ids.start, len(tensors[LABELS]), missing, hash_file(path))
         write_text(path.with_suffix(".json"), json.dumps(asdict(record)))
 

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from aligntok.callbacks.measure import Measurement
 from aligntok.callbacks.progress import SECONDS_BETWEEN_LINES
-from aligntok.callbacks.sample_writer import setting
 from aligntok.errors import UserError
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics
@@ -158,3 +157,9 @@ class GenerationQuality(Measurement):
         if trainer.is_global_zero:
             reference.save(path)
         self.metrics.set_reference(reference)
+
+
+def setting(part: object) -> str:
+    """Return a class and its plain values; what begins with an underscore is no setting."""
+    numbers = {key: value for key, value in vars(part).items() if not isinstance(value, list) and key[0] != "_"}
+    return f"{type(part).__name__}({', '.join(f'{key}={value}' for key, value in numbers.items())})"

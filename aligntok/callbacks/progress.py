@@ -56,29 +56,6 @@ class ProgressBar(TQDMProgressBar):
             self.printed = now
             print("  " + "  ".join(f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items()), flush=True)
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note when it began."""
-        super().on_predict_start(trainer, pl_module)
-        self.started = self.printed = time.perf_counter()
-        self.predicted = 0
-
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
-    ) -> None:
-        """Tell images per second over all ranks, and the time left, since the start."""
-        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
-        now = time.perf_counter()
-        done, total = batch_idx + 1, int(trainer.num_predict_batches[0])
-        seconds = now - self.started
-        self.predicted += len(next(iter(batch.values()))) * trainer.world_size
-        rate = f"{self.predicted / seconds:.0f}"
-        if self.terminal:
-            self.predict_progress_bar.set_postfix({"images/s": rate})
-        elif trainer.is_global_zero and (now - self.printed > SECONDS_BETWEEN_LINES or done == total):
-            self.printed = now
-            left = timedelta(seconds=round((total - done) * seconds / done))
-            print(f"  batch {done} of {total}  images/s {rate}  left {left}", flush=True)
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the time of a validation out of the step time."""
         self.ended = None

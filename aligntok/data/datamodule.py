@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from aligntok.data.batches import Batch, BatchDataset, batch_source
 from aligntok.data.dataset import WHOLE_RANGE, Crop, ImageDataset, evaluation_crop, training_crop
-from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader, Walk
+from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader
 from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
 from aligntok.data.shards import Shards
 from aligntok.data.sources import Indices, crop_id, length, reduced, source_id, split_holdout, spread_over
@@ -54,7 +54,7 @@ class LatentDataModule(pl.LightningDataModule):
         seed: Of order and augmentation.
         on_bad_image: ``skip`` (name, count and skip; more than 1 % is an error) or ``raise``.
         calibration_images: At most so many training images serve to measure latents and to fit the linear probe.
-        predict: What ``aligntok predict`` walks over: ``train``, ``val`` or ``test``, as evaluation sees them, or a
+        predict: What ``aligntok predict`` takes: ``train``, ``val`` or ``test``, as evaluation sees them, or a
             source of its own.
 
     Raises:
@@ -96,8 +96,6 @@ class LatentDataModule(pl.LightningDataModule):
         self.sources: dict[str, Source] = {}
         self.datasets: dict[str, ImageDataset | BatchDataset] = {}
         self.position = Position()
-        self.walked: Sequence[Sequence[int]] | None = None
-        self.predicted_size: tuple[int, int] | None = None
 
     # What others ask
 
@@ -114,7 +112,7 @@ class LatentDataModule(pl.LightningDataModule):
     def fingerprint(self, split: str) -> str:
         """Return a hash of the images that evaluation sees: their source and their crop."""
         source = self.sources[split]
-        return source_id(source) if batch_source(source) else crop_id(source, self.size_of(split))
+        return source_id(source) if batch_source(source) else crop_id(source, self.size)
 
     @property
     def has_latents(self) -> bool:
@@ -170,15 +168,6 @@ class LatentDataModule(pl.LightningDataModule):
                 count = getattr(batches, "num_classes", len(getattr(source, "classes", ())))
             if count > num_classes:
                 raise UserError(f"data.{split} has {count} classes, but {key} is {num_classes}: change one of the two")
-
-    def walk(self, batches: Sequence[Sequence[int]]) -> None:
-        """Let prediction see exactly these batches of ids on this rank; call it before its loader is made."""
-        self.walked = batches
-
-    def enlarge_predicted(self, image_size: tuple[int, int]) -> None:
-        """Let prediction see images of another height and width, for a callback to cut out crops."""
-        self.predicted_size = image_size
-        self.open("predict")
 
     @property
     def batch_size(self) -> int:
@@ -245,13 +234,9 @@ class LatentDataModule(pl.LightningDataModule):
         """Each test image once."""
         return self.in_order(self.datasets["test"])
 
-    def predict_dataloader(self) -> Loader | Walk:
-        """Each image of ``predict`` once, or the batches that a callback asked for by ``walk``."""
-        dataset = self.datasets["predict"]
-        if self.walked is None:
-            return self.in_order(dataset)
-        batches: Any = self.walked
-        return Walk(Loader(dataset, batch_sampler=batches, **self.loading(dataset)))
+    def predict_dataloader(self) -> Loader:
+        """Each item of ``predict`` once, in order."""
+        return self.in_order(self.datasets["predict"])
 
     def calibration_dataloader(self) -> Iterator[Batch]:
         """Yield batches of ``calibration_images`` training images, always the same, with the crop of evaluation."""
@@ -340,7 +325,7 @@ class LatentDataModule(pl.LightningDataModule):
             views = 1 if not training else batches.num_views if self.flip else plain
             return BatchDataset(source, self.seed, views, 0 if batches.needs_processes else self.num_workers)
         if not training:
-            crop = evaluation_crop(self.size_of(split))
+            crop = evaluation_crop(self.size)
             return ImageDataset(source, crop, self.seed, replace_bad, self.on_bad_image)
         if self.crop == "random":
             source = reduced(source, max(self.size))
@@ -353,10 +338,6 @@ class LatentDataModule(pl.LightningDataModule):
         if self.image_size is None:
             raise UserError("data.image_size is missing: images need it, only cached latents do not")
         return self.image_size
-
-    def size_of(self, split: str) -> tuple[int, int]:
-        """Return height and width of the images of a split as evaluation sees them."""
-        return self.predicted_size if split == "predict" and self.predicted_size is not None else self.size
 
     def check_counts(self) -> None:
         """Raise a ``UserError`` where the images do not fill a step, or not every device has one to evaluate."""

@@ -14,7 +14,7 @@ from aligntok.errors import UserError
 
 
 class ClassLabels(BatchSource):
-    """Labels to sample, as ``data.predict`` of ``aligntok predict`` on a generator; item i is the sample of id i.
+    """Labels to sample, those of ``aligntok sample``; item i is the label of the sample of id i.
 
     Args:
         num_samples: How many.

@@ -24,7 +24,7 @@ MAX_SHIFT = 0.1  # of a tokenizer's statistics from those of LightningDiT's late
 
 
 class LatentShards(Shards):
-    """The latents that ``aligntok predict`` cached, or those of a folder that LightningDiT wrote.
+    """The latents that ``aligntok encode`` cached, or those of a folder that LightningDiT wrote.
 
     Rows are gathered from mapped memory, in any order over all shards. Our caches hold normalised latents and are
     served as they are; LightningDiT's are normalised here with its ``latents_stats.pt``, or with the statistics of
@@ -140,7 +140,7 @@ class LatentShards(Shards):
         if ours != manifest.images["source"]:
             raise UserError(
                 f"images of the cache {self.folder} are {ours}, but {manifest.images['source']} were encoded"
-                f" ({manifest.count} images, data.{manifest.images['split']} then): name the same ones"
+                f" ({manifest.count} images): name the same ones"
             )
 
     def image(self, index: int, mirrored: bool) -> Tensor:

@@ -73,26 +73,6 @@ class EvaluationLoader(Loader):
                 raise UserError("no image of a whole evaluation batch can be read: remove the files named above")
 
 
-class Walk:
-    """Exactly the given batches, in order. No ``DataLoader``, because Lightning puts its own sampler into those.
-
-    Args:
-        loader: Reads them: its batch sampler is the list of batches, each a list of ids.
-    """
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            if batch is None:
-                raise UserError("no image of a whole batch can be read: remove the files named above")
-            yield batch
-
-
 def read_ahead(loader: DataLoader[Any], num_threads: int) -> Iterator[Any]:
     """Yield the batches of a loader in its order, while threads prepare the next ones."""
     dataset: Any = loader.dataset

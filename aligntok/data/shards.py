@@ -28,7 +28,7 @@ REPAIR = "`aligntok repair {folder}` encodes again what is broken, and only that
 
 
 class Shards(BatchSource):
-    """Base of the caches that ``aligntok predict`` writes: rows gathered from mapped memory, in any order over all.
+    """Base of the caches that ``aligntok encode`` writes: rows gathered from mapped memory, in any order over all.
 
     Args:
         folder: Where the shards are.
@@ -157,7 +157,7 @@ class Shards(BatchSource):
             )
         if manifest is not None and manifest.statistics is None:
             raise UserError(
-                f"the {name[:-1]} cache {self.folder} is unfinished: the same `aligntok predict` goes on with it, or"
+                f"the {name[:-1]} cache {self.folder} is unfinished: the same `aligntok encode` goes on with it, or"
                 f" `aligntok repair {self.folder}`"
             )
         shards, problems = open_shards(self.folder, manifest, self.layout)

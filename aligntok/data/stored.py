@@ -21,7 +21,7 @@ from aligntok.data.sources import ImageFolder, crop_id
 from aligntok.errors import UserError
 from aligntok.metrics import AdmFile
 
-ASKED = re.compile(r"_class(\d+)\.\w+$")  # in the file names of `aligntok predict`
+CLASS_IN_NAME = re.compile(r"_class(\d+)\.\w+$")  # in the file names of `aligntok sample`
 BATCHES_AHEAD = 2  # that are decoded while one is measured
 SECONDS_BETWEEN_LINES = 10
 
@@ -64,10 +64,10 @@ class StoredFolder:
         self.path, self.folder = path, ImageFolder(str(path))
         classes, names, labels = self.folder.index
         self.count = len(names)
-        asked = [ASKED.search(name.decode(errors="replace")) for name in names]
+        found = [CLASS_IN_NAME.search(name.decode(errors="replace")) for name in names]
         self.order, self.labels = np.arange(self.count), None
-        if all(asked):
-            self.labels = torch.tensor([int(match[1]) for match in asked if match])
+        if all(found):
+            self.labels = torch.tensor([int(match[1]) for match in found if match])
         elif len(classes) > 1:
             by_class = np.argsort(labels, kind="stable")
             number = np.arange(self.count) - np.searchsorted(labels[by_class], labels[by_class])  # within its class

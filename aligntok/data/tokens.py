@@ -15,7 +15,7 @@ from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 
 
 class TokenShards(Shards):
-    """The tokens that ``aligntok predict --config token_cache.yaml`` cached.
+    """The tokens that ``aligntok encode --config token_cache.yaml`` cached.
 
     View 0 is the centre crop of an image, which evaluation takes. In training each access takes a view that is a
     function of (seed, epoch, id): of ten crops any, or, without ``data.flip``, any of the five that are not mirrored.

@@ -10,10 +10,10 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.fabric import Fabric
 
-from aligntok.cli import expand_layers
 from aligntok.errors import UserError
+from aligntok.files import write_text
+from aligntok.layers import read_configs
 from aligntok.programs.fabric import make_fabric, on_first_rank
-from aligntok.weights.checkpoint import write_text
 
 FABRIC = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # arguments of make_fabric
 
@@ -52,7 +52,6 @@ def read(parser: Parser, arguments: list[str], keys: set[str]) -> Namespace:
         keys: Of the program beside those that all have; other keys of a layer, such as a recipe's trainer, are left
             out.
     """
-    known = {"output", *FABRIC, *keys}
     layers, others, rest = [], [], iter(arguments)
     for word in rest:
         if word in ("-c", "--config"):
@@ -61,11 +60,9 @@ def read(parser: Parser, arguments: list[str], keys: set[str]) -> Namespace:
             layers.append(word.partition("=")[2])
         else:
             others.append(word)
-    texts = []
-    for layer in (expanded for name in layers for expanded in expand_layers(name, known)):
-        content = yaml.safe_load(layer if "\n" in layer else Path(layer).read_text())
-        texts.append(yaml.safe_dump({key: value for key, value in content.items() if key in known}))
-    return parser.parse_args([*(word for text in texts for word in ("--config", text)), *others])
+    known = {"output", *FABRIC, *keys}
+    config = {key: value for key, value in read_configs(*layers).items() if key in known}
+    return parser.parse_args([*(["--config", yaml.safe_dump(config)] if config else []), *others])
 
 
 def start(parser: Parser, verb: str, options: Namespace) -> Fabric:
@@ -74,3 +71,22 @@ def start(parser: Parser, verb: str, options: Namespace) -> Fabric:
     text = parser.dump(options, skip_none=False)
     on_first_rank(fabric, lambda: write_text(Path(options.output) / f"{verb}.yaml", text))
     return fabric
+
+
+def instantiate(parser: Parser, options: Namespace) -> Namespace:
+    """Build what class paths name.
+
+    Raises:
+        UserError: Of one of ours, or what a dataset of another library says of its files.
+    """
+    try:
+        return parser.instantiate_classes(options)
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}: {error.filename or 'see the paths in the config'}") from error
+    except (RuntimeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None and "Dataset not found" not in str(error):  # torchvision's words
+            raise
+        raise UserError(str(cause or error)) from error

@@ -21,14 +21,14 @@ from aligntok.data.batches import batch_source
 from aligntok.data.dataset import ImageDataset, evaluation_crop
 from aligntok.data.sources import crop_id, length, spread_over
 from aligntok.errors import UserError, check_positive
+from aligntok.files import write_atomically
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.programs.command import make_parser, read, start
+from aligntok.programs.command import instantiate, make_parser, read, start
 from aligntok.programs.fabric import Progress, dealt, make_fabric, on_first_rank
-from aligntok.weights.checkpoint import load_tokenizer, write_atomically
 
 DESCRIPTION = """\
-Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs it.
+Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with one, or repairs it.
 
   aligntok encode --config cache.yaml --tokenizer runs/stage3/checkpoints/last.ckpt
   aligntok encode --tokenizer CHECKPOINT --images aligntok.data.ImageFolder --images.root FOLDER --output FOLDER"""
@@ -40,6 +40,7 @@ NUM_CHECKED = 16  # images of the self-check
 MAX_LOSS = 1.0  # dB that cached rows may decode to below fresh ones ...
 INVISIBLE = 40.0  # ... unless they reach this much: rounding costs more of an almost perfect reconstruction
 CHECK = "check.png"
+CHECKPOINTS = (".ckpt", ".safetensors", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -289,11 +290,23 @@ def encode_command(arguments: list[str]) -> None:
         UserError: What the user can mend.
     """
     parser = make_parser("encode", "runs/latents", DESCRIPTION)
-    parser.add_argument("--tokenizer", type=Tokenizer | str, required=True, help="Checkpoint, or a class path.")
+    parser.add_argument("--tokenizer", type=Tokenizer, required=True, help="Checkpoint of a run, or a class path.")
     parser.add_function_arguments(encode, skip={"tokenizer", "folder", "fabric"})
     keys = ("images", "views", "dtype", "shard_size", "batch_size", "num_workers", "min_psnr")
-    options = read(parser, arguments, {"tokenizer", *keys})
+    options = read(parser, named_checkpoint(arguments), {"tokenizer", *keys})
     fabric = start(parser, "encode", options)
-    given = parser.instantiate_classes(options)
-    tokenizer = load_tokenizer(given.tokenizer) if isinstance(given.tokenizer, str) else given.tokenizer
-    encode(tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in keys})
+    given = instantiate(parser, options)
+    encode(given.tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in keys})
+
+
+def named_checkpoint(arguments: list[str]) -> list[str]:
+    """Return the arguments with ``--tokenizer PATH`` and ``--ema`` as those of ``load_tokenizer``.
+
+    >>> named_checkpoint(["--tokenizer", "last.ckpt", "--ema", "0.99"])
+    ['--tokenizer', 'aligntok.weights.load_tokenizer', '--tokenizer.path', 'last.ckpt', '--tokenizer.ema', '0.99']
+    """
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--tokenizer=") else [word])]
+    for place in [i for i, word in enumerate(words[:-1]) if word == "--tokenizer"]:
+        if Path(words[place + 1]).suffix in CHECKPOINTS or Path(words[place + 1]).is_file():
+            words[place + 1 : place + 2] = ["aligntok.weights.load_tokenizer", "--tokenizer.path", words[place + 1]]
+    return ["--tokenizer.ema" if word == "--ema" else word for word in words]

@@ -1,4 +1,4 @@
-"""Writes latent caches in processes of their own; test_latent_writer.py starts one, and two on gloo, and compares.
+"""Writes latent caches in processes of their own; test_encode_latents.py starts one, and two on gloo, and compares.
 
 Usage: latent_worker.py FOLDER, with Lightning's LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
@@ -10,18 +10,18 @@ import signal
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from aligntok.cache import shard_name
-from aligntok.callbacks import LatentWriter
+from aligntok.data import Shapes
 from aligntok.errors import UserError
-from aligntok.stages import DecoderRefinement
+from aligntok.programs.encode import Views, encode
+from aligntok.programs.fabric import make_fabric
 
 WORLD = int(os.environ["WORLD_SIZE"])
 RANK = int(os.environ["LOCAL_RANK"])
 KILLS = 13
+FABRIC = make_fabric("cpu", WORLD)
 
 
 def load_tiny():
@@ -33,21 +33,9 @@ def load_tiny():
 
 def write(tiny, folder, seed=0):
     torch.set_num_threads(1)
-    stage = tiny.stage(DecoderRefinement, seed=seed)
-    stage.tokenizer.set_latent_statistics(torch.zeros(4), torch.full((4,), 0.5))
-    parallel = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": WORLD} if WORLD > 1 else {}
-    trainer = pl.Trainer(
-        default_root_dir=str(folder),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[LatentWriter(shard_size=10, batch_size=4, flips=True, min_psnr=0.0)],
-        **{"devices": 1, **parallel},
-    )
-    trainer.predict(stage, datamodule=tiny.data(num_images=43, predict="train"))
-    print(f"batches of {folder.name}: {len(trainer.callbacks[0].plan)}", flush=True)
+    tokenizer = tiny.tokenizer(seed)
+    tokenizer.set_latent_statistics(torch.zeros(4), torch.full((4,), 0.5))
+    encode(tokenizer, Shapes(43, 16), folder, Views(), FABRIC, shard_size=10, batch_size=4, min_psnr=0.0)
 
 
 def killed(tiny, folder, at):

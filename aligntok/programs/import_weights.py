@@ -26,7 +26,7 @@ Turn the published weights of AliTok (ali-vilab/alitok) into a checkpoint of our
   aligntok import alitok AliTok_B.bin               weights/alitok/ar_b.safetensors and ar_b.yaml, on that tokenizer
 
 Then `aligntok validate --config weights/alitok/tokenizer.yaml` measures its reconstructions, and
-`aligntok predict --config weights/alitok/ar_b.yaml --config sample.yaml` draws."""
+`aligntok sample --config weights/alitok/ar_b.yaml --config sample.yaml` draws."""
 
 TOKENIZER = "tokenizer"
 WATCHED = {

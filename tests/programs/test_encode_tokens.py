@@ -1,11 +1,11 @@
 """The token cache on disk: whose codes are in it, and that no kill, rank or broken file changes it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -15,13 +15,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from aligntok.cache import TOKEN_LAYOUT, Manifest, shard_name
-from aligntok.callbacks import LatentWriter, TokenWriter
-from aligntok.data import LatentDataModule, LatentShards, TokenShards
+from aligntok.data import LatentShards, TokenShards
 from aligntok.data.images import center_crop
 from aligntok.errors import UserError
 from aligntok.files import hash_file
 from aligntok.networks import Tokenizer
 from aligntok.networks.quantizers import VectorQuantizer
+from aligntok.programs.encode import Views, as_stored, encode
+from aligntok.programs.fabric import make_fabric
 
 COUNT, SHARD, BATCH = 11, 4, 3  # shards of 4, 4, 3 images
 SIDE, PATCH = 20, 4  # 22 px at 1.1 times the size: the five crops begin at 0, 1 and 2
@@ -79,32 +80,10 @@ def painter(codebook_size=18):
     return Tokenizer(Colours(), Same(), Paint(), quantizer)
 
 
-class Encode(pl.LightningModule):
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def predict_step(self, batch, batch_idx):
-        return self.tokenizer.encode(batch["image"])
-
-
-def data_of(source=None, **options):
-    return LatentDataModule(source or Tiles(), SIDE, 4, val=Tiles(4), **{"predict": "train", **options})
-
-
-def predict(folder, source=None, tokenizer=None, writer=None, data=None, trainer=None, **options):
+def write(folder, source=None, tokenizer=None, crops="center", flips=True, devices=1, **options):
     options = {"shard_size": SHARD, "batch_size": BATCH, **options}
-    run = pl.Trainer(
-        default_root_dir=str(folder),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=[writer or TokenWriter(**options)],
-        **{"devices": 1, **(trainer or {})},
-    )
-    run.predict(Encode(tokenizer or painter()), datamodule=data or data_of(source))
+    fabric = make_fabric("cpu", devices)
+    encode(tokenizer or painter(), source or Tiles(), folder, Views(crops, flips), fabric, **options)
 
 
 def contents(folder):
@@ -113,7 +92,7 @@ def contents(folder):
 
 def refused(*args, **options):
     with pytest.raises(UserError) as caught:
-        predict(*args, **options)
+        write(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -125,14 +104,14 @@ def pixels(image):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    predict(folder)
+    write(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten")
-    predict(folder, crops="ten")
+    write(folder, crops="ten")
     return folder
 
 
@@ -198,12 +177,12 @@ def test_manifest(plain, ten):
 
 
 def test_without_flips_there_are_half_as_many(tmp_path):
-    predict(tmp_path, crops="ten", data=data_of(flip=False))
+    write(tmp_path, crops="ten", flips=False)
     assert load_file(tmp_path / shard_name(0, TOKEN_LAYOUT))["tokens"].shape == (4, 5, 26)
 
 
 def test_an_unreadable_image_has_no_row(tmp_path):
-    predict(tmp_path, Tiles(200, bad=(3,)), shard_size=100, crops="ten")
+    write(tmp_path, Tiles(200, bad=(3,)), shard_size=100, crops="ten")
     assert Manifest.read(tmp_path).shards[0].missing == [3]
     source = TokenShards(str(tmp_path))
     assert len(source) == 199
@@ -220,15 +199,17 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(ten, tmp_pa
     class Killed(Exception):
         pass
 
-    class Kill(TokenWriter):
-        def on_predict_batch_start(self, *args):
-            if args[3] == batches:
-                raise Killed
-            super().on_predict_batch_start(*args)
+    tokenizer, calls = painter(), []
+    encode_ = tokenizer.encode
+    tokenizer.encode = lambda image: encode_(image) if calls.append(1) or len(calls) <= 10 * batches else kill()
+
+    def kill():
+        raise Killed
 
     with pytest.raises(Killed):
-        predict(tmp_path, writer=Kill(SHARD, BATCH, "ten"))
-    predict(tmp_path, crops="ten")
+        write(tmp_path, crops="ten", tokenizer=tokenizer)
+    assert not (tmp_path / "check.png").exists()
+    write(tmp_path, crops="ten")
     assert contents(tmp_path) == contents(ten)
 
 
@@ -236,18 +217,18 @@ TWO_RANKS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from lightning.pytorch.strategies import DDPStrategy
-from test_token_writer import predict
-predict(Path(sys.argv[2]), crops="ten",
-        trainer={"devices": 2, "strategy": DDPStrategy(start_method="fork", process_group_backend="gloo")})
+from test_encode_tokens import write
+write(Path(sys.argv[2]), crops="ten", devices=2)
 """
 
 
-def test_two_ranks_write_the_bytes_of_one(ten, tmp_path):
-    command = [sys.executable, "-c", TWO_RANKS, str(Path(__file__).parent), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_two_processes_of_fabrics_own_launcher_write_the_bytes_of_one(ten, tmp_path):
+    (tmp_path / "script.py").write_text(TWO_RANKS)
+    command = [sys.executable, str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert contents(tmp_path) == contents(ten)
+    assert contents(tmp_path / "cache") == contents(ten)
 
 
 def test_a_broken_shard_alone_is_encoded_again(plain, tmp_path):
@@ -260,7 +241,7 @@ def test_a_broken_shard_alone_is_encoded_again(plain, tmp_path):
     with pytest.raises(UserError, match=broken.name):
         TokenShards(str(tmp_path)).verify()
     others = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors") if path != broken}
-    predict(tmp_path)
+    write(tmp_path)
     assert contents(tmp_path) == contents(plain)
     assert {path: path.stat().st_mtime_ns for path in others} == others
     TokenShards(str(tmp_path)).verify()
@@ -269,34 +250,26 @@ def test_a_broken_shard_alone_is_encoded_again(plain, tmp_path):
 # --- the self-check
 
 
-class Unflipped(TokenWriter):
-    """Stores the codes of the image as it is in place of those of the flipped one: the bug of the published script."""
-
-    checking = False
-
-    def views(self, image):
-        return super().views(image) if self.checking else [image, image]
-
-    def self_check(self, *args):
-        self.checking = True
-        return super().self_check(*args)
+def unflipped(codes, manifest):
+    """Store the codes of the image as it is in place of those of the flipped one: the bug of the published script."""
+    return as_stored([codes[0], codes[0]], manifest)
 
 
-class Shifted(TokenWriter):
-    def add(self, block, outputs, batch, trainer, module):
-        super().add(block, outputs.roll(1, 0), batch, trainer, module)
+def shifted(codes, manifest):
+    return as_stored([code.roll(1, 0) for code in codes], manifest)
 
 
-@pytest.mark.parametrize(("writer", "name"), [(Unflipped, "tokens (centre, mirrored)"), (Shifted, "tokens (centre)")])
-def test_the_self_check_finds_tokens_that_are_not_those_of_their_images(tmp_path, writer, name):
-    message = refused(tmp_path, writer=writer(SHARD, BATCH, min_psnr=0.0))
+@pytest.mark.parametrize(("wrong", "name"), [(unflipped, "tokens (centre, mirrored)"), (shifted, "tokens (centre)")])
+def test_the_self_check_finds_tokens_that_are_not_those_of_their_images(tmp_path, monkeypatch, wrong, name):
+    monkeypatch.setattr("aligntok.programs.encode.as_stored", wrong)
+    message = refused(tmp_path, min_psnr=0.0)
     assert message.startswith(f"{name} in ")
     assert (tmp_path / "check.png").is_file()
     assert Manifest.read(tmp_path).statistics is None
 
 
 def test_the_picture_and_the_line_at_the_end(ten, tmp_path, capsys):
-    predict(tmp_path, crops="ten")
+    write(tmp_path, crops="ten")
     out = capsys.readouterr().out
     assert "tokens of 11 images in 3 shards, PSNR " in out
     assert " mirrored on 11 images (check.png)" in out
@@ -323,15 +296,14 @@ def test_the_greatest_code_of_16_bits_survives(tmp_path):
     tokenizer = painter(65_536)
     tokenizer.quantizer.codebook.data[:] = 100.0
     tokenizer.quantizer.codebook.data[-1] = 0.5
-    predict(tmp_path, tokenizer=tokenizer, min_psnr=0.0)
+    write(tmp_path, tokenizer=tokenizer, min_psnr=0.0)
     batch = TokenShards(str(tmp_path)).batch(np.array([0]), np.array([1]))
     assert batch["tokens"].dtype == torch.int64
     assert batch["tokens"].unique().tolist() == [65_535]
 
 
-def test_the_other_kind_of_tokenizer_and_of_folder_is_refused(plain, tmp_path, tiny):
-    assert "LatentWriter writes what a continuous tokenizer" in refused(tmp_path, writer=LatentWriter())
-    assert "model.tokenizer is continuous" in refused(tmp_path, tokenizer=tiny.tokenizer())
+def test_the_other_kind_of_folder_and_a_dtype_are_refused(plain, tmp_path):
+    assert "dtype bfloat16 has no effect on tokens" in refused(tmp_path, dtype="bfloat16")
     with pytest.raises(UserError, match="holds tokens, not latents, which LatentShards serves"):
         len(LatentShards(str(plain)))
 
