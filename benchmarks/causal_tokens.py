@@ -63,7 +63,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.init import dirac_
 
-from aligntok.callbacks import EMA, TokenWriter
+from aligntok.callbacks import EMA
 from aligntok.data import LatentDataModule, TokenShards
 from aligntok.losses import FeatureDistance, PerceptualTerm, ReconstructionLoss
 from aligntok.networks import (
@@ -77,6 +77,7 @@ from aligntok.networks import (
 )
 from aligntok.networks.quantizers import Quantized
 from aligntok.networks.transformer import learned
+from aligntok.programs.encode import encode
 from aligntok.stages import AutoregressiveGeneration, CausalTokenization, DecoderRefinement, Optimization
 
 PATCH, GRID, LATENT_DIM, CODES = 4, (8, 8), 16, 256
@@ -238,10 +239,7 @@ def tokenize(run: dict[str, Any], setting: Setting, seed: int, folder: Path) -> 
 
 def write_tokens(stage: Any, seed: int, folder: Path) -> None:
     """Cache the tokens of the training images."""
-    data = images(seed)
-    data.predict = "train"
-    trainer = pl.Trainer(**quietly(folder / "tokens"), callbacks=[TokenWriter()])
-    trainer.predict(stage, datamodule=data)
+    encode(stage.tokenizer, images(seed).given[0], folder / "tokens")
 
 
 def refine(num_prefix: int, setting: Setting, seed: int, folder: Path) -> Any:

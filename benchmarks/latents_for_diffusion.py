@@ -37,12 +37,13 @@ import torch
 from semantic_preservation import adamw, fit, one_cycle, quiet, vision_encoder
 from torch import Tensor
 
-from aligntok.callbacks import EMA, LatentWriter
+from aligntok.callbacks import EMA
 from aligntok.data import LatentDataModule, LatentShards, Shapes
 from aligntok.flow import Euler, Guidance
 from aligntok.losses import SemanticPreservation
 from aligntok.metrics.frechet import frechet_distance
 from aligntok.networks import ConvDecoder, ConvEncoder, DiT, GaussianAdapter, LinearAdapter, Tokenizer, VisionEncoder
+from aligntok.programs.encode import Views, encode
 from aligntok.stages import (
     DecoderRefinement,
     EncoderPretraining,
@@ -155,9 +156,7 @@ def images(seed: int) -> LatentDataModule:
 
 
 def write_cache(stage: Any, data: LatentDataModule, folder: Path) -> None:
-    data.predict = "train"
-    trainer = pl.Trainer(**quietly(folder), callbacks=[LatentWriter(flips=False)])
-    trainer.predict(stage, datamodule=data)
+    encode(stage.tokenizer, data.given[0], folder, Views(flips=False))
 
 
 def generate(tokenizer: Tokenizer, seed: int, steps: int, folder: Path) -> LatentDiffusion:

@@ -11,7 +11,7 @@ import yaml
 from aligntok import cli
 from aligntok.__main__ import main
 from aligntok.cache import Manifest
-from aligntok.callbacks import GenerationQuality, SampleGrid, TokenWriter
+from aligntok.callbacks import GenerationQuality, SampleGrid
 from aligntok.data import TokenShards
 from aligntok.layers import find_config
 from aligntok.weights import load_tokenizer
@@ -65,7 +65,6 @@ def in_folder(tmp_path, monkeypatch):
 
     patch(GenerationQuality, num_samples=20, batch_size=20)
     patch(SampleGrid, num_classes=2, per_class=1)
-    patch(TokenWriter, min_psnr=0.0)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -81,7 +80,8 @@ def test_quickstart_recipes_run(in_folder, capsys):
     command("fit", "quickstart/encoder.yaml", "--output", str(folder / "encoder"))
     first = command("fit", "quickstart_alitok/stage1.yaml")
     second = command("fit", "quickstart_alitok/stage2.yaml", "--init_from", first)
-    command("predict", "quickstart_alitok/cache.yaml", "--ckpt_path", second, "--data.predict", "val")
+    encode = ("encode", "--config", "quickstart_alitok/cache.yaml", "--tokenizer", second, "--min_psnr", "0")
+    assert main([*encode, "--images.split", "val", "--accelerator", "cpu"]) == 0
     tokens = folder / "tokens"
     assert TokenShards(str(tokens)).num_views == 5
     assert Manifest.read(tokens).tokenizer["fingerprint"] == load_tokenizer(second).fingerprint()
@@ -103,7 +103,8 @@ def test_quickstart_recipes_run(in_folder, capsys):
     }
     assert {f"val/{name}" for name in measures} <= values.keys()
     assert len((folder / "ar/accuracy_per_position.csv").read_text().splitlines()) == 1 + 8 + 64
-    command("predict", "quickstart_alitok/samples.yaml", "--ckpt_path", generator, "--data.predict.num_samples", "5")
+    sample = ("sample", "--config", "quickstart_alitok/samples.yaml", "--ckpt_path", generator, "--num_samples", "5")
+    assert main([*sample, "--accelerator", "cpu"]) == 0
     assert len(list((folder / "samples/png").iterdir())) == 5
 
     ours = ("--data.train.folder", str(tokens), "--data.flip", "false", "--model.tokenizer.path", second)

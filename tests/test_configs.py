@@ -12,7 +12,7 @@ import yaml
 
 from aligntok import cli
 from aligntok.__main__ import main
-from aligntok.callbacks import GenerationQuality, LatentWriter, SampleGrid
+from aligntok.callbacks import GenerationQuality, SampleGrid
 from aligntok.data import Shapes
 from aligntok.layers import find_config, shipped_configs
 from aligntok.weights import load_network, load_tokenizer
@@ -117,8 +117,8 @@ def in_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def predict(name: str, *args: str) -> int:
-    return main(["predict", "--config", name, *args, "--config", "run/debug.yaml"])
+def program(verb: str, name: str, *args: str) -> int:
+    return main([verb, "--config", name, *args, "--accelerator", "cpu", "--devices", "1"])
 
 
 def fit(name: str, *args: str) -> Path:
@@ -159,28 +159,29 @@ def few_samples(monkeypatch):
 
     patch(GenerationQuality, num_samples=24, batch_size=24)
     patch(SampleGrid, per_class=1)
-    patch(LatentWriter, min_psnr=0.0)
 
 
 def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     monkeypatch.chdir(paper_runs)
     tokenizer = "runs/stage3/checkpoints/last.ckpt"
-    images = ("--data.train.init_args.num_images", "64", "--data.flip", "true")
-    assert predict("stage3.yaml", *DEBUG, "--config", "cache.yaml", "--ckpt_path", tokenizer, *images) == 0
+    images = ("--images", "aligntok.data.Shapes", "--images.num_images", "64", "--images.image_size", "32")
+    assert program("encode", "cache.yaml", "--tokenizer", tokenizer, *images, "--min_psnr", "0") == 0
     small = ("--config", "size/dit_debug.yaml", "--data.global_batch_size", "4")
     checkpoint = fit("dit.yaml", *small)
     fit("dit_800ep.yaml", *small)
     ours = ("--model.tokenizer", "aligntok.weights.load_tokenizer", "--model.tokenizer.path", tokenizer)
     fit("lightningdit.yaml", *small, *ours)
 
-    samples = (*small, "--config", "sample.yaml", "--data.predict.num_samples", "3")
-    assert predict("dit.yaml", *samples, "--data.predict.classes", "[207,360]", "--ckpt_path", str(checkpoint)) == 0
+    samples = (*small[:2], "--config", "sample.yaml", "--num_samples", "3")
+    assert program("sample", "dit.yaml", *samples, "--classes", "[207,360]", "--ckpt_path", str(checkpoint)) == 0
     names = ["000000_class207.png", "000001_class360.png", "000002_class207.png"]
     assert sorted(path.name for path in Path("runs/samples/png").iterdir()) == names
     assert Path("runs/samples/samples_3x32x32x3.npz").is_file()
 
     torch.save({"ema": to_lightningdit(load_network(checkpoint))}, "theirs.pt")
-    assert predict("lightningdit.yaml", *samples, *ours, "--init_from", "theirs.pt", "--output", "theirs") == 0
+    assert (
+        program("sample", "lightningdit.yaml", *samples, *ours, "--init_from", "theirs.pt", "--output", "theirs") == 0
+    )
     capsys.readouterr()
     measured = ["--config", "evaluate.yaml", "--config", "run/debug.yaml", "--ckpt_path", str(checkpoint)]
     assert main(["validate", "--config", "dit.yaml", *small, *measured]) == 2
@@ -199,7 +200,7 @@ def test_quickstart_recipes_run(in_folder, few_samples):
     third = fit("quickstart/stage3.yaml", "--init_from", str(second))
     assert main(["validate", "--config", "quickstart/stage3.yaml", "--ckpt_path", str(third)]) == 0
     assert "val/rfd_digits" in (in_folder / "runs/quickstart/stage3/validate.json").read_text()
-    assert predict("quickstart/cache.yaml", "--ckpt_path", str(third)) == 0
+    assert program("encode", "quickstart/cache.yaml", "--tokenizer", str(third), "--min_psnr", "0") == 0
     generator = fit("quickstart/dit.yaml")
     guided = ["--model.guide", "aligntok.weights.load_network", "--model.guide.path", str(generator)]
     measured = ["--config", "quickstart/dit.yaml", "--ckpt_path", str(generator)]
@@ -214,8 +215,8 @@ def test_quickstart_recipes_run(in_folder, few_samples):
     assert {f"network.{key}" for key in network} == average.keys()
     assert all(torch.equal(value, average[f"network.{key}"]) for key, value in network.items())
     assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
-    few = ("--data.predict.num_samples", "20")
-    assert predict("quickstart/samples.yaml", "--ckpt_path", str(generator), *guided, *few) == 0
+    few = ("--num_samples", "20")
+    assert program("sample", "quickstart/samples.yaml", "--ckpt_path", str(generator), *guided, *few) == 0
     samples = in_folder / "runs/quickstart/samples"
     assert len(list((samples / "png").iterdir())) == 20
     record = json.loads((samples / "samples.json").read_text())

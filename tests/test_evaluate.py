@@ -12,10 +12,10 @@ from aligntok.__main__ import main
 from aligntok.data.images import center_crop
 from aligntok.data.stored import StoredFile, StoredFolder
 from aligntok.errors import UserError
-from aligntok.programs.evaluate import evaluate_command, make_metrics, parse, sorted_by_class
 from aligntok.metrics import EncoderFeatures, GenerationMetrics, Reference
 from aligntok.metrics.protocol import FREE
 from aligntok.networks import VisionEncoder
+from aligntok.programs.evaluate import evaluate_command, make_metrics, parse, sorted_by_class
 
 NAME = "tf_efficientnet_lite0"
 LITE0 = ["--encoder", NAME, "--encoder_weights", "offline", "--device", "cpu"]

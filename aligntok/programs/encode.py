@@ -28,7 +28,7 @@ from aligntok.programs.command import instantiate, make_parser, read, start
 from aligntok.programs.fabric import Progress, dealt, make_fabric, on_first_rank
 
 DESCRIPTION = """\
-Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with one, or repairs it.
+Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs.
 
   aligntok encode --config cache.yaml --tokenizer runs/stage3/checkpoints/last.ckpt
   aligntok encode --tokenizer CHECKPOINT --images aligntok.data.ImageFolder --images.root FOLDER --output FOLDER"""

@@ -1,4 +1,4 @@
-"""``aligntok predict`` with a cache, and ``aligntok repair``: from the command line to a decoder trained on it."""
+"""``aligntok encode``, and ``aligntok repair``: from the command line to a decoder trained on it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,6 @@ from aligntok.__main__ import main
 from aligntok.data import LatentShards
 
 DEBUG = ("--config", "run/debug.yaml")
-LAYER = """
-data: {predict: val}
-trainer:
-  callbacks+:
-    - class_path: aligntok.callbacks.LatentWriter
-      init_args: {shard_size: 100, min_psnr: 0.0}
-"""
 
 
 @pytest.fixture
@@ -38,9 +31,9 @@ def line(capsys) -> str:
 
 
 def test_cache_repair_and_training_on_it(checkpoint, capsys):
-    Path("mine.yaml").write_text(LAYER)
-    predict = ["predict", "--config", "quickstart/stage3.yaml", "--config", "mine.yaml", "--output", "latents"]
-    assert main([*predict, "--ckpt_path", checkpoint]) == 0
+    val = ["--images.split", "val", "--accelerator", "cpu", "--min_psnr", "0", "--shard_size", "100"]
+    encode = ["encode", "--config", "quickstart/cache.yaml", *val, "--tokenizer"]
+    assert main([*encode, checkpoint, "--output", "latents"]) == 0
     out = capsys.readouterr().out
     assert "latents: 360 latents in 4 shards" in out
     assert "images/s" in out
@@ -69,16 +62,64 @@ def test_cache_repair_and_training_on_it(checkpoint, capsys):
     assert main([*refine, *digits, "val", "--output", "c"]) == 0
 
     stage1 = "runs/quickstart/stage1/checkpoints/last.ckpt"
-    again = ["predict", "--config", "quickstart/stage1.yaml", "--config", "mine.yaml", "--ckpt_path", stage1]
-    assert main([*again, "--output", "d"]) == 2
+    assert main([*encode, stage1, "--output", "d"]) == 2
     assert "never measured" in line(capsys)
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [([], "one folder"), (["a", "b"], "one folder"), (["--help"], "one folder"), (["a"], "no a/predict")],
+    [([], "one folder"), (["a", "b"], "one folder"), (["--help"], "one folder"), (["a"], "no a/encode")],
 )
 def test_repair_of_nothing_is_one_line(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["repair", *args]) == 2
+    assert words in line(capsys)
+
+
+OLD = "trainer: {callbacks: [{class_path: aligntok.callbacks.LatentWriter}]}"
+
+
+@pytest.mark.parametrize(
+    ("args", "command"),
+    [
+        (["--config", "stage3.yaml", "--config", "cache.yaml"], "encode --config cache.yaml --tokenizer CHECKPOINT"),
+        (
+            ["--config", "alitok_stage2.yaml", "--config=token_cache.yaml", "--ckpt_path", "a.ckpt", "--output", "b"],
+            "encode --config token_cache.yaml --tokenizer a.ckpt --output b",
+        ),
+        (["--config", "quickstart/cache.yaml"], "encode --config cache.yaml --tokenizer CHECKPOINT"),
+        (["--config", "stage3.yaml", "--config", "mine.yaml"], "encode --config cache.yaml --tokenizer CHECKPOINT"),
+        (
+            ["--config", "dit.yaml", "--config", "sample.yaml", "--ckpt_path", "a.ckpt"],
+            "sample --config dit.yaml --config sample.yaml --ckpt_path a.ckpt",
+        ),
+    ],
+)
+def test_the_old_commands_answer_with_the_new_one_in_a_line(args, command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(OLD)
+    assert main(["predict", *args]) == 2
+    assert line(capsys).endswith(f"aligntok {command}")
+
+
+def test_a_folder_of_earlier_versions_is_repaired_by_the_command_that_is_named(capsys, tmp_path):
+    (tmp_path / "predict.yaml").write_text(f"ckpt_path: a.ckpt\n{OLD}")
+    assert main(["repair", str(tmp_path)]) == 2
+    assert line(capsys).endswith(f"aligntok encode --config cache.yaml --tokenizer a.ckpt --output {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["encode"], "required: tokenizer, images"),
+        (["encode", "--tokenizer", "no.ckpt", "--images", "aligntok.data.Digits"], "no checkpoint no.ckpt"),
+        (["encode", "--tokenizer", "no.ckpt", "--bogus", "1"], "--bogus"),
+        (["encode", "--config", "no.yaml"], "no shipped config"),
+        (["sample", "--config", "quickstart/samples.yaml"], "needs the weights"),
+        (["sample", "--num_samples", "2"], "required: model"),
+    ],
+)
+def test_what_is_mistyped_is_one_line(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*args, "--accelerator", "cpu"]) == 2
     assert words in line(capsys)

@@ -1,19 +1,23 @@
 """Samples as files: the same whatever the batch, going on where they were cut off, never of two kinds in one folder."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from aligntok.callbacks import SampleWriter
 from aligntok.data import ClassLabels
 from aligntok.errors import UserError
 from aligntok.flow import Euler, Guidance
 from aligntok.metrics.reference import AdmFile
+from aligntok.programs.fabric import make_fabric
+from aligntok.programs.sample import sample as draw_samples
 
 COUNT = 22
 
@@ -22,13 +26,13 @@ COUNT = 22
 def draw(tiny):
     """Return a function that writes samples into a folder and returns the ids that were drawn for it."""
 
-    def draw(folder, stage=None, source=None, trainer=None, **options):
+    def draw(folder, stage=None, source=None, precision="32-true", **options):
         stage = stage or generator(tiny)
         drawn, sample = [], stage.sample
         stage.sample = lambda ids, label: drawn.append(ids.tolist()) or sample(ids, label)
-        writer = SampleWriter(**{"block_size": 8, "batch_size": 3, **options})
-        data = tiny.data(predict=source or ClassLabels(COUNT, 12))
-        tiny.trainer(folder, 1, [writer], enable_checkpointing=False, **(trainer or {})).predict(stage, datamodule=data)
+        labels = (source or ClassLabels(COUNT, 12)).labels
+        fabric = make_fabric("cpu", 1, precision=precision)
+        draw_samples(stage, labels, folder, fabric, **{"block_size": 8, "batch_size": 3, **options})
         return drawn
 
     return draw
@@ -105,7 +109,7 @@ def test_blocks_that_are_there_are_not_drawn_again(tmp_path, draw):
     assert path.read_bytes() == archive
     same = [name for name, time in times.items() if (tmp_path / "png" / name).stat().st_mtime_ns == time]
     assert same == [name for name in times if not 8 <= int(name[:6]) < 16]
-    assert draw(tmp_path) == [[0, 1, 2]]  # one batch, because Lightning wants one; it is dropped
+    assert draw(tmp_path) == []
     assert files(tmp_path) == first
 
 
@@ -122,17 +126,10 @@ def test_a_run_that_was_cut_off_goes_on(tiny, tmp_path, draw):
     stage.sample = killed
     with pytest.raises(RuntimeError, match="killed"):
         draw(tmp_path / "cut", stage)
-    assert len(files(tmp_path / "cut")) == 8
+    assert len(files(tmp_path / "cut")) == 11  # two batches of the second block are there, which is drawn again
+    assert not list((tmp_path / "cut").glob("*.npz"))
     assert [*chain(*draw(tmp_path / "cut"))] == list(range(8, COUNT))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-
-
-def test_an_unfinished_set_has_no_npz(tmp_path, draw, capsys):
-    draw(tmp_path, trainer={"limit_predict_batches": 4})
-    assert not list(tmp_path.glob("*.npz"))
-    assert "2 of 3 blocks are left" in capsys.readouterr().out
-    draw(tmp_path)
-    assert len(list(tmp_path.glob("*.npz"))) == 1
 
 
 def test_samples_of_two_kinds_are_never_in_one_folder(tiny, tmp_path, draw):
@@ -160,25 +157,45 @@ def test_samples_of_two_kinds_are_never_in_one_folder(tiny, tmp_path, draw):
         with pytest.raises(UserError, match=words):
             draw(tmp_path, source=source)
     with pytest.raises(UserError, match="precision 32-true, but this run's precision is bf16-mixed"):
-        draw(tmp_path, trainer={"precision": "bf16-mixed"})
+        draw(tmp_path, precision="bf16-mixed")
     assert files(tmp_path) == before
     assert json.loads((tmp_path / "samples.json").read_text())["count"] == COUNT
 
 
 def test_what_cannot_be_written(tiny, tmp_path, draw):
-    with pytest.raises(UserError, match="LatentAlignment draws nothing"):
-        tiny.trainer(tmp_path, 1, [SampleWriter()]).predict(tiny.stage(), datamodule=tiny.data())
-    with pytest.raises(UserError, match=r"SampleWriter needs model\.tokenizer"):
-        tiny.trainer(tmp_path, 1, [SampleWriter()]).predict(
-            generator(tiny, tokenizer=None), datamodule=tiny.data(predict=ClassLabels(2, 12))
-        )
-    with pytest.raises(UserError, match=r"data\.predict to be an aligntok\.data\.ClassLabels"):
-        tiny.trainer(tmp_path, 1, [SampleWriter()]).predict(generator(tiny), datamodule=tiny.data())
-    with pytest.raises(UserError, match=r"data\.predict to be an aligntok\.data\.ClassLabels"):
-        tiny.trainer(tmp_path, 1, [SampleWriter()]).predict(generator(tiny), DataLoader([{"label": 0, "id": 0}]))
-    with pytest.raises(UserError, match=r"has 12 classes, but model\.network\.num_classes is 10"):
+    with pytest.raises(UserError, match=r"decoded by model\.tokenizer"):
+        draw(tmp_path, generator(tiny, tokenizer=None))
+    with pytest.raises(UserError, match="label"):
         draw(tmp_path, generator(tiny, network=tiny.dit(num_classes=10)))
     for option in ("block_size", "batch_size"):
-        with pytest.raises(UserError, match="0, but at least 1"):
-            SampleWriter(**{option: 0})
+        with pytest.raises(UserError, match="0: give at least 1"):
+            draw(tmp_path, **{option: 0})
     assert not (tmp_path / "png").exists()
+
+
+TWO_PROCESSES = """
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("tiny_conftest", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.path.insert(0, sys.argv[2])
+from test_sample import COUNT, ClassLabels, draw_samples, generator, make_fabric, torch
+torch.set_num_threads(1)
+fabric = make_fabric("cpu", 2)
+draw_samples(generator(module.Tiny), ClassLabels(COUNT, 12).labels, sys.argv[3], fabric, block_size=8, batch_size=3)
+"""
+
+
+def test_two_processes_of_fabrics_own_launcher_write_the_bytes_of_one(tmp_path, draw):
+    draw(tmp_path / "one")
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    here = Path(__file__).parent
+    words = [tmp_path / "script.py", here.parent / "conftest.py", here, tmp_path / "two"]
+    environment = {**os.environ, "PYTHONPATH": str(here.parents[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    names = [f"samples_{COUNT}x16x16x3.npz", "samples.json"]
+    assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
-from aligntok.callbacks import EMA, GenerationQuality, SampleWriter
+from aligntok.callbacks import EMA, GenerationQuality
 from aligntok.data import ClassLabels
 from aligntok.flow import Euler, Guidance
 from aligntok.metrics import GenerationMetrics
+from aligntok.programs.fabric import make_fabric
+from aligntok.programs.sample import sample
 from aligntok.stages import EncoderPretraining
 
 COUNT = 43  # odd: the ranks have shares of different sizes
@@ -41,7 +43,7 @@ def run(tiny, folder, world):
     quality = GenerationQuality(metrics, COUNT, 5, classifier=classifier, sweep=[2])
 
     def data():
-        return tiny.cached(cache, images=tiny.data().given[0], predict=ClassLabels(COUNT, 12), holdout=0.2)
+        return tiny.cached(cache, images=tiny.data().given[0], holdout=0.2)
 
     def trainer(*callbacks, **options):
         parallel = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": world} if world > 1 else {}
@@ -50,7 +52,8 @@ def run(tiny, folder, world):
 
     validating = trainer(quality)
     validating.validate(stage(tiny), datamodule=data(), verbose=False)
-    trainer(SampleWriter(block_size=10, batch_size=4)).predict(stage(tiny), datamodule=data())
+    fabric = make_fabric("cpu", world)
+    sample(stage(tiny), ClassLabels(COUNT, 12).labels, folder, fabric, block_size=10, batch_size=4)
     trained = stage(tiny)
     training = trainer(EMA(0.5), val_check_interval=2, log_every_n_steps=2)
     training.fit(trained, datamodule=data())

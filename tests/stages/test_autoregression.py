@@ -19,15 +19,15 @@ from aligntok.callbacks import (
     GenerationQuality,
     ReconstructionGrid,
     SampleGrid,
-    SampleWriter,
     SaveCheckpoint,
-    TokenWriter,
 )
 from aligntok.data import ClassLabels, LatentDataModule, TokenShards
 from aligntok.data.shapes import Shapes
 from aligntok.decoding import TokenSampler
 from aligntok.errors import UserError
 from aligntok.metrics import GenerationMetrics
+from aligntok.programs.fabric import make_fabric
+from aligntok.programs.sample import sample
 from aligntok.schedule import CosineDecay
 from aligntok.stages import AutoregressiveGeneration, Optimization
 
@@ -36,18 +36,7 @@ LENGTH = 18
 
 def write_cache(tiny, folder, **options):
     """Write the tokens of the training images of ``Tiny.data``."""
-
-    class Encode(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.tokenizer = tiny.discrete()
-
-        def predict_step(self, batch, batch_idx):
-            return self.tokenizer.encode(batch["image"])
-
-    trainer = tiny.trainer(folder, 1, [TokenWriter(min_psnr=0.0, **options)], enable_checkpointing=False)
-    trainer.predict(Encode(), datamodule=tiny.data(predict="train"))
-    return str(folder)
+    return tiny.cache(folder, tiny.discrete(), **options)
 
 
 def cached(folder, global_batch_size=8, **options):
@@ -284,13 +273,10 @@ def test_the_tokenizer_of_a_checkpoint_must_be_the_same_and_its_own_kind_goes_on
 # --- samples
 
 
-def test_a_sample_is_a_function_of_its_id_through_predict_at_any_batch_size(tiny, tmp_path):
+def test_a_sample_is_a_function_of_its_id_in_the_files_at_any_batch_size(tiny, tmp_path):
     def predict(folder, batch_size, count=64):
         stage = tiny.autoregressive(sampler=TokenSampler(3.0, 1.8, temperature=0.9, top_p=0.95), seed=5)
-        source = tiny.data().given[0]
-        data = LatentDataModule(source, 16, 8, val=source, predict=ClassLabels(count, 12))
-        writer = SampleWriter(block_size=count, batch_size=batch_size)
-        tiny.trainer(folder, 1, [writer], enable_checkpointing=False).predict(stage, datamodule=data)
+        sample(stage, ClassLabels(count, 12).labels, folder, make_fabric("cpu", 1), count, batch_size)
         assert json.loads((folder / "samples.json").read_text())["guide"] is None
         return {path.name: np.asarray(Image.open(path)) for path in (folder / "png").iterdir()}
 

@@ -1,10 +1,9 @@
 """Decoder refinement on cached latents: the encoder rests, and the units are those of the cache."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
-from aligntok.callbacks import LatentWriter, LinearProbe
+from aligntok.callbacks import LinearProbe
 from aligntok.data import LatentDataModule, LatentShards, Shapes
 from aligntok.errors import UserError
 from aligntok.stages import DecoderRefinement, LatentAlignment, PerceptualAlignment
@@ -14,18 +13,7 @@ COUNT = 32
 
 def write(tiny, folder, tokenizer, **options):
     """Cache the training images of ``tiny.data`` with a tokenizer."""
-    trainer = pl.Trainer(
-        default_root_dir=str(folder),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[LatentWriter(shard_size=10, min_psnr=0.0, **options)],
-    )
-    data = tiny.data(num_images=COUNT, predict="train")
-    trainer.predict(DecoderRefinement(tokenizer), datamodule=data)
-    return data
+    return tiny.cache(folder, tokenizer, COUNT, shard_size=10, **options)
 
 
 @pytest.fixture
