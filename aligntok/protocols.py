@@ -51,7 +51,12 @@ class HasFingerprint(Protocol):
 
 
 class HasNumImages(Protocol):
-    """How many images there are."""
+    """How many images there are, and how many of them are in a step: for the lines that a run prints at its start."""
+
+    global_batch_size: int
+    batch_size: int
+    accumulation: int
+    classes: list[str]
 
     def num_images(self, split: str) -> int:
         """Return the number of images of a split."""

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from aligntok.callbacks.measure import Batch, Measurement, Outputs
+from aligntok.callbacks.measure import Measurement, Outputs
 from aligntok.errors import UserError
 from aligntok.networks.quantizers import VectorQuantizer
+from aligntok.protocols import Batch
 
 
 class CodebookHealth(Measurement):
@@ -32,6 +33,8 @@ class CodebookHealth(Measurement):
         UserError: The module has no quantizer.
     """
 
+    needs = ("tokens",)
+
     def __init__(self, window: int = 100, floor: float = 0.1) -> None:
         if window < 1 or not 0 <= floor <= 1:
             raise UserError(f"CodebookHealth: window {window} and floor {floor}, give at least 1 and a share in [0, 1]")
@@ -40,9 +43,8 @@ class CodebookHealth(Measurement):
         self.health: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Look for the quantizer."""
-        tokenizer: Any = getattr(pl_module, "tokenizer", None)
-        self.quantizer: Any = getattr(tokenizer, "quantizer", None)
+        """Look for the quantizer, which is measured in training too."""
+        self.quantizer: Any = getattr(getattr(pl_module, "tokenizer", None), "quantizer", None)
         if self.quantizer is None:
             raise UserError("CodebookHealth needs a tokenizer with a quantizer: remove the callback")
 

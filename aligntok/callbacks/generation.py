@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from aligntok.callbacks.measure import Measurement
+from aligntok.callbacks.measure import Measurement, evaluation, on_first_rank
 from aligntok.callbacks.progress import SECONDS_BETWEEN_LINES
 from aligntok.errors import UserError
 from aligntok.flow import FixedSteps, Sampler
-from aligntok.metrics import GenerationMetrics
+from aligntok.metrics import GenerationMetrics, Reference
 from aligntok.networks.frozen import Frozen
+from aligntok.protocols import HasReferenceImages, needed_data
 
 
 class GenerationQuality(Measurement):
@@ -37,6 +38,8 @@ class GenerationQuality(Measurement):
         sweep: Numbers of sampling steps that ``aligntok validate`` measures too, under ``..._steps<n>``; of a diffusion
             generator.
     """
+
+    needs = ()  # it measures what it draws itself
 
     def __init__(
         self,
@@ -58,34 +61,32 @@ class GenerationQuality(Measurement):
         self.values: dict[str, float] = {}
         self.conditions = ""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Refuse what cannot be measured, before the first step."""
-        if stage == "predict":
-            return
-        if getattr(pl_module, "tokenizer", None) is None or not hasattr(pl_module, "sample"):
+        generator: Any = module
+        if getattr(module, "tokenizer", None) is None or not hasattr(module, "sample"):
             raise UserError("GenerationQuality needs a generator with model.tokenizer, which decodes its samples")
-        generator: Any = pl_module
         if self.classifier is not None and generator.network.num_classes is None:
             raise UserError("GenerationQuality.classifier: model.network has no classes to agree with, leave it out")
-        if self.sweep and not isinstance(pl_module.sampler, FixedSteps):
+        if self.sweep and not isinstance(generator.sampler, FixedSteps):
             raise UserError("GenerationQuality.sweep needs a sampler with num_steps, such as aligntok.flow.Euler")
         self.metrics.protocol.check_count(self.num_samples)
-        if isinstance(self.reference, str) and not Path(self.reference).is_file():
+        if not isinstance(self.reference, str):
+            needed_data(trainer, HasReferenceImages, "GenerationQuality", "name a file as its `reference`")
+        elif not Path(self.reference).is_file():
             raise UserError(f"there is no reference {self.reference}: see the README on evaluation")
+        self.metrics.frechet.load()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the reference now: a wrong file should not stop the run at its first validation."""
-        self.metrics.to(pl_module.device)
-        if isinstance(self.reference, str) and self.metrics.given is None:
+        """Read or measure the reference now: a wrong one should not stop the run at its first validation."""
+        if trainer.limit_val_batches:
             self.find_reference(trainer, pl_module)
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw and measure: only in these moments are the averaged weights in place."""
-        self.metrics.to(module.device)
+        self.find_reference(trainer, module)
         if self.classifier is not None:
             self.classifier.to(module.device)
-        if self.metrics.given is None:
-            self.find_reference(trainer, module)
         generator: Any = module
         sampler = generator.sampler
         self.values = self.measure(trainer, module, sampler)
@@ -95,7 +96,6 @@ class GenerationQuality(Measurement):
         for num_steps in [] if trainer.state.fn == "fit" else self.sweep:
             values = self.measure(trainer, module, type(sampler)(num_steps, sampler.shift))
             self.values |= {f"{name}_steps{num_steps}": value for name, value in values.items()}
-        self.seen = True  # whatever the module's step returns
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         """Return what was measured."""
@@ -123,7 +123,7 @@ class GenerationQuality(Measurement):
         began = printed = time.perf_counter()
         for ids in torch.split(mine, self.batch_size):
             label = ids % (module.network.num_classes or 1)
-            with trainer.precision_plugin.val_step_context():
+            with evaluation(trainer, module):
                 image = module.tokenizer.decode(module.sample(ids, label, sampler)).float()
             yield ids, label, image
             now, done = time.perf_counter(), int(ids[-1]) + 1
@@ -133,29 +133,28 @@ class GenerationQuality(Measurement):
                 print(f"  samples {done}/{self.num_samples}  images/s {rate:.1f}  left {left:.0f} s", flush=True)
 
     def find_reference(self, trainer: pl.Trainer, module: Any) -> None:
-        """Read the reference from its file, or measure it and keep it in the run's folder."""
+        """Read the reference from its file, or measure it and keep it in the run's folder; once."""
+        self.metrics.to(module.device)
+        if self.metrics.given is not None:
+            return
         image_size = module.tokenizer.spec.image_size
         self.metrics.check_size(image_size)
         if isinstance(self.reference, str):
             self.metrics.load_reference(self.reference)
             return
-        data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "reference_images"):
-            raise UserError("GenerationQuality.reference: name a file; only aligntok's LatentDataModule offers images")
+        data = needed_data(trainer, HasReferenceImages, "GenerationQuality", "name a file as its `reference`")
         source, batches = data.reference_images(self.reference, image_size)
-        network: Any = self.metrics.frechet.features
         parts = {"_sample": self.metrics.real.width > 0, "_spatial": self.metrics.spatial is not None}
-        name = f"{network.name}_{source}{''.join(part for part, wanted in parts.items() if wanted)}.safetensors"
+        suffix = "".join(part for part, wanted in parts.items() if wanted)
+        name = f"{self.metrics.frechet.features.name}_{source}{suffix}.safetensors"
         path = Path(trainer.default_root_dir) / "reference" / name
-        if trainer.strategy.broadcast(path.is_file()):
-            self.metrics.load_reference(path)
-            return
-        for batch in batches:
-            image = batch["image"].to(module.device)
-            self.metrics.update(image, batch["id"], batch["label"], real=True)
-        reference = self.metrics.reference(source)
-        if trainer.is_global_zero:
-            reference.save(path)
+        reference = on_first_rank(trainer, lambda: Reference.load(path) if path.is_file() else None)
+        if reference is None:
+            for batch in batches:
+                self.metrics.update(batch["image"].to(module.device), batch["id"], batch["label"], real=True)
+            reference = self.metrics.reference(source)
+            if trainer.is_global_zero:
+                reference.save(path)
         self.metrics.set_reference(reference)
 
 

@@ -8,11 +8,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid, save_image
 
+from aligntok.callbacks.measure import evaluation, tokenizer_of
+from aligntok.errors import UserError
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.protocols import HasPreview, needed_data
 
 
 class Grid(pl.Callback):
@@ -48,15 +52,11 @@ class Grid(pl.Callback):
         if batch_idx == 0 and not trainer.sanity_checking:
             self.draw(trainer, pl_module)
 
-    @torch.no_grad()
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw, on the first rank."""
         if not trainer.is_global_zero:
             return
-        training = module.training
-        module.eval()
         picture = self.picture(trainer, module)
-        module.train(training)
         if picture is None:
             return
         self.last_step = trainer.global_step
@@ -85,15 +85,21 @@ class ReconstructionGrid(Grid):
         super().__init__(every_n_steps)
         self.num_images = num_images
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Look for the tokenizer and the images."""
+        if stage != "predict":
+            tokenizer_of(pl_module, "ReconstructionGrid")
+            needed_data(trainer, HasPreview, "ReconstructionGrid", "remove the callback")
+
     def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
         """Return the three rows."""
-        tokenizer: Any = getattr(module, "tokenizer", None)
-        data: Any = getattr(trainer, "datamodule", None)
-        if not isinstance(tokenizer, Tokenizer) or not hasattr(data, "preview"):
-            return None
+        tokenizer = tokenizer_of(module, "ReconstructionGrid")
+        data = needed_data(trainer, HasPreview, "ReconstructionGrid", "remove the callback")
         image = data.preview(self.num_images).to(module.device)
-        code = tokenizer.encode(image)
-        return rows_of(image, tokenizer.decode(code), latent_of(tokenizer, code))
+        with evaluation(trainer, module):
+            code = tokenizer.encode(image)
+            reconstruction, latent = tokenizer.decode(code), latent_of(tokenizer, code)
+        return rows_of(image, reconstruction, latent)
 
 
 class SampleGrid(Grid):
@@ -113,15 +119,23 @@ class SampleGrid(Grid):
         super().__init__(every_n_steps)
         self.num_classes, self.per_class = num_classes, per_class
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Say where nothing will be drawn: a generator may train on a cache whose tokenizer is not here."""
+        if not hasattr(pl_module, "sample"):
+            raise UserError(f"SampleGrid needs a generator, {type(pl_module).__name__} is none: remove the callback")
+        if pl_module.tokenizer is None:
+            rank_zero_warn("SampleGrid draws nothing: the generator has no tokenizer to decode its samples")
+
     def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
         """Return the rows."""
-        tokenizer: Any = getattr(module, "tokenizer", None)
-        if not isinstance(tokenizer, Tokenizer) or not hasattr(module, "sample"):
-            return None
         generator: Any = module
+        if generator.tokenizer is None:
+            return None
         rows = min(self.num_classes, generator.network.num_classes or 1)
         label = torch.arange(rows).repeat_interleave(self.per_class)
-        return tiled(tokenizer.decode(generator.sample(torch.arange(len(label)), label)), self.per_class)
+        with evaluation(trainer, module):
+            image = generator.tokenizer.decode(generator.sample(torch.arange(len(label)), label))
+        return tiled(image, self.per_class)
 
 
 def rows_of(image: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def test_somebody_elses_loader_needs_a_reference_file(tiny, tmp_path):
         trainer.validate(generator(tiny), loader, verbose=False)
         return trainer.callback_metrics
 
-    assert "GenerationQuality.reference: name a file" in message(run, quality(tiny))
+    assert "reference_images(); or name a file as its `reference`" in message(run, quality(tiny))
     assert run(quality(tiny, reference=statistics(tmp_path)))["val/gfd_tiny"] > 0
 
 
