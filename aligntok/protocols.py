@@ -53,10 +53,21 @@ class HasFingerprint(Protocol):
 class HasNumImages(Protocol):
     """How many images there are, and how many of them are in a step: for the lines that a run prints at its start."""
 
-    global_batch_size: int
-    batch_size: int
-    accumulation: int
-    classes: list[str]
+    @property
+    def global_batch_size(self) -> int:
+        """Images of an optimizer step: over all ranks and accumulated batches."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch on one rank."""
+
+    @property
+    def accumulation(self) -> int:
+        """Batches of an optimizer step."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; empty where there are none."""
 
     def num_images(self, split: str) -> int:
         """Return the number of images of a split."""

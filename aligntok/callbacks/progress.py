@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
 from aligntok.files import write_text
+from aligntok.protocols import HasNumImages, offered_data
 
 SMOOTHING = 0.98  # of the step time shown
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal
@@ -115,8 +116,8 @@ class RunRecord(pl.Callback):
 def summary(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     """Return the block that a run prints before its first step."""
     lines = [("stage", type(module).__name__)]
-    data: Any = getattr(trainer, "datamodule", None)
-    if hasattr(data, "num_images"):
+    data = offered_data(trainer, HasNumImages)
+    if data is not None:
         count, batch = data.num_images("train"), data.global_batch_size
         lines.append(
             ("data", f"{count:,} training images, {data.num_images('val'):,} validation, {len(data.classes)} classes")
