@@ -2,6 +2,7 @@
 
 import json
 import re
+from base64 import b64decode
 from html import unescape
 from html.parser import HTMLParser
 
@@ -12,7 +13,7 @@ from PIL import Image
 from aligntok.__main__ import main
 from aligntok.errors import UserError
 from aligntok.programs.report import report_command, write_report
-from aligntok.programs.report.finding import headline, more_findings
+from aligntok.programs.report.measures import findings
 from aligntok.programs.report.runs import find_runs
 
 STAGES = {"1": "LatentAlignment", "2": "PerceptualAlignment", "3": "DecoderRefinement", "e": "EncoderPretraining"}
@@ -32,7 +33,13 @@ def make_run(folder, name, stage, psnr=None, probe=None, start=None, steps=20, d
     values = {"val/psnr": psnr, "val/probe": probe, **{key.replace("__", "/"): value for key, value in metrics.items()}}
     values = {key: value for key, value in values.items() if value is not None}
     record = {"stage": STAGES[stage], "steps": steps, "seconds": 75.0, "metrics": values}
-    record["parameters"] = {"encoder": [0, 820352], "decoder": [1632907, 0]}
+    record["parameters"] = {
+        "encoder": [0, 820352],
+        "adapter": [9, 0] if stage == "1" else [0, 9],
+        "decoder": [1632907, 0],
+    }
+    if stage == "2":
+        record["parameters"]["encoder"] = [820352, 0]
     if done:
         (run / "run.json").write_text(json.dumps(record))
     if curve:
@@ -52,7 +59,7 @@ def chain(folder, stage1=(25.0, 0.93), control=(25.7, 0.92), stage2=(26.3, 0.911
 
 
 def finding(folder):
-    return headline(find_runs(folder))
+    return findings(find_runs(folder))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,10 @@ def text_of(html):
 
 def test_runs_stand_in_the_order_of_training(full):
     _, page = full
-    names = [text_of(re.search(r'<th scope="row">(.*?)(<small|</th>)', row).group(1)).strip() for row in rows_of(page)]
+    names = [
+        text_of(re.search(r'<th scope="row"[^>]*>(.*?)(<small|</th>)', row, re.DOTALL).group(1)).strip()
+        for row in rows_of(page)
+    ]
     assert names == ["encoder", "stage1", "control", "stage2", "stage3"]
 
 
@@ -107,16 +117,17 @@ def test_numbers_of_a_run_are_in_its_row(full):
         "PerceptualAlignment",
         "from stage1",
         "20",
-        "1 min 15 s",
+        "0:01:15",
         "26.30",
         "0.900",
         "12.3",
         "91.1 %",
-        "1.63 M trained",
+        "2.45 M trained",
     ):
         assert text in row
-    assert "820.4 k frozen" in row
-    assert "\N{EN DASH}" in row  # no pooled probe was taken
+    assert "820 k frozen" in text_of(rows_of(full[1])[1])
+    assert "\N{EN DASH}" in text_of(rows_of(full[1])[0])  # the encoder reconstructs nothing
+    assert "pooled" not in full[1].lower()  # nobody measured it
 
 
 def test_page_needs_nothing_else(full):
@@ -124,12 +135,13 @@ def test_page_needs_nothing_else(full):
     parsed = Page(page)
     assert parsed.open == []
     assert not parsed.tags & {"script", "link", "iframe", "object"}
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in parsed.addresses)
+    assert all(
+        address.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for address in parsed.addresses
+    )
     assert "http" not in page
     assert "url(" not in re.sub(r"url\(#\w+\)", "", page)
-    ids = re.findall(r' id="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
-    assert {address[1:] for address in parsed.addresses if address.startswith("#")} <= set(ids)
+    for drawing in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page):
+        assert all(address.startswith("#") for address in re.findall(r'href="([^"]*)"', b64decode(drawing).decode()))
 
 
 def test_unfinished_run_is_listed_without_final_numbers(full):
@@ -161,73 +173,91 @@ def test_report_is_stable_when_run_again_beside_its_own_page(full):
     assert re.sub(r"<footer>.*", "", again) == re.sub(r"<footer>.*", "", page)
 
 
-def test_finding_of_a_gain(tmp_path):
-    assert finding(chain(tmp_path)) == (
-        "Stage 2 reconstructs 1.3 dB better than stage 1, and 0.6 dB better than training stage 1 for as many more"
-        " steps; the linear probe keeps 98 % of stage 1's accuracy (93.0 % → 91.1 %)."
-    )
+def test_findings_of_a_gain(tmp_path):
+    assert finding(chain(tmp_path)) == [
+        "Of 3 tokenizers, “stage2” reconstructs best (26.3 dB), and “stage1” has the best linear probe (93.0 %).",
+        "“stage2” against “stage1”, from which it started: PSNR 1.30 dB better (25.00 → 26.30), Linear probe 1.9 points"
+        " worse (93.0 % → 91.1 %).",
+        "“stage2” against “control”, which trained “stage1” on for as many steps: PSNR 0.60 dB better (25.70 → 26.30),"
+        " Linear probe 0.9 points worse (92.0 % → 91.1 %).",
+    ]
 
 
-def test_finding_turns_with_the_numbers(tmp_path):
-    swapped = finding(chain(tmp_path, stage1=(26.3, 0.911), stage2=(25.0, 0.93)))
-    assert "1.3 dB worse than stage 1, and 0.7 dB worse than training" in swapped
-    assert "the linear probe rises (91.1 % → 93.0 %)" in swapped
+def test_findings_turn_with_the_numbers(tmp_path):
+    best, start, control = finding(chain(tmp_path, stage1=(26.3, 0.911), stage2=(25.0, 0.93)))
+    assert "“stage1” reconstructs best (26.3 dB), and “stage2” has the best linear probe" in best
+    assert "PSNR 1.30 dB worse (26.30 → 25.00), Linear probe 1.9 points better (91.1 % → 93.0 %)" in start
+    assert "PSNR 0.70 dB worse" in control
 
 
 @pytest.mark.parametrize(
     ("stage2", "words"),
     [
-        ((25.4, 0.93), "0.4 dB better than stage 1, but 0.3 dB worse than training stage 1"),
-        ((25.72, 0.93), "0.7 dB better than stage 1, but as well (within 0.05 dB) as training stage 1"),
-        ((26.0, 0.93), "the linear probe stays at 93.0 %"),
-        ((26.0, 0.465), "the linear probe falls to 50 % of stage 1's accuracy (93.0 % → 46.5 %)"),
-        ((26.0, None), "for as many more steps."),
+        ((25.4, 0.93), "“control”, which trained “stage1” on for as many steps: PSNR 0.30 dB worse"),
+        ((25.72, 0.93), "PSNR the same (25.70 → 25.72)"),
+        ((26.0, 0.93), "Linear probe the same (93.0 % → 93.0 %)"),
+        ((26.0, 0.465), "Linear probe 46.5 points worse (93.0 % → 46.5 %)"),
+        ((26.0, None), "PSNR 0.30 dB better (25.70 → 26.00)."),
         ((float("nan"), 0.9), "Of 2 tokenizers, “control” reconstructs best (25.7 dB)"),
     ],
 )
-def test_finding_says_no_more_than_the_numbers(tmp_path, stage2, words):
-    assert words in finding(chain(tmp_path, stage2=stage2))
+def test_findings_say_no_more_than_the_numbers(tmp_path, stage2, words):
+    assert words in " ".join(finding(chain(tmp_path, stage2=stage2)))
 
 
 def test_control_of_another_length_is_named_as_such(tmp_path):
     make_run(tmp_path, "stage1", "1", 25.0, 0.9)
     make_run(tmp_path, "control", "1", 25.5, 0.9, start="stage1", steps=10)
     make_run(tmp_path, "stage2", "2", 26.0, 0.9, start="stage1")
-    assert "training stage 1 for 10 more steps (against 20)" in finding(tmp_path)
+    assert "which trained “stage1” on for 10 steps (against 20)" in finding(tmp_path)[2]
 
 
-def test_stage3_and_frechet_have_their_sentences(tmp_path):
+def test_latents_that_do_not_move_and_frechet_distances_are_told(tmp_path):
     make_run(tmp_path, "stage1", "1", 25.0, 0.9, val__rfid=20.0)
     make_run(tmp_path, "stage2", "2", 26.0, 0.88, start="stage1", val__rfid=15.0)
-    make_run(tmp_path, "stage3", "3", 26.4, 0.88, start="stage2", val__rfid=14.0)
-    sentences = more_findings(find_runs(tmp_path))
-    assert "rFID (lower is better) falls from stage 1 to stage 2: 20 → 15." in sentences
-    assert any("0.4 dB better than stage 2; the latents do not move" in sentence for sentence in sentences)
+    make_run(tmp_path, "stage3", "3", 26.4, 0.88, start="stage2", val__rfid=16.0)
+    sentences = finding(tmp_path)
+    assert "rFID better (20 → 15)" in sentences[1]
+    assert "rFID worse (15 → 16)" in sentences[2]
+    assert sentences[2].endswith("; its latents did not move.")  # the record says that the decoder alone learned
 
 
-def test_several_second_stages_are_named(tmp_path):
+def test_every_second_stage_is_compared(tmp_path):
     make_run(tmp_path, "stage1", "1", 25.0, 0.9)
     make_run(tmp_path, "w0", "2", 27.0, 0.5, start="stage1")
     make_run(tmp_path, "w1", "2", 26.0, 0.88, start="stage1")
-    assert finding(tmp_path) == (
-        "Of 3 tokenizers, “w0” reconstructs best (27.0 dB), and stage 1 has the best linear probe (90.0 %)."
-    )
-    assert len(more_findings(find_runs(tmp_path))) == 2
+    best, *compared = finding(tmp_path)
+    assert "“w0” reconstructs best (27.0 dB), and “stage1” has the best linear probe (90.0 %)" in best
+    assert [sentence.split(" against ")[0] for sentence in compared] == ["“w0”", "“w1”"]
+
+
+def test_stages_of_other_packages_have_their_rows_and_sentences(tmp_path):
+    make_run(tmp_path, "stage1", "1", 25.0, 0.9)
+    for name, measures in (("mine", {"val/psnr": 26.0}), ("odd", {"val/purity": 0.25})):
+        run = make_run(tmp_path, name, "2", start="stage1")
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["model"]["class_path"] = f"other.package.{name.title()}"
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (run / "run.json").write_text(json.dumps({"stage": name.title(), "steps": 20, "metrics": measures}))
+    assert "“mine” against “stage1”, from which it started: PSNR 1.00 dB better" in finding(tmp_path)[1]
+    page = text_of(write_report(tmp_path).read_text())
+    assert "Mine" in page
+    assert "purity 0.25" in page
 
 
 def test_runs_on_different_images_are_not_compared(tmp_path):
     chain(tmp_path)
     path = tmp_path / "stage2" / "config.yaml"
     path.write_text(path.read_text().replace("image_size: 32", "image_size: 64"))
-    assert "do not compare" in finding(tmp_path)
-    assert "dB better" not in finding(tmp_path)
+    assert "do not compare" in finding(tmp_path)[0]
+    assert "dB better" not in " ".join(finding(tmp_path))
     assert 'class="best"' not in write_report(tmp_path).read_text()
 
 
 def test_validation_replaces_the_runs_own_measures(tmp_path):
     chain(tmp_path)
     (tmp_path / "stage2" / "validate.json").write_text(json.dumps({"checkpoint": "x", "metrics": {"val/psnr": 24.0}}))
-    assert "Stage 2 reconstructs 1.0 dB worse than stage 1" in finding(tmp_path)
+    assert "PSNR 1.00 dB worse (25.00 → 24.00)" in finding(tmp_path)[1]
 
 
 def test_parents_are_found_after_the_folder_was_moved(tmp_path):
@@ -246,8 +276,8 @@ def test_run_taken_up_again_is_unfinished(tmp_path):
 
 def test_lone_run_and_its_own_folder(tmp_path):
     run = make_run(tmp_path, "stage1", "1", 25.04, 0.9)
-    expected = "Stage 1 reconstructs at 25.0 dB, and a linear probe on its latents is right on 90.0 %."
-    assert finding(tmp_path) == finding(run) == expected
+    expected = "“stage1” reconstructs at 25.0 dB, and a linear probe on its latents is right on 90.0 %."
+    assert finding(tmp_path) == finding(run) == [expected]
 
 
 def test_names_are_escaped(tmp_path):
@@ -274,6 +304,34 @@ def test_broken_record_is_named(tmp_path):
     (run / "run.json").write_text('{"stage": ')
     with pytest.raises(UserError, match=r"run\.json is broken"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.json", '{"stage": "A", "steps": "20", "metrics": {}}'),
+        ("run.json", '{"stage": "A", "steps": 20, "metrics": [1]}'),
+        ("run.json", '{"stage": "A", "steps": 20, "parameters": {"encoder": 3}}'),
+        ("run.json", "[1, 2]"),
+        ("validate.json", '{"checkpoint": 3, "metrics": {}}'),
+        ("metrics.csv", b"step,train/loss\n\xff\xfe\x00"),
+        ("config.yaml", "data: [3"),
+    ],
+)
+def test_files_of_wrong_types_are_named_in_one_line(tmp_path, file, content):
+    run = make_run(tmp_path, "stage1", "1", 25.0)
+    (run / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        write_report(tmp_path)
+    assert f"{file} is broken" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["data: 3", "{data: {val: 3}, model: 5, trainer: [1], output: 7, init_from: [2]}"])
+def test_a_config_of_other_types_is_no_obstacle(tmp_path, config):
+    run = make_run(tmp_path, "stage1", "1", 25.0)
+    (run / "config.yaml").write_text(config)
+    assert "25.00" in write_report(tmp_path).read_text()
 
 
 def test_help_names_the_folder(capsys):

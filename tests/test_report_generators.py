@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from aligntok.programs.report import write_report
-from aligntok.programs.report.charts import SAMPLING_STEPS, Line, curves
-from aligntok.programs.report.finding import headline, more_findings
+from aligntok.programs.report.figures import COLOURS as LINES
+from aligntok.programs.report.measures import findings
 from aligntok.programs.report.runs import find_runs
 
 COLOURS = ["red", "lime", "blue"]
@@ -23,10 +23,10 @@ SWEEP = {
     "val/gfd_digits_steps32": 0.87,
     "val/recall_digits_steps8": 0.6,
 }
-FIRST = (
-    "Of 1,000 samples of “dit” on the latents of stage 1, 99.0 % are what was asked for, by a classifier trained on"
-    " real images; gFD (digits) is 0.895 at 16 sampling steps."
-)
+FIRST = [
+    "Samples of “dit” on the latents of “stage1”: gFD (digits) 0.895 at 16 sampling steps.",
+    "99.0 % of the samples are what was asked for, by a classifier of real images.",
+]
 
 
 def write(path, content):
@@ -116,7 +116,7 @@ def full(tmp_path_factory):
 
 
 def tables(page):
-    return [re.findall(r"<tr>(<th scope=\"row\">.*?)</tr>", table, re.DOTALL) for table in page.split("<table>")[1:]]
+    return [re.findall(r"<tr>(<th scope=\"row\".*?)</tr>", table, re.DOTALL) for table in page.split("<table>")[1:]]
 
 
 def text_of(html):
@@ -124,18 +124,25 @@ def text_of(html):
 
 
 def figures(page):
-    """Return each panel's lines: points, and whether it is dashed, by caption."""
+    """Return each panel's drawing, and its lines (points, and whether it is dashed), by caption."""
     found = {}
-    for caption, drawing in re.findall(r"<figcaption>([^<]+)</figcaption>(<svg.*?</svg>)", page, re.DOTALL):
-        paths = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; ([^"]*var\(--run\d\)[^"]*)"', drawing)
-        lines = [(re.findall(r"[ML] ([\d.]+) ([\d.]+)", data), "dasharray" in style) for data, style in paths]
-        found.setdefault(unescape(caption), []).extend(lines)
+    panel = r"<figcaption>([^<]+)</figcaption><img alt=[^>]*svg\+xml;base64,([^\"]+)"
+    for caption, data in re.findall(panel, page):
+        drawing = base64.b64decode(data).decode()
+        paths = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; ([^"]*)"', drawing)
+        own = [(path, style) for path, style in paths if any(f"stroke: {colour}" in style for colour in LINES)]
+        lines = [(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), "dasharray" in style) for path, style in own]
+        found.setdefault(unescape(caption).replace("\N{NO-BREAK SPACE}", " "), []).extend(lines)
     return found
 
 
+def drawing_of(page, caption):
+    data = re.search(rf"<figcaption>{caption}</figcaption><img alt=[^>]*svg\+xml;base64,([^\"]+)", page)[1]
+    return base64.b64decode(data).decode()
+
+
 def sentences(folder):
-    runs = find_runs(folder)
-    return [headline(runs), *more_findings(runs)]
+    return findings(find_runs(folder))
 
 
 def test_generators_have_their_own_table(full):
@@ -143,11 +150,14 @@ def test_generators_have_their_own_table(full):
     assert [text_of(row).split()[0] for row in tokenizers] == ["stage1"]
     row = text_of(generators[0])
     assert len(generators) == 1
-    for words in ("dit latents of stage1 Euler, 16 steps guidance 2.0 40 5 min 07 s", "1.27 M trained network"):
+    for words in (
+        "dit latents of stage1 LatentDiffusion Euler, 16 steps guidance 2.0 40 0:05:07",
+        "1.27 M trained network",
+    ):
         assert words in row
     assert "0.895" in row
     assert "99.0 % 69.8 %" in row
-    assert full[1].count(">Recall ↑<") == 1  # those of the sweep are no columns
+    assert text_of(full[1].split("<tbody>")[1]).count("Recall (digits) ↑") == 1  # those of the sweep are no columns
     assert f"dit, measured by aligntok validate : {CONDITIONS}." in text_of(full[1])
 
 
@@ -183,8 +193,8 @@ def test_moved_folder_keeps_names_and_tokenizer(tmp_path):
 
 def test_curves_of_training_and_of_sampling_steps(full):
     panels = figures(full[1])
-    assert len(panels["gFD (digits) ↓ in training"][0][0]) == 2
-    assert len(panels["Class agreement ↑ in training"][0][0]) == 2
+    assert len(panels["gFD (digits) ↓"][0][0]) == 2
+    assert len(panels["Class agreement ↑"][0][0]) == 2
     assert len(panels["gFD (digits) ↓ over sampling steps"][0][0]) == 4  # 2, 8, 32 and the run's own 16
     assert len(panels["Recall (digits) ↑ over sampling steps"][0][0]) == 2
     assert "Class agreement ↑ over sampling steps" not in panels  # measured at 16 alone
@@ -195,16 +205,17 @@ def test_sweep_holds_the_runs_own_sampler(full):
     assert find_runs(full[0])[1].sweep("val/gfd_digits") == expected
 
 
-def test_twice_the_sampling_steps_is_the_same_way_on():
-    drawing = curves([Line(0, [(2, 3.0), (4, 2.0), (16, 1.0)])], SAMPLING_STEPS)
-    ((line, _),) = figures(f"<figcaption>x</figcaption>{drawing}")["x"]
-    first, second, third = (float(x) for x, _ in line)
-    assert third - second == pytest.approx(2 * (second - first))
-    assert re.findall(r">(\d+)</text>", drawing)[:4] == ["2", "4", "8", "16"]
+def test_twice_the_sampling_steps_is_the_same_way_on(full):
+    ((line, _),) = figures(full[1])["gFD (digits) ↓ over sampling steps"]
+    first, second, third, fourth = (float(x) for x, _ in line)  # 2, 8, 16, 32
+    assert third - second == pytest.approx(fourth - third)
+    assert second - first == pytest.approx(2 * (third - second))
+    drawing = drawing_of(full[1], "gFD [^<]* over sampling steps")
+    assert re.findall(r">(\d+)</text>", drawing)[:5] == ["2", "4", "8", "16", "32"]
 
 
 def test_error_over_time_is_the_last_of_validation_and_training(full):
-    (val, solid), (train, dashed) = figures(full[1])["Velocity error over time ↓"]
+    (val, solid), (train, dashed) = figures(full[1])["Velocity error ↓"]
     assert (solid, dashed) == (False, True)
     heights = [float(y) for _, y in (*val, *train)]  # 0.3, 0.6, 0.4, 0.5; downwards in SVG
     assert sorted(heights, reverse=True) == [heights[i] for i in (0, 2, 3, 1)]
@@ -219,42 +230,43 @@ def test_losses_of_generators_stand_apart(full):
 
 def test_page_holds_no_address(full):
     addresses = re.findall(r'(?:src|href)="([^"]*)"', full[1])
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    assert all(address.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for address in addresses)
     assert "http" not in full[1]
 
 
-def test_finding_of_a_generator(full):
+def test_findings_of_a_generator(full):
     assert sentences(full[0]) == [
-        "Stage 1 reconstructs at 25.0 dB.",
-        FIRST,
-        "8 sampling steps come within 10 % of the lowest gFD (digits): 0.95 against 0.87 at 32.",
+        "“stage1” reconstructs at 25.0 dB.",
+        *FIRST,
+        "gFD (digits) is lowest at 32 sampling steps (0.87); 8 steps come within 10 % of it (0.95).",
     ]
 
 
-def test_finding_turns_with_the_numbers(tmp_path):
+def test_findings_turn_with_the_numbers(tmp_path):
     make_generator(make_all(tmp_path), val__class_agreement=0.5)
     make_tokenizer(tmp_path, "encoder", "EncoderPretraining", "val/accuracy", 0.861)
     conditions = "no protocol: 5,000 images of 32x32 px; Heun(num_steps=50, shift=1.0)"
     metrics = {"val/gfd_digits": 2.0, "val/gfd_digits_steps2": 1.0}
     write(tmp_path / "dit" / "validate.json", {"metrics": metrics, "conditions": conditions})
     assert sentences(tmp_path)[1:] == [
-        "Of 5,000 samples of “dit” on the latents of stage 1, 50.0 % are what was asked for, by a classifier trained on"
-        " real images, which is right on 86.1 % of the validation images; gFD (digits) is 2 at 50 sampling steps.",
-        "Of 2 numbers of sampling steps, 2 has the lowest gFD (digits) (1).",
+        "Samples of “dit” on the latents of “stage1”: gFD (digits) 2 at 50 sampling steps.",
+        "50.0 % of the samples are what was asked for, by a classifier that is right on 86.1 % of the validation"
+        " images.",
+        "gFD (digits) is lowest at 2 sampling steps (1).",
     ]
 
 
 def test_lone_generator_has_the_headline(tmp_path):
     make_generator(tmp_path)
-    alone = FIRST.replace(" on the latents of stage 1", "")
-    assert sentences(tmp_path) == sentences(tmp_path / "dit") == [alone]
+    alone = [FIRST[0].replace(" on the latents of “stage1”", ""), FIRST[1]]
+    assert sentences(tmp_path) == sentences(tmp_path / "dit") == alone
     assert "<h2>Runs</h2>" not in write_report(tmp_path).read_text()
 
 
 def test_generators_compare_where_measured_alike(tmp_path):
     make_generator(tmp_path, "one")
     make_generator(tmp_path, "two", val__gfd_digits=0.5)
-    assert sentences(tmp_path) == ["Of 2 generators “two” has the lowest gFD (digits): 0.5, then “one” with 0.895."]
+    assert sentences(tmp_path) == ["Of 2 generators, “two” has the lowest gFD (digits) 0.5, then “one” with 0.895."]
     assert 'class="best">0.5<' in write_report(tmp_path).read_text()
     make_generator(tmp_path, "two", val__gfd_digits=0.5, num_samples=500)
     assert sentences(tmp_path) == ["No run has been measured yet."]
@@ -296,9 +308,6 @@ def test_commands_keep_tokenizer_and_latents_of_one_making(tmp_path):
     assert commands(tmp_path)[1:] == [
         "fit --config dit/config.yaml --output again/dit",
         "validate --config again/dit/config.yaml --ckpt_path again/dit/checkpoints/last.ckpt --output again/dit",
-        "predict --config again/dit/config.yaml --config sample.yaml --output again/dit_samples"
-        " --ckpt_path again/dit/checkpoints/last.ckpt --data.predict.init_args.num_samples 100"
-        " --data.predict.init_args.num_classes 3",
     ]
 
 

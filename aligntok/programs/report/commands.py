@@ -3,104 +3,74 @@
 from __future__ import annotations
 
 import shlex
-from html import escape
 from pathlib import Path
 
-from aligntok.programs.report.predictions import Prediction
-from aligntok.programs.report.runs import Run, setting, tokenizer_path, wrote
+from aligntok.programs.report.runs import Run, read, setting, text
 
-AGAIN = "again"  # the folder that the commands write to: the runs' own folders are taken
-NUM_SAMPLES = "100"  # ours: for the eye, where nobody said how many
+AGAIN = Path("again")  # the folder that the commands write to: the runs' own folders are taken
+VERBS = ("predict", "encode", "sample")  # what these wrote holds `<verb>.yaml`
+CACHES = ("LatentShards", "TokenShards")
 
 
-def commands(runs: list[Run], predictions: list[Prediction]) -> str:
+def commands(folder: Path, runs: list[Run]) -> list[str]:
     """Return training, measuring and writing in the order of the runs."""
-    lines = [line for written in predictions if written.run is None for line in predict(written, runs, predictions)]
+    found = [(verb, path) for verb in VERBS for path in sorted(folder.glob(f"*/{verb}.yaml"))]
+    written = [(verb, Run(path.parent, config=read(path))) for verb, path in found]
+    maker = {other: next((run for run in runs if run.within(checkpoint(other))), None) for _, other in written}
+    lines = [write(verb, other, None, runs, list(maker)) for verb, other in written if maker[other] is None]
     for run in runs:
-        own = [written for written in predictions if written.run is run]
-        lines += [*fit(run, runs, predictions), *validate(run)]
-        lines += [line for written in own for line in predict(written, runs, predictions)]
-        lines += [] if own else draw(run)
-    if not lines:
-        return ""
-    return (
-        '<h2>Do it again</h2><p class="note">Each <code>config.yaml</code> is the whole run, layers and defaults'
-        f" resolved. These commands write to <code>{AGAIN}/</code>; files that a config names, such as encoder weights,"
-        f" are those of the original runs.</p><pre>{escape(chr(10).join(lines))}</pre>"
+        own = [write(verb, other, run, runs, list(maker)) for verb, other in written if maker[other] is run]
+        lines += [*train(run, runs, list(maker)), *own]
+    return lines
+
+
+def train(run: Run, runs: list[Run], caches: list[Run]) -> list[str]:
+    """Return the lines that repeat a run and what ``validate`` measured; none where its config is lost."""
+    output, measured = AGAIN / run.name, text(run.validation.get("checkpoint"))
+    start: list[str | Path] = ["--init_from", again(run.parent, run.init_from)] if run.parent else []
+    resumed = ["--ckpt_path", "null"] if run.config.get("ckpt_path") else []  # the config of a resumed attempt
+    words = [*start, *latents_again(run, runs, caches), *resumed]
+    path = again(run, measured) if run.within(measured) else output / "checkpoints" / "last.ckpt"
+    fit = line("fit", "--config", run.folder / "config.yaml", "--output", output, *words)
+    check = line("validate", "--config", output / "config.yaml", "--ckpt_path", path, "--output", output)
+    return [fit, *([check] if measured or run.kind == "generator" else [])] if run.config else []
+
+
+def write(verb: str, written: Run, run: Run | None, runs: list[Run], caches: list[Run]) -> str:
+    """Return the line that writes latents or samples again, with the checkpoint of the run that is trained again."""
+    words: list[str | Path] = [verb, "--config", written.folder / f"{verb}.yaml", "--output", AGAIN / written.name]
+    if run is not None:
+        words += ["--tokenizer" if verb == "encode" else "--ckpt_path", again(run, checkpoint(written))]
+    return line(*words, *(latents_again(written, runs, caches) if verb == "predict" else []))
+
+
+def latents_again(run: Run, runs: list[Run], caches: list[Run]) -> list[str | Path]:
+    """Return what gives a generator the new tokenizer and its latents: both or none, for they must fit each other."""
+    path = run.tokenizer_path
+    tokenizer = next((other for other in runs if other.config and other.within(path)), None)
+    words: list[str | Path] = (
+        ["--model.init_args.tokenizer.init_args.path", again(tokenizer, path)] if tokenizer else []
     )
-
-
-def fit(run: Run, runs: list[Run], predictions: list[Prediction]) -> list[str]:
-    """Return the lines that repeat one run; none where its config is lost."""
-    if not repeatable(run):
-        return []
-    path = run.folder / "config.yaml"
-    words = ["aligntok", "fit", "--config", str(path), "--output", f"{AGAIN}/{run.name}"]
-    if run.parent is not None and run.init_from:
-        words += ["--init_from", again(run.parent, run.init_from)]
-    words += latents_again(run.config, runs, predictions)
-    if run.config.get("ckpt_path"):
-        words += ["--ckpt_path", "null"]  # the config is that of a resumed attempt
-    earlier = len(list(run.folder.glob("config.*.yaml")))
-    note = f"# {run.name} was trained in attempts with different configs; this is the last of {earlier + 1}"
-    return [*([note] if earlier else []), shlex.join(words)]
-
-
-def validate(run: Run) -> list[str]:
-    """Return the line that measures again what was measured; a generator always, for the sweep is only done so."""
-    measured = run.validation.get("checkpoint")
-    if not repeatable(run) or not (measured or run.is_generator):
-        return []
-    output = f"{AGAIN}/{run.name}"
-    checkpoint = again(run, measured) if measured and wrote(run, measured) else f"{output}/checkpoints/last.ckpt"
-    words = ["--config", f"{output}/config.yaml", "--ckpt_path", checkpoint, "--output", output]
-    return [shlex.join(["aligntok", "validate", *words])]
-
-
-def predict(written: Prediction, runs: list[Run], predictions: list[Prediction]) -> list[str]:
-    """Return the line that writes latents or samples again."""
-    words = ["aligntok", "predict", "--config", str(written.folder / "predict.yaml")]
-    words += ["--output", f"{AGAIN}/{written.name}"]
-    if written.run is not None and written.checkpoint is not None:
-        words += ["--ckpt_path", again(written.run, written.checkpoint)]
-    return [shlex.join([*words, *latents_again(written.config, runs, predictions)])]
-
-
-def draw(run: Run) -> list[str]:
-    """Return the line that draws a few samples of a generator that wrote none."""
-    num_classes = run.setting("network", "init_args", "num_classes")
-    if not run.is_generator or num_classes is None or not repeatable(run):
-        return []
-    output = f"{AGAIN}/{run.name}"
-    words = ["--config", f"{output}/config.yaml", "--config", "sample.yaml", "--output", f"{output}_samples"]
-    words += ["--ckpt_path", f"{output}/checkpoints/last.ckpt", "--data.predict.init_args.num_samples", NUM_SAMPLES]
-    return [shlex.join(["aligntok", "predict", *words, "--data.predict.init_args.num_classes", str(num_classes)])]
-
-
-def latents_again(config: dict[str, object], runs: list[Run], predictions: list[Prediction]) -> list[str]:
-    """Return what gives a generator the new tokenizer, and its latents: both or none, for they must fit each other."""
-    path = tokenizer_path(config)
-    tokenizer = next((run for run in runs if repeatable(run) and wrote(run, path)), None)
-    words = ["--model.init_args.tokenizer.init_args.path", again(tokenizer, path)] if tokenizer and path else []
-    for part in ("train", "val", "test"):
-        source = setting(config, "data", part) or {}
-        if str(source.get("class_path")).rpartition(".")[2] not in ("LatentShards", "TokenShards"):
-            continue
-        cache = next((p for p in predictions if p.is_at(setting(source, "init_args", "folder"))), None)
-        if cache is None:
-            return []
-        words += [f"--data.{part}.init_args.folder", f"{AGAIN}/{cache.name}"]
+    prefix = "--data.init_args" if setting(run.config, "data", "class_path") else "--data"
+    for subset in ("train", "val", "test"):
+        if str(run.data(subset, "class_path")).split(".")[-1] in CACHES:
+            cache = next((other for other in caches if other.within(run.data(subset, "init_args", "folder"))), None)
+            if cache is None:
+                return []
+            words += [f"{prefix}.{subset}.init_args.folder", AGAIN / cache.name]
     return words
 
 
-def repeatable(run: Run) -> bool:
-    """Tell whether the config is there."""
-    return bool(run.config) and (run.folder / "config.yaml").is_file()
+def checkpoint(written: Run) -> str | None:
+    """Return the checkpoint that wrote latents or samples."""
+    return text(written.config.get("ckpt_path")) or text(setting(written.config, "tokenizer", "init_args", "path"))
 
 
-def again(run: Run, checkpoint: str) -> str:
-    """Return where a run's checkpoint will lie when the run is repeated."""
-    for folder in (run.folder, Path(run.config.get("output") or run.folder)):
-        if Path(checkpoint).resolve().is_relative_to(folder.resolve()):
-            return str(Path(AGAIN) / run.name / Path(checkpoint).resolve().relative_to(folder.resolve()))
-    raise AssertionError(f"{checkpoint} is not of {run.name}")
+def again(run: Run, path: str | None) -> Path:
+    """Return where a file of a run will lie when the run is repeated."""
+    return AGAIN / run.name / (run.within(path) or "")
+
+
+def line(*words: str | Path) -> str:
+    """Return a command as a shell takes it."""
+    return shlex.join(["aligntok", *map(str, words)])

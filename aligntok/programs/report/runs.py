@@ -1,4 +1,4 @@
-"""What ``aligntok fit`` and ``aligntok validate`` left in the runs' folders."""
+"""What the programs left in the runs' folders: records, configs, measures over the steps."""
 
 from __future__ import annotations
 
@@ -14,21 +14,13 @@ import yaml
 
 from aligntok.errors import UserError
 
-ENCODER = "EncoderPretraining"
-DIFFUSION, AUTOREGRESSION = "LatentDiffusion", "AutoregressiveGeneration"
-GENERATORS = (DIFFUSION, AUTOREGRESSION)
-STAGES = (
-    ENCODER,
-    "LatentAlignment",
-    "PerceptualAlignment",
-    "CausalTokenization",
-    "DecoderRefinement",
-    *GENERATORS,
-)  # in the order of training
+KINDS = ("other", "tokenizer", "generator")  # in the order of training
 MARKS = ("run.json", "config.yaml", "metrics.csv", "checkpoints")  # a folder with one of these is a run's
+RECORD = {"stage": str, "steps": int, "seconds": int | float, "parameters": dict, "metrics": dict}
+VALIDATION = {"checkpoint": str, "metrics": dict, "conditions": str}
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One run: its record, where it has one, its config, its measures over the steps, and the runs it builds on.
 
@@ -43,89 +35,59 @@ class Run:
     per_position: list[dict[str, float]] = field(default_factory=list)
     parent: Run | None = None
     tokenizer: Run | None = None
+    colour: str = "black"
+
+    def __post_init__(self) -> None:
+        self.name = self.folder.resolve().name
+        self.stage = str(self.record.get("stage") or setting(self.config, "model", "class_path") or "").split(".")[-1]
+        self.init_from = text(self.config.get("init_from"))
+        known = int(max((row["step"] + 1 for row in self.rows), default=0))  # steps in metrics.csv
+        self.tokenizer_path = text(self.setting("tokenizer", "init_args", "path"))
+        self.steps = max(self.record.get("steps") or 0, known)
+        self.planned_steps = setting(self.config, "trainer", "max_steps")
+        self.finished = bool(self.record) and known <= (self.record.get("steps") or 0)
+        self.validated = self.validation.get("metrics") or {}
+        self.metrics = {**(self.record.get("metrics") or {}), **self.validated} if self.finished else {}
+        self.names = {*self.metrics, *(name for row in self.rows for name in row)}  # measured at any time
+        self.conditions = self.validation.get("conditions") or ""
+        # which table it belongs to follows from what it is built from, measured or drew: any package's stage has one
+        generates = self.setting("network") or self.picture("samples") or any("val/gf" in name for name in self.names)
+        builds = self.setting("tokenizer") or self.picture("step") or "val/psnr" in self.names
+        self.kind = "generator" if generates else "tokenizer" if builds else "other"
+        used = re.search(r"num_steps=(\d+)", self.conditions)
+        self.sampling_steps = int(used[1]) if used else self.setting("sampler", "init_args", "num_steps")
 
     @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+    def ancestors(self) -> list[Run]:
+        """The runs that it builds on, nearest first."""
+        return [self.parent, *self.parent.ancestors] if self.parent else []
 
     @property
-    def stage(self) -> str:
-        """The class of the stage, or nothing where no file says it."""
-        class_path = (self.config.get("model") or {}).get("class_path") or ""
-        return str(self.record.get("stage") or class_path.rpartition(".")[2])
-
-    @property
-    def is_generator(self) -> bool:
-        """Whether it learns latents or tokens, not images."""
-        return self.stage in GENERATORS
-
-    @property
-    def finished(self) -> bool:
-        """Whether it reached its end, and was not taken up again since."""
-        return bool(self.record) and self.last_step <= self.record.get("steps", 0)
-
-    @property
-    def last_step(self) -> int:
-        """Optimizer steps of which ``metrics.csv`` knows."""
-        return int(max((row["step"] + 1 for row in self.rows), default=0))
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps done."""
-        return max(int(self.record.get("steps", 0)), self.last_step)
-
-    @property
-    def planned_steps(self) -> int | None:
-        """Steps that the config asks for."""
-        steps = (self.config.get("trainer") or {}).get("max_steps")
-        return steps if isinstance(steps, int) and steps > 0 else None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The final measures; none of an unfinished run. Those of ``aligntok validate`` go first."""
-        return {**self.record.get("metrics", {}), **self.validated} if self.finished else {}
-
-    @property
-    def validated(self) -> dict[str, float]:
-        """What ``aligntok validate`` measured."""
-        return dict(self.validation.get("metrics") or {})
-
-    @property
-    def init_from(self) -> str | None:
-        """The checkpoint that it started from."""
-        return self.config.get("init_from") or None
-
-    @property
-    def depth(self) -> int:
-        """How many runs came before it."""
-        return 0 if not self.init_from else 1 + (self.parent.depth if self.parent else 0)
-
-    @property
-    def offset(self) -> int:
-        """Steps of the runs that it builds on."""
-        return self.parent.offset + self.parent.steps if self.parent else 0
+    def is_control(self) -> bool:
+        """Whether it goes on with the very stage that it started from."""
+        return self.parent is not None and self.parent.stage == self.stage
 
     def value(self, name: str) -> float | None:
         """Return a final measure, or ``None`` where it is missing or no number."""
-        value = self.metrics.get(name)
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+        return number(self.metrics.get(name))
 
-    def curve(self, name: str) -> list[tuple[float, float]]:
-        """Return (steps done, value) over the run."""
-        return [(row["step"] + 1, row[name]) for row in self.rows if name in row]
+    def curve(self, name: str, chained: bool = False) -> list[tuple[float, float]]:
+        """Return (steps done, value) over the run; ``chained``: counted on from the runs that it builds on."""
+        offset = sum(run.steps for run in self.ancestors) if chained else 0
+        points = [(row["step"] + 1 + offset, row[name]) for row in self.rows if name in row]
+        return [*(self.parent.curve(name, True)[-1:] if chained and points and self.parent else []), *points]
 
-    def measured_at(self, name: str) -> int | None:
+    def measured_at(self, name: str) -> int:
         """Return after how many steps the final value was taken."""
-        curve = self.curve(name)
-        return int(curve[-1][0]) if curve and name not in self.validated else None
+        curve = [] if name in self.validated else self.curve(name)
+        return int(curve[-1][0]) if curve else self.steps
 
     def parts(self, trained: bool) -> dict[str, int]:
         """Return the parameters of each part that has trained, or frozen, ones."""
-        pairs = self.record.get("parameters", {})
+        pairs = self.record.get("parameters") or {}
         return {part: pair[0 if trained else 1] for part, pair in pairs.items() if pair[0 if trained else 1]}
 
-    def picture(self, name: str = "step") -> Path | None:
+    def picture(self, name: str) -> Path | None:
         """Return its last picture: of reconstructions (``step``), or of a generator's ``samples``."""
         return max((self.folder / "images").glob(f"{name}_*.png"), default=None)
 
@@ -133,54 +95,43 @@ class Run:
         """Return what the config says under ``model.init_args``, or ``None``."""
         return setting(self.config, "model", "init_args", *keys)
 
+    def data(self, *keys: str) -> Any:
+        """Return what the config says of the data, whether they have a class path or not."""
+        return setting(self.config, "data", "init_args", *keys) or setting(self.config, "data", *keys)
+
     def callback(self, name: str) -> dict[str, Any]:
-        """Return the arguments of a callback in the config, empty where there is none of this class."""
-        for callback in setting(self.config, "trainer", "callbacks") or []:
-            if str(callback.get("class_path")).rpartition(".")[2] == name:
-                return callback.get("init_args") or {}
-        return {}
-
-    @property
-    def conditions(self) -> str:
-        """What ``aligntok validate`` says that a generator was measured on."""
-        return str(self.validation.get("conditions") or "")
-
-    def condition(self, pattern: str, otherwise: Any) -> Any:
-        """Return the number that a pattern finds in the conditions, else what the config says."""
-        found = re.search(pattern, self.conditions)
-        return float(found[1].replace(",", "")) if found else otherwise
-
-    @property
-    def num_samples(self) -> str:
-        """How many samples a generator was measured on, for people."""
-        number = self.condition(r"([\d,]+) images of", self.callback("GenerationQuality").get("num_samples"))
-        return f"{number:,.0f}" if isinstance(number, (int, float)) else "all"
-
-    @property
-    def sampling_steps(self) -> int | None:
-        """The sampler's number of updates."""
-        steps = self.condition(r"num_steps=(\d+)", self.setting("sampler", "init_args", "num_steps"))
-        return int(steps) if isinstance(steps, (int, float)) else None
+        """Return the arguments of a callback, from the mapping or the list of a config; empty where there is none."""
+        named, listed = self.config.get("callbacks"), setting(self.config, "trainer", "callbacks")
+        entries = [*(named.values() if isinstance(named, dict) else []), *(listed if isinstance(listed, list) else [])]
+        found = (c for c in entries if str(setting(c, "class_path")).rpartition(".")[2] == name)
+        return setting(next(found, None), "init_args") or {}
 
     def sweep(self, name: str) -> list[tuple[float, float]]:
         """Return (sampling steps, final measure), fewest first: of ``<name>_steps<n>`` and the run's own sampler."""
-        tried = [key for key in self.metrics if re.match(rf"{name}_steps\d+$", key)]
-        found = {int(key.removeprefix(f"{name}_steps")): key for key in tried}
+        tried = [key for key in self.metrics if re.match(rf"{re.escape(name)}_steps\d+$", key)]
+        found = {int(key.rpartition("_steps")[2]): key for key in tried}
         if self.sampling_steps is not None:
             found[self.sampling_steps] = name
         return [(num, value) for num, key in sorted(found.items()) if (value := self.value(key)) is not None]
 
     def measured_on(self) -> str:
         """Return what decides on which images it was measured: measures of two runs compare only if this is equal."""
-        data = self.config.get("data") or {}
-        if self.is_generator:
+        if self.kind == "generator":
             quality = {k: v for k, v in self.callback("GenerationQuality").items() if k not in ("batch_size", "sweep")}
-            images = setting(data, "train", "init_args", "images") or data.get("train")
-            given = quality.get("reference")
-            return json.dumps([quality, None if given else [images, data.get("crop")]], sort_keys=True, default=str)
-        keys = ["val", "image_size", "crop", *([] if data.get("val") else ["train", "holdout", "seed"])]
-        limit = (self.config.get("trainer") or {}).get("limit_val_batches")
-        return json.dumps([{key: data.get(key) for key in keys}, limit], sort_keys=True, default=str)
+            images = self.data("train", "init_args", "images") or self.data("train")
+            what: list[Any] = [quality, None if quality.get("reference") else [images, self.data("crop")]]
+        else:
+            keys = ["val", "image_size", "crop", *([] if self.data("val") else ["train", "holdout", "seed"])]
+            what = [{key: self.data(key) for key in keys}, setting(self.config, "trainer", "limit_val_batches")]
+        return json.dumps(what, sort_keys=True, default=str)
+
+    def within(self, file: Any) -> Path | None:
+        """Return a file's path in this run's folder, or in that of its config, if it was moved; ``None`` of others."""
+        path = Path(text(file) or "/").resolve()
+        for folder in (self.folder.resolve(), Path(text(self.config.get("output")) or self.folder).resolve()):
+            if folder in (path, *path.parents):
+                return path.relative_to(folder)
+        return None
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -191,18 +142,18 @@ def find_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}" + (": this is a file" if folder.exists() else ""))
-    folders = (
-        [folder] if is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
-    )
+    folders = [folder] if is_run(folder) else sorted(path for path in folder.iterdir() if is_run(path))
     if not folders:
         raise UserError(f"there is no run in {folder}: give the folder whose subfolders `aligntok fit --output` wrote")
     runs = [read_run(path) for path in folders]
     for run in runs:
-        run.parent = next((other for other in runs if other is not run and wrote(other, run.init_from)), None)
-        run.tokenizer = next((other for other in runs if wrote(other, tokenizer_path(run.config))), None)
-    break_circles(runs)
-    known = {stage: rank for rank, stage in enumerate(STAGES)}
-    return sorted(runs, key=lambda run: (known.get(run.stage, len(STAGES)), run.depth, run.name))
+        run.parent = next((other for other in runs if other is not run and other.within(run.init_from)), None)
+        before = run.parent
+        while before not in (None, run):
+            before = before.parent
+        run.parent = run.parent if before is None else None  # no run is its own ancestor
+        run.tokenizer = next((other for other in runs if other.within(run.tokenizer_path)), None)
+    return sorted(runs, key=lambda run: (KINDS.index(run.kind), bool(run.init_from) + len(run.ancestors), run.name))
 
 
 def is_run(folder: Path) -> bool:
@@ -212,37 +163,33 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: Path) -> Run:
     """Read what a run left; what is not there (yet) stays empty."""
+    path = folder / "run.json"
+    record = read(path, RECORD)
+    for part, pair in (record.get("parameters") or {}).items():
+        if not isinstance(pair, list) or [type(count) for count in pair] != [int, int]:
+            raise UserError(f"{path} is broken: parameters of {part} are not two numbers")
     return Run(
         folder,
-        record=read_json(folder / "run.json"),
-        config=read_yaml(folder / "config.yaml"),
-        validation=read_json(folder / "validate.json"),
-        rows=read_rows(folder / "metrics.csv"),
-        per_position=read_rows(folder / "accuracy_per_position.csv", "position"),
+        record,
+        read(folder / "config.yaml"),
+        read(folder / "validate.json", VALIDATION),
+        read_rows(folder / "metrics.csv"),
+        read_rows(folder / "accuracy_per_position.csv", "position"),
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a config, empty where there is no file."""
-    if not path.is_file():
-        return {}
+def read(path: Path, types: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the mapping in a file, empty where there is none; entries may be missing, but not of other types."""
+    load = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = load(path.read_text()) if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is broken: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is broken: it holds no mapping")
+    for key, kind in (types or {}).items():
+        if not isinstance(content.get(key), (kind, type(None))):
+            raise UserError(f"{path} is broken: {key} is {content[key]!r:.100}")
     return content
 
 
@@ -250,19 +197,27 @@ def read_rows(path: Path, key: str = "step") -> list[dict[str, float]]:
     """Return the finite numbers of each row that has a ``key``; a run may be writing the last row just now."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = [{key: number(text) for key, text in row.items() if key} for row in csv.DictReader(file)]
-    finite = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    try:
+        with path.open(newline="") as file:
+            rows = [{name: number(cell) for name, cell in row.items() if name} for row in csv.DictReader(file)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is broken: {error}") from error
+    finite = [{name: value for name, value in row.items() if value is not None} for row in rows]
     return [row for row in finite if key in row]
 
 
-def number(text: Any) -> float | None:
+def number(value: Any) -> float | None:
     """Return the finite number that a cell holds."""
     try:
-        value = float(text)
+        converted = float(value)
     except (TypeError, ValueError):
         return None
-    return value if math.isfinite(value) else None
+    return converted if math.isfinite(converted) else None
+
+
+def text(value: Any) -> str | None:
+    """Return a string that is not empty, or ``None``."""
+    return value if isinstance(value, str) and value else None
 
 
 def setting(config: Any, *keys: str) -> Any:
@@ -270,28 +225,3 @@ def setting(config: Any, *keys: str) -> Any:
     for key in keys:
         config = config.get(key) if isinstance(config, dict) else None
     return config
-
-
-def tokenizer_path(config: dict[str, Any]) -> str | None:
-    """Return the checkpoint that a generator's config names as its tokenizer."""
-    path = setting(config, "model", "init_args", "tokenizer", "init_args", "path")
-    return path if isinstance(path, str) else None
-
-
-def wrote(run: Run, checkpoint: str | None) -> bool:
-    """Tell whether a checkpoint is a run's: under its folder, or under that of its config, if it was moved."""
-    if checkpoint is None:
-        return False
-    folders = [run.folder.resolve(), *([Path(run.config["output"]).resolve()] if run.config.get("output") else [])]
-    return any(folder in Path(checkpoint).resolve().parents for folder in folders)
-
-
-def break_circles(runs: list[Run]) -> None:
-    """Forget the parents of runs that would be their own ancestors."""
-    for run in runs:
-        seen, ancestor = {id(run)}, run.parent
-        while ancestor is not None and id(ancestor) not in seen:
-            seen.add(id(ancestor))
-            ancestor = ancestor.parent
-        if ancestor is not None:
-            run.parent = None
