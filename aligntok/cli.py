@@ -12,18 +12,18 @@ from typing import Any
 
 import lightning
 import lightning.pytorch as pl
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from omegaconf.errors import InterpolationKeyError
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
-from aligntok.data import LatentDataModule
 from aligntok.errors import UserError
 from aligntok.files import write_text
-from aligntok.layers import read_configs, to_text
+from aligntok.layers import read_configs, to_text, with_class
 from aligntok.stages import Stage
 from aligntok.weights.checkpoint import read_checkpoint
 
@@ -53,6 +53,7 @@ VERBS = {
 }
 
 
+DATA = "aligntok.data.LatentDataModule"  # the class of `data:` where it names none
 FOREIGN = {
     "fit": ("verbose", "return_predictions"),
     "validate": ("return_predictions",),
@@ -70,13 +71,18 @@ class RunCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser."""
-        parser = super().init_parser(**{"dump_header": [f"aligntok, lightning=={lightning.__version__}"], **kwargs})
-        parser.parser_mode = "omegaconf+"  # a value may be that of another key: ${data.image_size}
-        return parser
+        kwargs = {"dump_header": [f"aligntok, lightning=={lightning.__version__}"], **kwargs}
+        return super().init_parser(**kwargs, parser_mode="omegaconf+")  # values of other keys: ${data.init_args.x}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, its configs merged into one."""
-        self.config = parser.parse_args(merge_layers(sys.argv[1:]))
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # a config's root is its verb's
+        try:
+            self.config = parser.parse_args(merge_layers(sys.argv[1:]))
+        except InterpolationKeyError as error:
+            key = str(error.full_key).partition(".")[2]
+            other = re.sub(r".*resolved to '\w+\.([\w.]+)'.*", r"\1", str(error.msg), flags=re.DOTALL)
+            raise UserError(f"{key} follows {other}, which is missing: give one of the two") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what Lightning lacks."""
@@ -247,8 +253,11 @@ def short_message(message: str) -> str:
         key = next(name for name in unknown.groups() if name)
         where = [name for name in re.findall(r'Parser key "([\w.]+)"', text[: unknown.start()]) if name != key]
         return f"unknown key '{key}'" + (f" in {'.'.join(where)}" if where else "") + ": see --help, or --print_config"
-    if "are required:" in text:
-        keys = re.sub(r"\b(fit|validate|test|predict)\.", "", text)
+    required = re.search(r"(?:class_path '([\w.]+)': [^:]*)?are required: ([\w.]+(?:, [\w.]+)*)", text)
+    if required:
+        keys = re.sub(r"\b(fit|validate|test|predict)\.", "", required[2])
+        where = re.findall(r'Parser key "([\w.]+)"', text[: required.start()])
+        keys = f"{'.'.join(where)} ({required[1]}) needs {keys}" if required[1] else f"{keys} is missing"
         return f"{keys}. Add the missing layers (stage, size, data), or start from a recipe such as stage1.yaml"
     return text if len(text) < 400 else f"{text[:150]} ... {text[-250:]}"
 
@@ -262,8 +271,9 @@ def run(args: list[str] | None = None) -> RunCLI:
     sys.argv[1:] = sys.argv[1:] if args is None else args  # where processes that Lightning launches look for them
     return RunCLI(
         pl.LightningModule,
-        LatentDataModule,
+        pl.LightningDataModule,
         subclass_mode_model=True,
+        subclass_mode_data=True,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
         parser_class=Parser,
@@ -292,6 +302,8 @@ def merge_layers(arguments: list[str]) -> list[str]:
     if not names:
         return arguments
     config = read_configs(*names)
+    if isinstance(config.get("data"), dict):
+        config["data"] = with_class(config["data"], DATA)
     for key in FOREIGN.get(arguments[0], ()):
         config.pop(key, None)  # of another command, in a run's saved config.yaml
     return [arguments[0], "--config", to_text(config), *others]

@@ -71,6 +71,23 @@ def merge(below: Config, above: Mapping[str, Any]) -> Config:
     return merged
 
 
+def with_class(part: Config, class_path: str) -> Config:
+    """Return a part in full where it was given by its arguments alone; ``class_path`` is what it is by default.
+
+    Of a part that names its class, ``init_args`` go before arguments beside them, which only count if the class takes
+    them: shipped layers give ``data:`` in the short form, and a later one names another class.
+
+    Example:
+        >>> with_class({"image_size": 64}, "mine.Data")
+        {'class_path': 'mine.Data', 'init_args': {'image_size': 64}}
+    """
+    arguments = {key: value for key, value in part.items() if key not in ("class_path", "init_args")}
+    if part.get("class_path", class_path) != class_path:
+        class_path = part["class_path"]
+        arguments = _accepted(class_path, arguments)
+    return {"class_path": class_path, "init_args": merge(arguments, part.get("init_args") or {})}
+
+
 def to_text(config: Config) -> str:
     """Return a config as YAML, with nothing said by reference."""
     dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
@@ -79,7 +96,7 @@ def to_text(config: Config) -> str:
 
 
 def _is_schedule(value: Mapping[Any, Any]) -> bool:
-    return bool(value) and not any(isinstance(key, str) for key in value)
+    return bool(value) and all(str(key).replace(".", "", 1).isdigit() for key in value)
 
 
 def _accepted(class_path: str, arguments: Config) -> Config:

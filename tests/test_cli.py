@@ -43,7 +43,8 @@ def encoder_run(*args: str) -> Path:
         (["--config", "quickstart/encoder.yaml", "--model.foo", "3"], ["'foo'", "model"]),
         (["--config", "quickstart/encoder.yaml", "--trainer.max_stepz", "3"], ["trainer.max_stepz"]),
         (["--config", "quickstart/encoder.yaml", "--trainer.max_steps", "many"], ["trainer.max_steps", "many"]),
-        (["--config", "base.yaml"], ["model", "recipe"]),
+        (["--config", "base.yaml"], ["data", "train", "recipe"]),
+        (["--config", "data/shapes.yaml"], ["model", "recipe"]),
         (["--config", "quickstart/stage2.yaml"], ["LatentAlignment", "--init_from"]),
         (["--config", "quickstart/stage1.yaml"], ["encoder.safetensors", "no file"]),
         (
@@ -54,7 +55,10 @@ def encoder_run(*args: str) -> Path:
             ["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.image_size", "30"],
             ["30", "not divisible"],
         ),
-        (["--config", "quickstart/encoder.yaml", "--data.image_size", "40"], ["(32, 32)", "(40, 40)"]),
+        (
+            ["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.image_size", "40"],
+            ["(32, 32)", "(40, 40)"],
+        ),
         (
             ["--config", "quickstart/encoder.yaml", "--trainer.accumulate_grad_batches", "3"],
             ["global_batch_size 32", "3"],
