@@ -14,7 +14,7 @@ from aligntok import cli
 from aligntok.__main__ import main
 from aligntok.callbacks import GenerationQuality, SampleGrid
 from aligntok.data import Shapes
-from aligntok.layers import find_config, shipped_configs
+from aligntok.layers import find_config, read_configs, shipped_configs
 from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 
@@ -78,6 +78,37 @@ def test_paper_sizes(extra, latent_dim, monkeypatch, tmp_path):
     assert count(stage.loss.adversarial.discriminator) == 2_765_633
     assert stage.measures_latents
     assert stage.semantic.weight == 1.0
+
+
+def test_the_image_size_is_said_once(monkeypatch, tmp_path):
+    """One key, and encoder, decoder, data, losses and metrics follow; checkpoints hold plain numbers."""
+    size = ("--data.image_size", "64")
+    cli = build(
+        monkeypatch, tmp_path, "--config", "photos/stage2.yaml", *size, "--model.tokenizer.adapter.latent_dim=6"
+    )
+    assert cli.datamodule.image_size == cli.model.tokenizer.encoder.image_size == (64, 64)
+    assert cli.model.tokenizer.spec.image_size == (64, 64)
+    assert cli.model.tokenizer.spec.latent_shape == (6, 4, 4)
+    assert re.findall(r"image_size=(\w+)", str(cli.config)) == ["64"] * 4  # encoder, perceptual, data, features
+    recipe = cli.model.hparams["tokenizer"]["init_args"]
+    assert (recipe["encoder"]["init_args"]["image_size"], recipe["decoder"]["init_args"]["latent_dim"]) == (64, 6)
+    discrete = build(
+        monkeypatch,
+        tmp_path,
+        "--config",
+        "quickstart_alitok/stage1.yaml",
+        *size,
+        "--model.tokenizer.encoder.num_prefix=16",
+    ).model.tokenizer
+    assert discrete.spec.image_size == discrete.decoder.image_size == (64, 64)
+
+
+def test_layers_that_do_not_contradict_each_other_come_in_any_order():
+    for name in RECIPES:
+        layers = yaml.safe_load(find_config(name).read_text())["layers"]
+        layers = [layer for layer in layers if layer.partition("/")[0] in ("base.yaml", "stage", "size", "data")]
+        if len(layers) > 2:
+            assert read_configs(*layers) == read_configs(*reversed(layers)), name
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("stage1.yaml", 15), ("stage2.yaml", 31), ("stage3.yaml", 15)])
