@@ -100,7 +100,7 @@ def test_the_image_size_is_said_once(monkeypatch, tmp_path):
         *size,
         "--model.tokenizer.encoder.num_prefix=16",
     ).model.tokenizer
-    assert discrete.spec.image_size == discrete.decoder.image_size == (64, 64)
+    assert discrete.spec.image_size == (64, 64)
 
 
 def test_layers_that_do_not_contradict_each_other_come_in_any_order():
