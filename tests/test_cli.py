@@ -45,7 +45,7 @@ def encoder_run(*args: str) -> Path:
         (["--config", "quickstart/encoder.yaml", "--trainer.max_steps", "many"], ["trainer.max_steps", "many"]),
         (["--config", "base.yaml"], ["data", "train", "recipe"]),
         (["--config", "data/shapes.yaml"], ["model", "recipe"]),
-        (["--config", "quickstart/stage2.yaml"], ["LatentAlignment", "--init_from"]),
+        (["--config", "quickstart/stage2.yaml"], ["PerceptualAlignment", "previous stage", "--init_from"]),
         (["--config", "quickstart/stage1.yaml"], ["encoder.safetensors", "no file"]),
         (
             ["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.name", "vit_tinny_patch16_224"],
