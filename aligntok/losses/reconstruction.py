@@ -131,17 +131,24 @@ class ReconstructionLoss(nn.Module):
         sent = SendGradient.apply(reconstruction.float(), gradient, value)
         return LossValue(sent + game.discriminator, logs)
 
-    def terms(self, image: Tensor, reconstruction: Tensor, step: int) -> Terms:
-        """Return the terms that compare a reconstruction with its image, both (B, 3, H, W) float32."""
-        pixel = F.l1_loss if self.pixel == "l1" else F.mse_loss
-        return {self.pixel: (1.0, pixel(reconstruction, image))} | self.perceptual_terms(image, reconstruction, step)
+    def terms(self, image: Tensor, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()) -> Terms:
+        """Return the terms that compare a reconstruction with its image, both (B, 3, H, W) float32.
 
-    def perceptual_terms(self, image: Tensor, reconstruction: Tensor, step: int) -> Terms:
+        Distances of the classes ``without`` are left out: a validation need not compute what a callback measures.
+        """
+        pixel = F.l1_loss if self.pixel == "l1" else F.mse_loss
+        return {self.pixel: (1.0, pixel(reconstruction, image))} | self.perceptual_terms(
+            image, reconstruction, step, without
+        )
+
+    def perceptual_terms(
+        self, image: Tensor, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()
+    ) -> Terms:
         """Return the perceptual terms that count at this step, in fp32; both images (B, 3, H, W)."""
         terms: Terms = {}
         for name, distance in self.perceptual.items():
             weight = value_at(self.weights[name], step)
-            if weight:
+            if weight and not isinstance(distance, without):
                 with torch.autocast(image.device.type, enabled=False):
                     terms[name] = (weight, distance(reconstruction, image))
         return terms

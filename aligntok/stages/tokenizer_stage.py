@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from aligntok.errors import UserError
+from aligntok.losses.perceptual import LPIPS
 from aligntok.losses.reconstruction import ReconstructionLoss, Terms, weighted_sum
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.lora import DOWN, UP, merge_lora
@@ -169,7 +170,8 @@ class TokenizerStage(Stage):
         code = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"])
         latent = self.tokenizer.latent(code)
         reconstruction = self.tokenizer.decode_latent(latent)
-        terms = self.loss.terms(batch["image"], reconstruction.float(), self.global_step)
+        # ReconstructionQuality is the one that measures LPIPS, of images as PNG files hold them
+        terms = self.loss.terms(batch["image"], reconstruction.float(), self.global_step, without=(LPIPS,))
         prefix = "test" if self.trainer.testing else "val"
         logs = {f"{prefix}/{name}": value for name, (_, value) in terms.items()}
         self.log_mean(logs, len(latent))

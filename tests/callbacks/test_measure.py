@@ -26,7 +26,7 @@ from aligntok.callbacks.grids import latent_colours
 from aligntok.data import LatentDataModule, Shapes
 from aligntok.errors import UserError
 from aligntok.flow import Euler
-from aligntok.losses import LPIPS
+from aligntok.losses import LPIPS, PerceptualTerm, ReconstructionLoss
 from aligntok.metrics import EncoderFeatures, FeatureStatistics, GenerationMetrics, InceptionFeatures
 from aligntok.metrics.collected import Collected
 from aligntok.stages import EncoderPretraining
@@ -249,11 +249,14 @@ def test_a_stage_that_returns_no_reconstruction_is_named(tiny, tmp_path):
         trainer.validate(stage, measured_data(8), verbose=False)
 
 
-def test_lpips_is_the_one_of_the_loss(tiny, tmp_path, judge_weights):
-    callback = ReconstructionQuality()
+def test_lpips_of_the_loss_is_measured_once_and_logged_once(tiny, tmp_path, judge_weights, monkeypatch):
+    calls = []
+    forward = LPIPS.forward
+    monkeypatch.setattr(LPIPS, "forward", lambda self, *images: calls.append(self) or forward(self, *images))
+    callback, distance = ReconstructionQuality(), LPIPS()
     stage = tiny.stage()
-    stage.judge = LPIPS()
-    trainer = tiny.trainer(tmp_path, 1, [callback], limit_val_batches=1)
+    stage.loss = ReconstructionLoss(perceptual={"lpips": PerceptualTerm(distance)})
+    trainer = tiny.trainer(tmp_path, 1, [callback], limit_val_batches=2)
     trainer.validate(stage, measured_data(8), verbose=False)
-    assert callback.lpips is stage.judge
-    assert "val/lpips" in trainer.callback_metrics
+    assert calls == [distance, distance]
+    assert {"val/lpips", "val/l1"} <= trainer.callback_metrics.keys()
