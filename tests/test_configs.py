@@ -18,15 +18,17 @@ from aligntok.layers import find_config, read_configs, shipped_configs
 from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 
-LAST = {"cache.yaml", "token_cache.yaml", "sample.yaml"}  # last layers, with an output of their own
+ENCODE = {"cache.yaml", "token_cache.yaml", "quickstart/cache.yaml", "quickstart_alitok/cache.yaml"}
+SAMPLE = {"sample.yaml", "quickstart/samples.yaml", "quickstart_alitok/samples.yaml"}
 RECIPES = [
-    name for name in shipped_configs() if name not in LAST and "output" in yaml.safe_load(find_config(name).read_text())
+    name
+    for name in shipped_configs()
+    if name not in ENCODE | SAMPLE and "output" in yaml.safe_load(find_config(name).read_text())
 ]
 OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
 OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {"evaluate.yaml"}
 OPTIONAL |= {f"size/ar_{size}.yaml" for size in ("l", "xl", "debug")} | {"size/alitok_debug.yaml"}
-AFTER_OTHERS = {f"{folder}/samples.yaml" for folder in ("quickstart", "quickstart_alitok")}  # built from files of
-AFTER_OTHERS |= {"quickstart/dit.yaml", "quickstart_alitok/ar.yaml"}  # other runs
+AFTER_OTHERS = {"quickstart/dit.yaml", "quickstart_alitok/ar.yaml"}  # built from files of other runs
 DEBUG = ("--config", "size/debug.yaml", "--config", "data/shapes.yaml", "--data.global_batch_size", "4")
 
 
@@ -46,7 +48,14 @@ def build(monkeypatch, tmp_path, *args: str) -> cli.RunCLI:
 
 def test_every_layer_is_used():
     used = set().union(*(layers_of(name) for name in RECIPES))
-    assert used | OPTIONAL == set(shipped_configs())
+    assert used | OPTIONAL | ENCODE | SAMPLE == set(shipped_configs())
+
+
+@pytest.mark.parametrize("name", sorted(ENCODE))
+def test_encode_takes_its_configs(name, tmp_path, capsys):
+    words = ["--tokenizer", "no.ckpt", "--accelerator", "cpu", "--output", str(tmp_path / "cache")]
+    assert main(["encode", "--config", name, *words]) == 2
+    assert "there is no checkpoint no.ckpt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - AFTER_OTHERS))
