@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from aligntok.errors import UserError
+
+if TYPE_CHECKING:  # the report writes files without it
+    from torch import Tensor
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], shared: bool = False) -> None:
@@ -61,6 +63,8 @@ def hash_file(path: str | Path) -> str:
 
 def hash_tensors(tensors: dict[str, Tensor], about: str = "") -> str:
     """Return a hash (16 digits) of tensors with their names, dtypes and shapes, and of the text ``about`` them."""
+    import torch
+
     digest = hashlib.sha256(about.encode())
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()

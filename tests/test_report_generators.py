@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 from html import unescape
 
 import pytest
@@ -364,3 +366,27 @@ def test_the_tokens_of_a_repeated_run_are_its_own(tmp_path):
     make_autoregressive(tmp_path)
     page = unescape(write_report(tmp_path).read_text())
     assert "--data.train.init_args.folder again/tokens" in page
+
+
+def test_what_encode_and_sample_wrote_is_written_again_by_them(tmp_path):
+    make_all(tmp_path)
+    tokenizer = {"class_path": "aligntok.weights.load_tokenizer", "init_args": {"path": last(tmp_path, "stage1")}}
+    (tmp_path / "latents" / "predict.yaml").unlink()
+    write(tmp_path / "latents" / "encode.yaml", {"output": str(tmp_path / "latents"), "tokenizer": tokenizer})
+    (tmp_path / "samples" / "predict.yaml").unlink()
+    model = {"class_path": "aligntok.stages.LatentDiffusion", "init_args": {"tokenizer": tokenizer}}
+    write(tmp_path / "samples" / "sample.yaml", {"ckpt_path": last(tmp_path, "dit"), "model": model})
+    lines = commands(tmp_path)
+    assert lines[1] == (
+        "encode --config latents/encode.yaml --output again/latents --tokenizer again/stage1/checkpoints/last.ckpt"
+    )
+    assert lines[2].endswith("--data.train.init_args.folder again/latents")
+    assert lines[-1] == (
+        "sample --config samples/sample.yaml --output again/samples --ckpt_path again/dit/checkpoints/last.ckpt"
+        " --model.init_args.tokenizer.init_args.path again/stage1/checkpoints/last.ckpt"
+    )
+
+
+def test_the_report_starts_without_torch():
+    code = "import sys, aligntok.programs.report; sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -41,7 +41,7 @@ def write(verb: str, written: Run, run: Run | None, runs: list[Run], caches: lis
     words: list[str | Path] = [verb, "--config", written.folder / f"{verb}.yaml", "--output", AGAIN / written.name]
     if run is not None:
         words += ["--tokenizer" if verb == "encode" else "--ckpt_path", again(run, checkpoint(written))]
-    return line(*words, *(latents_again(written, runs, caches) if verb == "predict" else []))
+    return line(*words, *latents_again(written, runs, caches))
 
 
 def latents_again(run: Run, runs: list[Run], caches: list[Run]) -> list[str | Path]:
