@@ -129,7 +129,7 @@ class TwoOptimizers(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         image = batch["image"]
         features = self.stage.tokenizer.encoder(image)
-        latent, _ = self.stage.adapt(features)
+        latent, _ = self.stage.adapt(features, batch)
         terms = self.stage.latent_terms(image, features, latent)
         reconstruction = self.stage.tokenizer.decode(latent, clamp=False)
         generator, discriminator = self.optimizers()

@@ -117,6 +117,11 @@ class TimeSampling:
             t = torch.randn(count, device=device, generator=generator).sigmoid()
         return shift_time(t, self.shift)
 
+    def of(self, normal: Tensor) -> Tensor:
+        """Return the times in [0, 1] that standard normal numbers (B,) stand for: as good a draw as ``__call__``'s."""
+        t = normal.sigmoid() if self.distribution == "logit_normal" else torch.special.ndtr(normal)
+        return shift_time(t, self.shift)
+
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
     """Return (B,) as (B, 1, ..., 1), to be broadcast against `x`."""

@@ -63,10 +63,15 @@ class GaussianAdapter(LinearAdapter):
         super().__init__(width, latent_dim)
         self.project_log_variance = nn.Conv2d(width, latent_dim, 1)
 
-    def sample(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a sample (B, latent_dim, h, w) of the posterior and its KL divergence from N(0, 1), a sum (B,)."""
+    def sample(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return a sample (B, latent_dim, h, w) of the posterior and its KL divergence from N(0, 1), a sum (B,).
+
+        Args:
+            features: (B, width, h, w).
+            noise: Standard normal, of the sample's shape; by default drawn from torch's generator.
+        """
         mean = self(features)
         log_variance = self.project_log_variance(features).clamp(*self.LOG_VARIANCE_RANGE)
-        latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        latent = mean + torch.exp(0.5 * log_variance) * (torch.randn_like(mean) if noise is None else noise.to(mean))
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
         return latent, divergence

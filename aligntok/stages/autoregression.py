@@ -102,10 +102,10 @@ class AutoregressiveGeneration(GeneratorStage):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of one batch."""
         tokens = self.tokens_of(batch)
-        logits = self.logits(tokens, self.drop(batch["label"]))
+        logits = self.logits(tokens, self.drop(batch))
         loss = cross_entropy(logits.flatten(0, 1), tokens.flatten())
         accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, batch_size=len(tokens))
+        self.log_terms({"loss": loss.detach(), "accuracy": accuracy}, len(tokens))
         return loss
 
     @torch.no_grad()

@@ -125,11 +125,11 @@ class LatentDiffusion(GeneratorStage):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the flow matching loss of one batch."""
-        latent, label = self.latent_of(batch), batch["label"]
-        noise = torch.randn_like(latent)
-        t = self.times(self.global_step)(len(latent), latent.device)
+        latent = self.latent_of(batch)
+        noise = self.normal(batch, "noise", latent.shape[1:]).to(latent)  # (B, C, h, w)
+        t = self.times(self.global_step).of(self.normal(batch, "time")).to(latent)  # (B,)
         point, velocity = sample_path(noise, latent, t)
-        label = self.drop(label)
+        label = self.drop(batch)
         logs: dict[str, Tensor] = {}
         extra = latent.new_zeros(())
         if self.representation_alignment is None:
@@ -139,7 +139,7 @@ class LatentDiffusion(GeneratorStage):
         terms = velocity_terms(prediction, velocity)
         loss = (terms["mse"] + self.cosine_weight * terms["cosine"]).mean() + extra
         logs |= {name: value.detach().mean() for name, value in terms.items()} | {"loss": loss.detach()}
-        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(latent))
+        self.log_terms(logs, len(latent))
         self.fill_bins("train", t, terms["mse"].detach())
         return loss
 

@@ -107,11 +107,12 @@ class GeneratorStage(Stage):
             raise UserError(f"label {wrong} in a batch, but model.network.num_classes {count} means 0 .. {count - 1}")
         return batch
 
-    def drop(self, label: Tensor) -> Tensor:
-        """Replace some labels by the null class."""
+    def drop(self, batch: dict[str, Any]) -> Tensor:
+        """Return the labels (B,) of a batch, some replaced by the null class."""
+        label: Tensor = batch["label"]
         if self.network.null_label is None:
             return label
-        dropped = torch.rand(label.shape, device=label.device) < self.label_dropout
+        dropped = self.uniform(batch, "label") < self.label_dropout
         return torch.where(dropped, self.network.null_label, label)
 
     # Samples

@@ -49,9 +49,7 @@ class EncoderPretraining(Stage):
         """Return the cross-entropy of one batch."""
         logits = self(batch["image"])
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
-        self.log_dict(
-            {"train/loss": loss.detach(), "train/accuracy": accuracy(logits, batch["label"])}, batch_size=len(logits)
-        )
+        self.log_terms({"loss": loss.detach(), "accuracy": accuracy(logits, batch["label"])}, len(logits))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

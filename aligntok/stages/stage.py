@@ -9,12 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from aligntok.errors import UserError
+from aligntok.randomness import normal, uniform
 from aligntok.stages.migration import rename_discriminator, split_groups
 from aligntok.stages.optimization import Optimization, ParameterGroup, clip_, drop_gradients, parameters_by_group
 from aligntok.weights.checkpoint import STAGE_KEY, check_fits, part_of, read_checkpoint
@@ -109,10 +111,9 @@ class Stage(pl.LightningModule):
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make all random numbers of a step a function of (seed, step, rank), so that a resumed run is the same run."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        step = self.trainer.fit_loop.total_batch_idx
-        torch.manual_seed((seed * 1_000_003 + step) * 4096 + self.global_rank)
+        """Make the numbers that belong to no image, dropout's, a function of (seed, batch, rank): resume is exact."""
+        step = self.trainer.fit_loop.total_batch_idx  # counts accumulated batches too; Lightning's loop alone knows it
+        torch.manual_seed((self.run_seed * 1_000_003 + step) * 4096 + self.global_rank)
         if isinstance(batch, dict) and "id" in batch:
             self.batch_ids.append(batch["id"])
 
@@ -153,6 +154,41 @@ class Stage(pl.LightningModule):
                 f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {self.global_step}; image"
                 f" ids in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate"
             )
+
+    # Random numbers that belong to an image
+
+    @property
+    def run_seed(self) -> int:
+        """The seed of the run, which Lightning's ``seed_everything`` leaves in the environment."""
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def ids_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return what keys the random numbers of a batch: the images' ids, or without these their places, (B,)."""
+        if "id" in batch:
+            return batch["id"].to(self.device)  # type: ignore[no-any-return]
+        count = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        return torch.arange(count, device=self.device) + self.global_rank * count
+
+    def normal(self, batch: dict[str, Any], stream: str, shape: Sequence[int] = ()) -> Tensor:
+        """Return standard normal numbers (B, *shape), each a function of (seed, optimizer step, image id) alone."""
+        return normal(self.ids_of(batch), self.run_seed, self.global_step, stream, shape)
+
+    def uniform(self, batch: dict[str, Any], stream: str) -> Tensor:
+        """Return numbers (B,) in [0, 1), each a function of (seed, optimizer step, image id) alone."""
+        return uniform(self.ids_of(batch), self.run_seed, self.global_step, stream)
+
+    def log_terms(self, values: dict[str, Tensor], count: int) -> None:
+        """Log the terms of a training step on ``count`` images, at steps that are written as means over all ranks.
+
+        Between these steps the ranks exchange nothing, and the progress bar shows the terms of rank 0's images.
+        """
+        if dist.is_available() and dist.is_initialized():
+            every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it later
+            if every and (self.global_step + 1) % every == 0:
+                means = torch.stack([value.detach().float() for value in values.values()])
+                dist.all_reduce(means)
+                values = dict(zip(values, means / dist.get_world_size(), strict=True))
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=count)
 
     def log_mean(self, values: dict[str, Tensor], count: int) -> None:
         """Log means () over ``count`` images so that the epoch's value is the mean over all images of all ranks."""

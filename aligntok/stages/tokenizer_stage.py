@@ -115,36 +115,38 @@ class TokenizerStage(Stage):
         image: Tensor = batch["image"]
         if self.global_step == 0:
             check_range(image)
-        latent, terms = (batch["latent"], {}) if "latent" in batch else self.encode(image)
+        latent, terms = (batch["latent"], {}) if "latent" in batch else self.encode(batch)
         reconstruction, more_terms = self.decode(latent, image)
         terms |= more_terms
         result = self.loss(image, reconstruction, self.global_step, self.tokenizer.decoder.last_layer)
         loss: Tensor = result.value + weighted_sum(terms, like=latent)
         logs = {name: value.detach() for name, (_, value) in terms.items()} | result.terms | {"loss": loss.detach()}
-        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(image))
+        self.log_terms(logs, len(image))
         return loss
 
-    def encode(self, image: Tensor) -> tuple[Tensor, Terms]:
-        """Return the latent (B, C, h, w) that the decoder gets of an image (B, 3, H, W), and the terms on the way."""
+    def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Terms]:
+        """Return the latent (B, C, h, w) that the decoder gets of images (B, 3, H, W), and the terms on the way."""
+        image = batch["image"]
         features = self.tokenizer.encoder(image)
-        latent, terms = self.adapt(features)
+        latent, terms = self.adapt(features, batch)
         terms |= self.latent_terms(image, features, latent)
-        latent, more_terms = self.quantize(latent)
+        latent, more_terms = self.quantize(latent, batch)
         return latent, terms | more_terms
 
-    def adapt(self, features: Tensor) -> tuple[Tensor, Terms]:
+    def adapt(self, features: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Terms]:
         """Return the normalised latent (B, C, h, w) of features (B, width, h, w), sampled if there is a KL term."""
         if not self.kl_weight:
             return self.tokenizer.normalize(self.tokenizer.adapter(features)), {}
-        latent, divergence = self.tokenizer.adapter.sample(features)
+        noise = self.normal(batch, "latent", self.tokenizer.spec.latent_shape)
+        latent, divergence = self.tokenizer.adapter.sample(features, noise)
         pixels = 3 * self.tokenizer.spec.image_size[0] * self.tokenizer.spec.image_size[1]
         return self.tokenizer.normalize(latent), {"kl": (self.kl_weight, divergence.mean() / pixels)}
 
-    def quantize(self, latent: Tensor) -> tuple[Tensor, Terms]:
+    def quantize(self, latent: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Terms]:
         """Return the codes nearest to a latent (B, C, h, w), and the quantizer's terms if it learns."""
         if self.tokenizer.quantizer is None:
             return latent, {}
-        quantized = self.tokenizer.quantizer(latent)
+        quantized = self.tokenizer.quantizer(latent, self.ids_of(batch))
         if "quantizer" not in self.trains:
             return quantized.latent, {}
         terms = {"commitment": (self.commitment_weight, quantized.commitment), "codebook": (1.0, quantized.codebook)}

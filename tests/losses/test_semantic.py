@@ -83,10 +83,10 @@ def test_its_gradient_reaches_encoder_and_adapter_but_not_the_anchor(tiny):
 def test_the_kl_term_is_per_pixel(tiny):
     stage = tiny.stage(PerceptualAlignment, tokenizer=tiny.tokenizer(adapter=GaussianAdapter), kl_weight=0.5)
     features = stage.tokenizer.encoder(tiny.images())
-    torch.manual_seed(0)
-    latent, terms = stage.adapt(features)
-    torch.manual_seed(0)
-    sample, divergence = stage.tokenizer.adapter.sample(features)
+    batch = {"id": torch.arange(len(features))}
+    latent, terms = stage.adapt(features, batch)
+    noise = stage.normal(batch, "latent", (4, 4, 4))
+    sample, divergence = stage.tokenizer.adapter.sample(features, noise)
     assert torch.equal(latent, stage.tokenizer.normalize(sample))
     weight, value = terms["kl"]
     assert weight == 0.5

@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from aligntok.callbacks import CodebookHealth, SaveCheckpoint
 from aligntok.data import LatentDataModule, Shapes
-from aligntok.stages import CausalTokenization, LatentAlignment, PerceptualAlignment
+from aligntok.networks import GaussianAdapter
+from aligntok.stages import CausalTokenization, DecoderRefinement, LatentAlignment, PerceptualAlignment
 
 WORLD = int(os.environ["WORLD_SIZE"])
 RANK = int(os.environ["LOCAL_RANK"])
@@ -53,20 +54,39 @@ def health(tiny, folder):
 
 
 def train(tiny, folder, cls, steps=5, **options):
+    return fitted(tiny, folder, tiny.stage(cls, **{"learning_rate": 0.1, "optimizer": tiny.sgd, **options}), steps)
+
+
+def fitted(tiny, folder, stage, steps=5):
     torch.set_num_threads(1)
     recorder = Recorder()
-    stage = tiny.stage(cls, **{"learning_rate": 0.1, "optimizer": tiny.sgd, **options})
-    trainer = tiny.trainer(folder, steps, [recorder], **parallel())
+    trainer = tiny.trainer(folder, steps, [recorder], log_every_n_steps=1, **parallel())
     start = tiny.copies(stage)
     trainer.fit(stage, datamodule=tiny.data(calibration_images=37))  # odd: the ranks measure shares of different sizes
     weights = {name: value.detach().clone() for name, value in [*stage.named_parameters(), *stage.named_buffers()]}
     change = {name: float((weights[name] - start[name]).abs().max()) for name in weights}
-    return {"weights": weights, "change": change, "global_step": trainer.global_step, "scales": recorder.scales}
+    loss = float(trainer.callback_metrics["train/loss"])
+    steps = {"global_step": trainer.global_step, "scales": recorder.scales, "loss": loss}
+    return {"weights": weights, "change": change, **steps}
+
+
+def others(tiny):
+    """Return the other stages; each draws numbers of its own, or none."""
+    refined = tiny.causal(causal=False, prefix_head=False, num_buffer=3)
+    gaussian = tiny.tokenizer(adapter=GaussianAdapter)
+    sgd = {"learning_rate": 0.1, "optimizer": tiny.sgd}
+    return {
+        "stage3": tiny.stage(DecoderRefinement, **sgd),
+        "kl": tiny.stage(LatentAlignment, tokenizer=gaussian, kl_weight=1e-3, **sgd),
+        "alitok2": tiny.stage(DecoderRefinement, tokenizer=refined, pixel_loss="mse", **sgd),
+        "dit": tiny.generator(label_dropout=0.5, **{**sgd, "learning_rate": 0.01}),
+        "ar": tiny.autoregressive(tiny.ar(dropout=0.0), label_dropout=0.5, **sgd),  # dropout is drawn by rank
+    }
 
 
 def main(output):
     tiny = load_tiny()
-    results = {}
+    results = {name: fitted(tiny, output / name, stage) for name, stage in others(tiny).items()}
     gan = {"perceptual": tiny.judge(), "adversarial": tiny.gan(weight=0.5, adaptive=False)}
     results["stage1"] = train(tiny, output / "stage1", LatentAlignment, **gan)
     late = tiny.gan(weight={2: 0.0, 3: 0.5}, adaptive=True, discriminator_start=2)  # idle, then alone, then both

@@ -88,7 +88,7 @@ def test_the_judge_of_the_prefix_sees_the_whole_image_and_moves_the_prefix_alone
     judge = Distance()
     stage = stage_of(tiny, tokenizer, auxiliary="perceptual", perceptual=judge, perceptual_weight=0.5)
     image = tiny.images(4)
-    latent, _ = stage.encode(image)
+    latent, _ = stage.encode({"image": image})
     reconstruction, prefix = tokenizer.decoder.with_prefix(latent)
     weight, value = stage.prefix_terms(image, reconstruction, prefix)["prefix_perceptual"]
     composed = reconstruction.clone()

@@ -155,12 +155,12 @@ def test_frozen_parts_neither_change_nor_are_saved(tiny, tmp_path, cache):
 
 def test_share_of_dropped_labels(tiny):
     label = torch.arange(20_000) % 12
-    dropped = tiny.generator(label_dropout=0.3).drop(label)
+    dropped = tiny.generator(label_dropout=0.3).drop({"label": label})
     assert 0.28 < (dropped == 12).float().mean() < 0.32
     assert torch.equal(dropped[dropped != 12], label[dropped != 12])
-    assert torch.equal(tiny.generator(label_dropout=0.0).drop(label), label)
+    assert torch.equal(tiny.generator(label_dropout=0.0).drop({"label": label}), label)
     network = tiny.dit(null_class=False)
-    assert torch.equal(tiny.generator(network=network, label_dropout=0.0).drop(label), label)
+    assert torch.equal(tiny.generator(network=network, label_dropout=0.0).drop({"label": label}), label)
 
 
 def test_the_network_sees_dropped_labels_in_training_but_not_in_validation(tiny, batch):

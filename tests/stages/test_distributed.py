@@ -58,7 +58,10 @@ def runs(tmp_path_factory):
     return [*finish(root / "one", one), *finish(root / "two", two)], root
 
 
-@pytest.mark.parametrize("run", ["stage1", "stage2", "causal"])
+OTHERS = ["stage3", "kl", "alitok2", "dit", "ar"]
+
+
+@pytest.mark.parametrize("run", ["stage1", "stage2", "causal", *OTHERS])
 def test_two_ranks_equal_one(runs, run):
     (one, first, second), _ = runs
     assert one[run]["global_step"] == first[run]["global_step"] == second[run]["global_step"] == 5
@@ -67,6 +70,13 @@ def test_two_ranks_equal_one(runs, run):
             first[run]["weights"][name], value, rtol=1e-3, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}"
         )
         assert torch.equal(first[run]["weights"][name], second[run]["weights"][name]), name
+    assert first[run]["loss"] == second[run]["loss"] == pytest.approx(one[run]["loss"], rel=1e-4)  # of all images
+
+
+@pytest.mark.parametrize("run", OTHERS)
+def test_the_other_stages_learned_far_more_than_the_tolerance(runs, run):
+    (one, *_), _ = runs
+    assert max(one[run]["change"].values()) > 1e-3
 
 
 @pytest.mark.parametrize("run", ["stage1", "stage2"])

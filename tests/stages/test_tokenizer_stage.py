@@ -65,7 +65,10 @@ def test_with_a_kl_weight_training_samples_and_validation_does_not(tiny):
     stage = tiny.stage(LatentAlignment, tokenizer=tiny.tokenizer(adapter=GaussianAdapter), kl_weight=1e-6)
     image = tiny.images(2)
     features = stage.tokenizer.encoder(image)
-    assert not torch.equal(stage.adapt(features)[0], stage.adapt(features)[0])
+    first, second, again = (stage.adapt(features, {"id": torch.tensor(ids)})[0] for ids in ([0, 1], [2, 1], [0, 1]))
+    assert not torch.equal(first[0], second[0])  # another image, another sample
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first, again)
     assert torch.equal(stage.predict_step({"image": image}, 0), stage.predict_step({"image": image}, 0))
 
 
