@@ -162,7 +162,7 @@ class RunCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         loggers: list[Logger] | bool = False
         if self.subcommand == "fit" and not trainer.fast_dev_run:
-            loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output, name="", version="")]
+            loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output)]
         if trainer.logger not in (None, True):
             loggers = trainer.logger
         listed = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]

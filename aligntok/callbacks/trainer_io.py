@@ -9,8 +9,9 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from aligntok.files import write_atomically
 from aligntok.weights.checkpoint import read_checkpoint
@@ -38,35 +39,69 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-class MetricsCSV(CSVLogger):
-    """``metrics.csv`` in the run's folder; a resumed run goes on in the same file, from its own step."""
+class MetricsCSV(Logger):
+    """``metrics.csv`` in the run's folder: a row for what was logged at once, a column for each name.
 
-    @property
-    def experiment(self) -> Any:
-        """The writer."""
-        if self._experiment is None:
-            self._experiment = ContinuedWriter(self.log_dir)
-        return self._experiment
+    A resumed run goes on in the same file. Rows of the earlier attempt from its first step on are dropped, and so is a
+    last line that was cut short when the earlier attempt was killed.
 
-    def log_hyperparams(self, params: Any = None) -> None:
+    >>> import tempfile
+    >>> log = MetricsCSV(tempfile.mkdtemp())
+    >>> log.log_metrics({"train/loss": 0.5}, step=9)
+    >>> log.save(); log.path.read_text().split()
+    ['step,train/loss', '9,0.5']
+
+    Args:
+        folder: The run's.
+    """
+
+    name = version = ""  # of the run's folder nothing is added to the path
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self.columns: list[str] = []
+        self.rows: list[dict[str, Any]] = []  # not yet in the file
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Write none: ``config.yaml`` has them."""
 
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Add a row, which ``save`` writes."""
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self.rows.append(values | {"step": step})
 
-class ContinuedWriter(ExperimentWriter):
-    """Keeps the rows of earlier attempts up to the step at which this one begins."""
-
-    def _check_log_dir_exists(self) -> None:
-        self.earlier = Path(self.metrics_file_path)
-
+    @rank_zero_only
     def save(self) -> None:
-        """Write; the first time, first drop the rows that this attempt writes again."""
-        if self.metrics and self.earlier.is_file() and not self.metrics_keys:
-            first = min(row["step"] for row in self.metrics)
-            with self.earlier.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < first]
-            self.metrics_keys = sorted({key for row in rows for key in row})
-            with self.earlier.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+        """Write: new rows behind the others, or the whole file anew where there is a new column."""
+        rows, self.rows = self.rows, []
+        new = set().union(*rows) - set(self.columns)
+        if new:
+            end = None if self.columns else min(row["step"] for row in rows)
+            rows = [*whole_rows(self.path, end), *rows]
+            self.columns = sorted(set().union(*rows))
+            write_atomically(self.path, lambda temporary: self.write(rows, temporary, "w"))
+        elif rows:
+            self.write(rows, self.path, "a")
+
+    def write(self, rows: list[dict[str, Any]], path: Path, mode: str) -> None:
+        """Write rows, under a header in a new file."""
+        with path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if mode == "w":
                 writer.writeheader()
-                writer.writerows(rows)
-        super().save()
+            writer.writerows(rows)
+
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+
+def whole_rows(path: Path, end: int | None) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.csv`` before step ``end`` (or all), without a last line that was cut short."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
+    return [row for row in rows if end is None or int(row["step"]) < end]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aligntok.callbacks import SaveCheckpoint
+from aligntok.callbacks.trainer_io import MetricsCSV
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
 
@@ -100,3 +101,29 @@ class Touch:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
+
+
+def logged(folder, *rows):
+    logger = MetricsCSV(folder)
+    for step, metrics in rows:
+        logger.log_metrics(metrics, step)
+        logger.save()
+    logger.finalize("success")
+    return logger.path.read_bytes().decode()
+
+
+def test_metrics_have_a_column_for_each_name_and_go_on_from_the_resumed_step(tmp_path):
+    first = logged(tmp_path, (0, {"train/loss": 0.5}), (1, {"train/loss": 0.25}), (1, {"val/psnr": 20.0}), (2, {"z": 1}))
+    assert first == "step,train/loss,val/psnr,z\r\n0,0.5,,\r\n1,0.25,,\r\n1,,20.0,\r\n2,,,1\r\n"
+    resumed = logged(tmp_path, (1, {"train/loss": torch.tensor(0.125)}), (2, {"a": 3}))
+    assert resumed == "a,step,train/loss,val/psnr,z\r\n,0,0.5,,\r\n,1,0.125,,\r\n3,2,,,\r\n"
+
+
+@pytest.mark.parametrize("cut", range(1, 31))
+def test_a_line_that_was_cut_short_is_dropped(tmp_path, cut):
+    """Wherever it was cut: `120` may have been cut from `1200`. A cut header leaves nothing."""
+    whole = "step,train/loss\r\n10,0.5\r\n120,0.25\r\n"
+    (tmp_path / "metrics.csv").write_bytes(whole[:-cut].encode())
+    kept = [line for line in whole[:-cut].split("\n")[:-1] if line[0].isdigit()]
+    text = logged(tmp_path, (1300, {"train/loss": 0.1}))
+    assert text.splitlines() == ["step,train/loss", *(line.strip() for line in kept), "1300,0.1"]
