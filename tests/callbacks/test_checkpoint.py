@@ -113,7 +113,9 @@ def logged(folder, *rows):
 
 
 def test_metrics_have_a_column_for_each_name_and_go_on_from_the_resumed_step(tmp_path):
-    first = logged(tmp_path, (0, {"train/loss": 0.5}), (1, {"train/loss": 0.25}), (1, {"val/psnr": 20.0}), (2, {"z": 1}))
+    first = logged(
+        tmp_path, (0, {"train/loss": 0.5}), (1, {"train/loss": 0.25}), (1, {"val/psnr": 20.0}), (2, {"z": 1})
+    )
     assert first == "step,train/loss,val/psnr,z\r\n0,0.5,,\r\n1,0.25,,\r\n1,,20.0,\r\n2,,,1\r\n"
     resumed = logged(tmp_path, (1, {"train/loss": torch.tensor(0.125)}), (2, {"a": 3}))
     assert resumed == "a,step,train/loss,val/psnr,z\r\n,0,0.5,,\r\n,1,0.125,,\r\n3,2,,,\r\n"
