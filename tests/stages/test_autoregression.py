@@ -326,7 +326,7 @@ def test_grids_show_samples_and_the_codes_of_the_grid(tiny, tmp_path):
 def test_there_are_no_sampling_steps_to_sweep(tiny, tmp_path):
     quality = GenerationQuality(GenerationMetrics(tiny.Pixels()), 8, sweep=[2])
     with pytest.raises(UserError, match="sweep needs a sampler with num_steps"):
-        quality.setup(tiny.trainer(tmp_path, 1), tiny.autoregressive(), "fit")
+        quality.setup(tiny.trainer(tmp_path, 1), tiny.autoregressive(), "validate")
 
 
 # --- what is refused
