@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from aligntok.errors import UserError
-from aligntok.networks.layers import Attention, KeyValueCache, RMSNorm, SwiGLU
+from aligntok.errors import UserError, check_positive
+from aligntok.networks.layers import (
+    Attention,
+    ClassConditional,
+    KeyValueCache,
+    RMSNorm,
+    SwiGLU,
+    check_rotary_width,
+    run_blocks,
+)
 from aligntok.networks.positions import class_first_rotary
 
 INIT_STD = 0.02  # arXiv:2406.06525
@@ -18,7 +25,7 @@ NORM_EPS = 1e-5  # arXiv:2302.13971
 HIDDEN_MULTIPLE = 256  # of the MLP's hidden width, arXiv:2406.06525
 
 
-class AutoregressiveTransformer(nn.Module):
+class AutoregressiveTransformer(ClassConditional):
     """Predict each token of an image from its class and the earlier tokens: first the prefix, then the grid.
 
     AliTok's sizes are in ``configs/size/ar_*.yaml``. One table embeds what the sequence holds: the codes, one row
@@ -65,8 +72,9 @@ class AutoregressiveTransformer(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(codebook_size, grid, num_prefix, num_classes, dropout)
-        _check_transformer(width, depth, num_heads, hidden)
+        _check_sequence(grid, num_prefix, dropout)
+        check_positive(codebook_size=codebook_size, num_classes=num_classes, depth=depth, hidden=hidden)
+        check_rotary_width(width, num_heads)
         self.codebook_size, self.grid, self.num_prefix = codebook_size, (grid[0], grid[1]), num_prefix
         self.sequence_length = num_prefix + grid[0] * grid[1]
         self.num_classes, self.width, self.num_heads = num_classes, width, num_heads
@@ -101,11 +109,10 @@ class AutoregressiveTransformer(nn.Module):
         if tokens.device.type == "cpu":
             self.check_labels(label)
         ids = torch.cat((self.start_ids(label, len(tokens))[:, None].to(tokens.device), tokens), dim=1)
-        x = self.dropout(self.embed(ids))
+        x = self.dropout(self.embed(ids))  # (B, n + 1, width)
         rotary = self.rotary[: ids.shape[1]]
-        for block in self.blocks:
-            x = self._run(block, x, rotary)
-        logits: Tensor = self.head(self.norm(x))
+        x = run_blocks(self.blocks, x, rotary, recompute=self.gradient_checkpointing)  # (B, n + 1, width)
+        logits: Tensor = self.head(self.norm(x))  # (B, n + 1, codebook_size)
         return logits
 
     def start_ids(self, label: Tensor | None, count: int) -> Tensor:
@@ -113,24 +120,6 @@ class AutoregressiveTransformer(nn.Module):
         if label is None:
             return torch.full((count,), self.codebook_size + 1, device=self.embed.weight.device)
         return label + self.codebook_size + 1
-
-    def check_labels(self, label: Tensor | None) -> None:
-        """Raise a ``UserError`` if a label (B,) is none of this network's classes; waits for a GPU."""
-        if (label is None) != (self.num_classes is None):
-            kind = "unconditional" if label is not None else f"conditional, on num_classes={self.num_classes},"
-            raise UserError(
-                f"the network is {kind} and labels were {'not ' * (label is None)}given: change one of them"
-            )
-        if label is None or self.num_classes is None or not label.numel():
-            return
-        last = self.num_classes - (self.null_label is None)
-        if not 0 <= int(label.min()) <= int(label.max()) <= last:
-            wrong = int(label.min()) if label.min() < 0 else int(label.max())
-            null = "no null class" if self.null_label is None else f"null class {self.null_label}"
-            raise UserError(
-                f"label {wrong} is none of the network's classes 0..{self.num_classes - 1} ({null}): set num_classes to"
-                " the number of classes in the data"
-            )
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.shape[1] > self.sequence_length:
@@ -147,13 +136,6 @@ class AutoregressiveTransformer(nn.Module):
                 f"token {low if low < 0 else high} is none of the network's codes 0..{self.codebook_size - 1}: set"
                 " codebook_size to the tokenizer's"
             )
-
-    def _run(self, block: nn.Module, x: Tensor, rotary: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, rotary, use_reentrant=False)  # with the random state: blocks have dropout
-        else:
-            x = block(x, rotary)
-        return x
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -182,26 +164,10 @@ class Block(nn.Module):
         return y
 
 
-def _check_sizes(
-    codebook_size: int, grid: tuple[int, int], num_prefix: int, num_classes: int | None, dropout: float
-) -> None:
-    for key, value in {"codebook_size": codebook_size, "num_classes": num_classes}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value}: give at least 1")
+def _check_sequence(grid: tuple[int, int], num_prefix: int, dropout: float) -> None:
     if len(grid) != 2 or any(side < 1 for side in grid):
         raise UserError(f"grid={list(grid)}: give rows and columns of the token grid")
     if num_prefix < 0:
         raise UserError(f"num_prefix={num_prefix}: give at least 0")
     if not 0 <= dropout < 1:
         raise UserError(f"dropout={dropout}: give a share from 0 to below 1")
-
-
-def _check_transformer(width: int, depth: int, num_heads: int, hidden: int | None) -> None:
-    for key, value in {"depth": depth, "num_heads": num_heads, "hidden": hidden}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value}: give at least 1")
-    if width < 1 or width % (4 * num_heads):
-        raise UserError(
-            f"width={width}: give a multiple of 4 * num_heads={4 * num_heads}, as half of a head turns with the row and"
-            " half with the column, in pairs"
-        )

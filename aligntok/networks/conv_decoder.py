@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError
 from aligntok.networks.conv_blocks import NORM_EPS, Level, Middle, check_sizes, resolve_levels
+from aligntok.networks.layers import run_blocks
 
 
 class ConvDecoder(nn.Module):
@@ -34,7 +34,7 @@ class ConvDecoder(nn.Module):
             count from the latent's resolution, so -1 (the default, as in VA-VAE) is the lowest resolution whatever the
             number of levels. One more attention is always in the middle, before the first level.
         num_groups: Groups of every GroupNorm; must divide the width of every level (32 in latent diffusion).
-        checkpoint_activations: Recompute each level in the backward pass instead of keeping its activations.
+        gradient_checkpointing: Recompute each level in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -51,13 +51,13 @@ class ConvDecoder(nn.Module):
         num_blocks: int,
         attention_levels: Sequence[int] = (-1,),
         num_groups: int = 32,
-        checkpoint_activations: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(latent_dim, width, multipliers, num_blocks, num_groups)
         self.latent_dim = latent_dim
         self.downsampling = 2 ** (len(multipliers) - 1)
-        self.checkpoint_activations = checkpoint_activations
+        self.gradient_checkpointing = gradient_checkpointing
         attended = resolve_levels(attention_levels, len(multipliers))
         widths = [width * multiplier for multiplier in multipliers]
         inputs = [*widths[1:], widths[-1]]  # a level receives what the next lower resolution gives
@@ -98,19 +98,10 @@ class ConvDecoder(nn.Module):
                 "give the decoder the adapter's latent_dim"
             )
         latent = latent.contiguous(memory_format=torch.channels_last)
-        x = self._run(self.mid, self.conv_in(self.post_quant_conv(latent)))
-        for level in reversed(self.up):
-            x = self._run(level, x)
+        x = self.conv_in(self.post_quant_conv(latent))  # (B, widths[-1], h, w)
+        x = run_blocks([self.mid, *reversed(self.up)], x, recompute=self.gradient_checkpointing)  # (B, width, H, W)
         image: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return (image + 1) / 2
-
-    def _run(self, part: nn.Module, x: Tensor) -> Tensor:
-        """Apply a part, keeping its activations or not."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(part, x, use_reentrant=False)
-            return recomputed
-        output: Tensor = part(x)
-        return output
 
 
 class _Level(Level):

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from aligntok.errors import UserError
-from aligntok.networks.layers import Attention, SwiGLU
+from aligntok.errors import UserError, check_positive
+from aligntok.networks.layers import Attention, ClassConditional, SwiGLU, check_rotary_width, run_blocks
 from aligntok.networks.positions import grid_coordinates, rotary_table, sincos_positions, wave_frequencies
 
 INIT_STD = 0.02  # of label table and time embedding, arXiv:2212.09748
@@ -41,7 +40,7 @@ class WideHead:
     num_heads: int
 
 
-class DiT(nn.Module):
+class DiT(ClassConditional):
     """Predict the velocity of a latent at a time of the way from noise (t = 0) to data (t = 1).
 
     LightningDiT's sizes are in ``configs/size/dit_*.yaml``. With a wide head the blocks of `width` only make the
@@ -91,9 +90,10 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(latent_shape, patch_size, num_classes)
-        for key, size in {"": WideHead(width, depth, num_heads), "wide_head.": wide_head}.items():
+        for prefix, size in {"": WideHead(width, depth, num_heads), "wide_head.": wide_head}.items():
             if size is not None:
-                _check_transformer(key, size)
+                check_positive(**{f"{prefix}depth": size.depth})
+                check_rotary_width(size.width, size.num_heads, prefix)
         self.latent_shape = channels, h, w = (latent_shape[0], latent_shape[1], latent_shape[2])
         self.num_classes, self.width, self.patch_size = num_classes, width, patch_size
         self.null_label = num_classes if null_class else None
@@ -158,31 +158,18 @@ class DiT(nn.Module):
             raise UserError(f"block={block}: give a block from 1 to depth={len(self.blocks)}")
         (h, w), p = self.grid, self.patch_size
         patches = rearrange(latent, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=p, p2=p)
-        time = self.embed_time(t)[:, None]
+        time = self.embed_time(t)[:, None]  # (B, 1, width)
         condition = F.silu(time + self.embed_label(label)[:, None])  # (B, 1, width): one for all tokens
-        x = self.embed_latent(patches) + self.positions
-        for number, layer in enumerate(self.blocks, start=1):
-            x = self._run(layer, x, condition, self.rotary)
-            if number == block:
-                tokens = x
+        x = self.embed_latent(patches) + self.positions  # (B, N, width)
+        blocks, recompute = list(self.blocks), self.gradient_checkpointing
+        tokens = run_blocks(blocks[:block], x, condition, self.rotary, recompute=recompute)  # (B, N, width)
+        x = run_blocks(blocks[block:], tokens, condition, self.rotary, recompute=recompute)  # (B, N, width)
         if self.wide_head is not None:
             condition = F.silu(self.embed_condition(F.silu(time + x)))  # (B, N, wide width): one per token
-            x = self.embed_wide(patches)
-            for layer in self.wide_blocks:
-                x = self._run(layer, x, condition, self.wide_rotary)
+            x = self.embed_wide(patches)  # (B, N, wide width)
+            x = run_blocks(self.wide_blocks, x, condition, self.wide_rotary, recompute=recompute)
         velocity = rearrange(self.head(x, condition), "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
         return velocity, tokens
-
-    def check_labels(self, label: Tensor) -> None:
-        """Raise a ``UserError`` if a label (B,) is none of this network's classes; waits for a GPU."""
-        count = self.embed_label.num_embeddings
-        if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < count:
-            wrong = int(label.min()) if label.min() < 0 else int(label.max())
-            null = "no null class" if self.null_label is None else f"null class {self.null_label}"
-            raise UserError(
-                f"label {wrong} is none of the network's classes 0..{self.num_classes - 1} ({null}): set num_classes to"
-                " the number of classes in the data"
-            )
 
     def _check_input(self, latent: Tensor, label: Tensor) -> None:
         if latent.ndim != 4 or latent.shape[1:] != self.latent_shape:
@@ -192,13 +179,6 @@ class DiT(nn.Module):
             )
         if label.device.type == "cpu":
             self.check_labels(label)
-
-    def _run(self, block: nn.Module, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, condition, rotary, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x, condition, rotary)
-        return x
 
     def _rotary(self, head_dim: int) -> Tensor:
         return rotary_table(grid_coordinates(*self.grid), head_dim)
@@ -289,21 +269,9 @@ class ModulatedNorm(nn.Module):
 
 
 def _check_sizes(latent_shape: tuple[int, int, int], patch_size: int, num_classes: int) -> None:
-    for key, value in {"patch_size": patch_size, "num_classes": num_classes}.items():
-        if value < 1:
-            raise UserError(f"{key}={value}: give at least 1")
+    check_positive(patch_size=patch_size, num_classes=num_classes)
     if len(latent_shape) != 3 or any(n < 1 for n in latent_shape) or any(n % patch_size for n in latent_shape[1:]):
         raise UserError(
             f"latent_shape={list(latent_shape)}: give channels, height and width, the last two multiples of"
             f" patch_size={patch_size}"
-        )
-
-
-def _check_transformer(key: str, size: WideHead) -> None:
-    if size.depth < 1 or size.num_heads < 1:
-        raise UserError(f"{key}depth={size.depth}, {key}num_heads={size.num_heads}: give at least 1")
-    if size.width < 1 or size.width % (4 * size.num_heads):
-        raise UserError(
-            f"{key}width={size.width}: give a multiple of 4 * num_heads={4 * size.num_heads}, as half of a head turns"
-            " with the row and half with the column, in pairs"
         )

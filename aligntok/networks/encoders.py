@@ -39,7 +39,7 @@ class VisionEncoder(nn.Module):
             random.
         layer: Index among the backbone's intermediate features; by default the deepest that gives the grid.
         model_args: More arguments for ``timm.create_model``, such as ``{embed_dim: 128, depth: 4}``.
-        checkpoint_activations: Trade time for memory in training: recompute the blocks in the backward pass.
+        gradient_checkpointing: Trade time for memory in training: recompute the blocks in the backward pass.
 
     Raises:
         UserError: Unknown name, weights that are missing or do not fit, a grid that the backbone cannot give.
@@ -57,7 +57,7 @@ class VisionEncoder(nn.Module):
         weights: str | None = "hub",
         layer: int | None = None,
         model_args: dict[str, Any] | None = None,
-        checkpoint_activations: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -70,7 +70,7 @@ class VisionEncoder(nn.Module):
         self.width: int = self.backbone.feature_info[self.layer]["num_chs"]
         self.backbone.prune_intermediate_layers([self.layer], prune_norm=False, prune_head=True)
         self.layer = min(self.layer, len(self.backbone.feature_info) - 1)
-        if checkpoint_activations:
+        if gradient_checkpointing:
             self.backbone.set_grad_checkpointing(True)
         mean, std = self.backbone.pretrained_cfg["mean"], self.backbone.pretrained_cfg["std"]
         if weights == "offline":

@@ -5,12 +5,75 @@ Touvron et al., LLaMA, arXiv:2302.13971.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from aligntok.errors import UserError, check_positive
 from aligntok.networks.positions import rotate
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *inputs: Any, recompute: bool = False) -> Tensor:
+    """Apply blocks one after another, each to what the one before gives.
+
+    >>> run_blocks([nn.ReLU(), nn.Flatten()], torch.tensor([[[-1.0, 2.0]]])).tolist()
+    [[0.0, 2.0]]
+
+    Args:
+        blocks: Each maps `x` and the inputs to the next `x`.
+        x: Any shape.
+        *inputs: The same for all blocks.
+        recompute: Gradient checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, *inputs, use_reentrant=False)
+        else:
+            x = block(x, *inputs)
+    return x
+
+
+def check_rotary_width(width: int, num_heads: int, prefix: str = "") -> None:
+    """Raise a ``UserError`` where rotation by row and column does not fit a width; `prefix` is of the names."""
+    check_positive(**{f"{prefix}width": width, f"{prefix}num_heads": num_heads})
+    if width % (4 * num_heads):
+        raise UserError(
+            f"{prefix}width={width}: give a multiple of 4 * num_heads={4 * num_heads}, as half of a head turns with the"
+            " row and half with the column, in pairs"
+        )
+
+
+class ClassConditional(nn.Module):
+    """A network that takes a class, or one that takes none.
+
+    Attributes:
+        num_classes: Classes 0 .. num_classes - 1; None for an unconditional network.
+        null_label: The label that means no class, or None.
+    """
+
+    num_classes: int | None
+    null_label: int | None
+
+    def check_labels(self, label: Tensor | None) -> None:
+        """Raise a ``UserError`` if a label (B,) is none of this network's classes; waits for a GPU."""
+        if (label is None) != (self.num_classes is None):
+            kind = "unconditional" if label is not None else f"conditional, on num_classes={self.num_classes},"
+            raise UserError(
+                f"the network is {kind} and labels were {'not ' * (label is None)}given: change one of them"
+            )
+        if label is None or self.num_classes is None or not label.numel():
+            return
+        low, high = int(label.min()), int(label.max())
+        if low < 0 or high > self.num_classes - (self.null_label is None):
+            null = "no null class" if self.null_label is None else f"null class {self.null_label}"
+            raise UserError(
+                f"label {low if low < 0 else high} is none of the network's classes 0..{self.num_classes - 1} ({null}):"
+                " set num_classes to the number of classes in the data"
+            )
 
 
 class RMSNorm(nn.RMSNorm):

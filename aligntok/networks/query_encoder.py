@@ -32,7 +32,7 @@ class QueryEncoder(nn.Module):
         backbone: A vision encoder whose features take the place of the embedded patches, so that the tokens are
             semantic as well.
         mlp_ratio: Hidden width of the MLP in units of `width`.
-        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -52,7 +52,7 @@ class QueryEncoder(nn.Module):
         from_patches: bool = False,
         backbone: VisionEncoder | None = None,
         mlp_ratio: float = 4.0,
-        checkpoint_activations: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if num_prefix < 0:
@@ -74,7 +74,7 @@ class QueryEncoder(nn.Module):
             self.embed = nn.Conv2d(backbone.width, width, 1)
         self.positions = learned(h * w, width)
         self.queries = learned(self.grid[1], width)
-        self.transformer = Transformer(width, depth, num_heads, mlp_ratio, checkpoint_activations)
+        self.transformer = Transformer(width, depth, num_heads, mlp_ratio, gradient_checkpointing)
         self.norm_out = nn.LayerNorm(width)
         for part in (self.embed, self.transformer):  # not the backbone
             part.apply(init_weights)

@@ -33,7 +33,7 @@ class TokenDecoder(nn.Module):
         causal: Whether a token sees itself and earlier ones only.
         prefix_head: Whether the prefix gives patches too, through a head of its own (``with_prefix``).
         mlp_ratio: Hidden width of the MLP in units of `width`.
-        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -52,7 +52,7 @@ class TokenDecoder(nn.Module):
         causal: bool = False,
         prefix_head: bool = False,
         mlp_ratio: float = 4.0,
-        checkpoint_activations: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         for key, value, least in (
@@ -68,7 +68,7 @@ class TokenDecoder(nn.Module):
         self.proj_in = nn.Linear(latent_dim, width)
         self.buffer_tokens = learned(num_buffer, width) if num_buffer else None
         self.positions = learned(num_buffer + self.sequence_length, width)
-        self.transformer = Transformer(width, depth, num_heads, mlp_ratio, checkpoint_activations)
+        self.transformer = Transformer(width, depth, num_heads, mlp_ratio, gradient_checkpointing)
         self.norm_out = nn.LayerNorm(width)
         self.head = PatchHead(width, patch_size)
         self.prefix_head = PatchHead(width, patch_size) if prefix_head else None

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError, check_positive
+from aligntok.networks.layers import run_blocks
 
 INIT_STD = 0.02  # AliTok, arXiv:2506.05289
 
@@ -26,20 +26,20 @@ class Transformer(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP in units of `width`.
-        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
     """
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, checkpoint_activations: bool = False
+        self, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, gradient_checkpointing: bool = False
     ) -> None:
         super().__init__()
         check_positive(width=width, depth=depth, num_heads=num_heads)
         if width % num_heads:
             raise UserError(f"width={width}: give a multiple of num_heads={num_heads}")
-        self.checkpoint_activations = checkpoint_activations
+        self.gradient_checkpointing = gradient_checkpointing
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth)
@@ -57,12 +57,7 @@ class Transformer(nn.Module):
             (B, N, width), not normalised.
         """
         x = self.norm(x)
-        for block in self.blocks:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, causal, use_reentrant=False)
-            else:
-                x = block(x, mask, causal)
-        return x
+        return run_blocks(self.blocks, x, mask, causal, recompute=self.gradient_checkpointing)  # (B, N, width)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -5,13 +5,12 @@ He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377. R
 drops at the end, is left out.
 """
 
-import torch
 from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import UserError, check_positive
+from aligntok.networks.layers import run_blocks
 from aligntok.networks.positions import sincos_positions
 
 INIT_STD = 0.02  # ViT-MAE's initializer_range
@@ -30,7 +29,7 @@ class TransformerDecoder(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP in units of `width` (4 in arXiv:2111.06377).
-        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -50,7 +49,7 @@ class TransformerDecoder(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
-        checkpoint_activations: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_positive(latent_dim=latent_dim, patch_size=patch_size, depth=depth, num_heads=num_heads)
@@ -63,7 +62,7 @@ class TransformerDecoder(nn.Module):
         self.latent_dim = latent_dim
         self.downsampling = patch_size
         self.grid = (height_width[0] // patch_size, height_width[1] // patch_size)
-        self.checkpoint_activations = checkpoint_activations
+        self.gradient_checkpointing = gradient_checkpointing
         self.proj_in = nn.Linear(latent_dim, width)
         self.register_buffer("positions", sincos_positions(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in range(depth))
@@ -98,12 +97,8 @@ class TransformerDecoder(nn.Module):
                 "patch_size to what the encoder gives"
             )
         x: Tensor = self.proj_in(rearrange(latent, "b c h w -> b (h w) c")) + self.positions
-        for block in self.blocks:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        patches: Tensor = self.head(self.norm(x))
+        x = run_blocks(self.blocks, x, recompute=self.gradient_checkpointing)  # (B, h * w, width)
+        patches: Tensor = self.head(self.norm(x))  # (B, h * w, patch_size^2 * 3)
         h, w = self.grid
         p = self.downsampling
         image = rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)

@@ -192,4 +192,14 @@ def build(recipe: dict[str, Any], kind: type[Module]) -> Module:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("module", type=kind)
-    return cast(Module, parser.instantiate_classes(parser.parse_object({"module": recipe})).module)
+    return cast(Module, parser.instantiate_classes(parser.parse_object({"module": current_names(recipe)})).module)
+
+
+def current_names(recipe: Any) -> Any:
+    """Return a recipe with the arguments' names of today: older checkpoints say ``checkpoint_activations``."""
+    if isinstance(recipe, list):
+        return [current_names(value) for value in recipe]
+    if not isinstance(recipe, dict):
+        return recipe
+    names = {"checkpoint_activations": "gradient_checkpointing"}
+    return {names.get(key, key): current_names(value) for key, value in recipe.items()}

@@ -124,7 +124,7 @@ def test_attention_is_the_formula():
 
 
 def test_checkpointing_changes_nothing():
-    plain, checkpointed = small_decoder(), small_decoder(checkpoint_activations=True)
+    plain, checkpointed = small_decoder(), small_decoder(gradient_checkpointing=True)
     latents = [torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
     images = [decoder(latent) for decoder, latent in zip((plain, checkpointed), latents, strict=True)]
     assert torch.equal(*images)
@@ -142,7 +142,7 @@ def test_checkpointing_keeps_less():
             decoder(torch.randn(1, 4, 4, 4))
         return sum(sizes)
 
-    assert kept(small_decoder(checkpoint_activations=True)) < kept(small_decoder()) / 4
+    assert kept(small_decoder(gradient_checkpointing=True)) < kept(small_decoder()) / 4
 
 
 def test_last_layer_is_last():

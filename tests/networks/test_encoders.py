@@ -127,7 +127,7 @@ def test_an_earlier_layer_is_that_layer_of_the_whole_backbone():
 
 
 def test_checkpointed_activations_change_nothing():
-    plain, checkpointed = build().train(), build(checkpoint_activations=True).train()
+    plain, checkpointed = build().train(), build(gradient_checkpointing=True).train()
     image = images(32, 32)
     for encoder in (plain, checkpointed):
         encoder(image).square().mean().backward()

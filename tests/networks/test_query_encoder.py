@@ -83,7 +83,7 @@ def test_a_backbone_takes_the_place_of_the_patches(tiny):
 def test_recomputing_activations_changes_nothing():
     image, results = torch.rand(1, 3, 16, 24), []
     for checkpoint in (False, True):
-        net = encoder(checkpoint_activations=checkpoint, causal=True)
+        net = encoder(gradient_checkpointing=checkpoint, causal=True)
         output = net(image)
         output.square().sum().backward()
         results.append((output, net.embed.weight.grad))

@@ -97,7 +97,7 @@ def test_the_prefix_gives_a_row_of_patches_through_its_own_head():
 def test_recomputing_activations_changes_nothing():
     latent, results = torch.randn(2, 4, 1, 9), []
     for checkpoint in (False, True):
-        net = decoder(checkpoint_activations=checkpoint, causal=True)
+        net = decoder(gradient_checkpointing=checkpoint, causal=True)
         net(latent).sum().backward()
         results.append(net.proj_in.weight.grad)
     torch.testing.assert_close(*results)

@@ -75,7 +75,7 @@ def test_positions():
 
 
 def test_checkpointing_changes_nothing():
-    plain, checkpointed = small_decoder(), small_decoder(checkpoint_activations=True)
+    plain, checkpointed = small_decoder(), small_decoder(gradient_checkpointing=True)
     latent = torch.randn(2, 4, 4, 4)
     images = [decoder(latent) for decoder in (plain, checkpointed)]
     assert torch.equal(*images)
