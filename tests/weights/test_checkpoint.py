@@ -9,8 +9,10 @@ import yaml
 from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SaveCheckpoint
 from aligntok.errors import UserError
+from aligntok.networks import ConvDecoder
 from aligntok.stages import DecoderRefinement, EncoderPretraining, LatentAlignment, PerceptualAlignment
 from aligntok.weights.checkpoint import (
+    build,
     load_strictly,
     load_tokenizer,
     read_checkpoint,
@@ -196,6 +198,12 @@ def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys
 def test_a_checkpoint_without_a_recipe(stage1):
     with pytest.raises(UserError, match=r"no recipe of the tokenizer.*aligntok fit"):
         load_tokenizer(stage1)
+
+
+def test_a_recipe_with_an_earlier_name_of_an_argument_is_built():
+    sizes = {"latent_dim": 4, "width": 8, "multipliers": [1], "num_blocks": 1, "num_groups": 4}
+    recipe = {"class_path": "aligntok.networks.ConvDecoder", "init_args": sizes | {"checkpoint_activations": True}}
+    assert build(recipe, ConvDecoder).gradient_checkpointing
 
 
 def test_lora_updates_are_merged(tiny, tmp_path):
