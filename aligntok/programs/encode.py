@@ -31,7 +31,9 @@ DESCRIPTION = """\
 Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs.
 
   aligntok encode --config cache.yaml --tokenizer runs/stage3/checkpoints/last.ckpt
-  aligntok encode --tokenizer CHECKPOINT --images aligntok.data.ImageFolder --images.root FOLDER --output FOLDER"""
+  aligntok encode --tokenizer CHECKPOINT --images aligntok.data.ImageFolder --images.root FOLDER --output FOLDER
+
+Of a checkpoint with several averages --ema 0.9999 takes another than the first, --ema 0 the raw weights."""
 
 MAX_CODES = 1 << 16  # that uint16 can name
 ENLARGED = 1.1  # of the image that the ten crops are cut from: arXiv:2406.06525, arXiv:2506.05289
@@ -305,7 +307,9 @@ def named_checkpoint(arguments: list[str]) -> list[str]:
     >>> named_checkpoint(["--tokenizer", "last.ckpt", "--ema", "0.99"])
     ['--tokenizer', 'aligntok.weights.load_tokenizer', '--tokenizer.path', 'last.ckpt', '--tokenizer.ema', '0.99']
     """
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--tokenizer=") else [word])]
+    words = []
+    for word in arguments:
+        words.extend(word.split("=", 1) if word.startswith(("--tokenizer=", "--ema=")) else [word])
     for place in [i for i, word in enumerate(words[:-1]) if word == "--tokenizer"]:
         if Path(words[place + 1]).suffix in CHECKPOINTS or Path(words[place + 1]).is_file():
             words[place + 1 : place + 2] = ["aligntok.weights.load_tokenizer", "--tokenizer.path", words[place + 1]]

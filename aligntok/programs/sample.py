@@ -213,6 +213,8 @@ def sample_command(arguments: list[str]) -> None:
     options = read(parser, arguments, {"model", "ckpt_path", "ema", "init_from", *labels, *keys})
     if options.ckpt_path is None and options.init_from is None:
         raise UserError("aligntok sample needs the weights: --ckpt_path CHECKPOINT, or else --init_from FILE")
+    if options.ckpt_path is None and options.ema is not None:
+        raise UserError("--ema picks an average of --ckpt_path CHECKPOINT, and --init_from has none: leave it out")
     fabric = start(parser, "sample", options)
     generator: GeneratorStage = instantiate(parser, options).model
     if options.ckpt_path is None:

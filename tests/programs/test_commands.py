@@ -64,6 +64,10 @@ def test_cache_repair_and_training_on_it(checkpoint, capsys):
     stage1 = "runs/quickstart/stage1/checkpoints/last.ckpt"
     assert main([*encode, stage1, "--output", "d"]) == 2
     assert "never measured" in line(capsys)
+    assert main([*encode, checkpoint, "--output", "e", "--ema", "0.5"]) == 2
+    assert "no average of decay 0.5; it has 0.999; 0 means the raw weights" in line(capsys)
+    for folder, *ema in (("f", "--ema", "0"), ("latents", "--ema=0.999")):  # the latter goes on with what is there
+        assert main([*encode, checkpoint, "--output", folder, *ema]) == 0
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,7 @@ def test_a_folder_of_earlier_versions_is_repaired_by_the_command_that_is_named(c
         (["encode", "--tokenizer", "no.ckpt", "--bogus", "1"], "--bogus"),
         (["encode", "--config", "no.yaml"], "no shipped config"),
         (["sample", "--config", "quickstart/samples.yaml"], "needs the weights"),
+        (["sample", "--config", "quickstart/samples.yaml", "--init_from", "a.pt", "--ema", "0"], "leave it out"),
         (["sample", "--num_samples", "2"], "required: model"),
     ],
 )

@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from aligntok.callbacks import EMA
 from aligntok.data import ClassLabels
 from aligntok.errors import UserError
 from aligntok.flow import Euler, Guidance
 from aligntok.metrics.reference import AdmFile
 from aligntok.programs.fabric import make_fabric
+from aligntok.programs.sample import load_weights
 from aligntok.programs.sample import sample as draw_samples
 
 COUNT = 22
@@ -199,3 +201,28 @@ def test_two_processes_of_fabrics_own_launcher_write_the_bytes_of_one(tmp_path, 
     assert files(tmp_path / "two") == files(tmp_path / "one")
     names = [f"samples_{COUNT}x16x16x3.npz", "samples.json"]
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
+
+
+def test_samples_are_of_the_average_that_is_asked_for(tiny, tmp_path):
+    stage = generator(tiny)
+    folder = tiny.cache(tmp_path / "latents", stage.tokenizer)
+    ema = EMA([0.5, 0.9])
+    trainer = tiny.trainer(tmp_path, 2, [ema])
+    trainer.fit(stage, datamodule=tiny.cached(folder))
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+
+    def loaded(**options):
+        other = generator(tiny)
+        load_weights(other, str(path), **options)
+        return tiny.copies(other.network)
+
+    wanted = {None: tiny.copies(stage.network)}  # `fit` left the first average in the stage
+    wanted |= {0.5: wanted[None], 0.9: ema.averages[1], 0: ema.averages[0]}
+    for decay, weights in wanted.items():
+        found = loaded(ema=decay)
+        for name, value in weights.items():
+            assert torch.equal(found[name.removeprefix("network.")], value), (decay, name)
+    assert any(not torch.equal(a, b) for a, b in zip(loaded(ema=0.9).values(), loaded(ema=0).values(), strict=True))
+    with pytest.raises(UserError, match=r"no average of decay 0\.7; it has 0\.5, 0\.9; 0 means the raw weights"):
+        loaded(ema=0.7)
