@@ -2,7 +2,7 @@
 
 from aligntok.losses.adversarial import AdversarialLoss, hinge
 from aligntok.losses.perceptual import LPIPS, FeatureDistance, LogitDistance
-from aligntok.losses.reconstruction import LossValue, PerceptualTerm, ReconstructionLoss, SendGradient
+from aligntok.losses.reconstruction import LossValue, PerceptualTerm, ReconstructionLoss, Reference, SendGradient
 from aligntok.losses.representation import RepresentationAlignment
 from aligntok.losses.semantic import SemanticPreservation, semantic_preservation
 
@@ -14,6 +14,7 @@ __all__ = [
     "LossValue",
     "PerceptualTerm",
     "ReconstructionLoss",
+    "Reference",
     "RepresentationAlignment",
     "SemanticPreservation",
     "SendGradient",

@@ -49,7 +49,7 @@ class AdversarialLoss(nn.Module):
 
     >>> loss = AdversarialLoss(nn.Conv2d(3, 1, 4), weight={2000: 0.0, 3000: 0.5})
     >>> loss.discriminator_start, loss.weight_at(2500)
-    (1000, 0.25)
+    (1001, 0.25)
     """
 
     WARMUP = 1000

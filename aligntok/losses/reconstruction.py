@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligntok.losses.adversarial import AdversarialLoss
+from aligntok.losses.perceptual import PerceptualDistance
 from aligntok.schedule import Schedule, check_schedule, value_at
 
 Terms = dict[str, tuple[float, Tensor]]
@@ -28,6 +29,32 @@ class PerceptualTerm:
 
     distance: nn.Module
     weight: Schedule = 1.0
+
+
+class Reference:
+    """Real images that reconstructions are compared with; a frozen network sees them once, however many these are.
+
+    >>> reference = Reference(torch.zeros(1, 3, 8, 8))
+    >>> reference.distance_to(torch.ones(1, 3, 8, 8), nn.MSELoss())
+    tensor(1.)
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+    """
+
+    def __init__(self, image: Tensor) -> None:
+        self.image = image.float()
+        self.features: dict[PerceptualDistance, list[Tensor]] = {}  # of the reference, by the network that gave them
+
+    def distance_to(self, image: Tensor, distance: nn.Module) -> Tensor:
+        """Return the distance () of images (B, 3, H, W) to the reference, in fp32."""
+        with torch.autocast(image.device.type, enabled=False):
+            if not isinstance(distance, PerceptualDistance):
+                return distance(image, self.image)  # type: ignore[no-any-return]
+            if distance not in self.features:
+                with torch.no_grad():
+                    self.features[distance] = distance.features(self.image)
+            return distance.compare(distance.features(image), self.features[distance])
 
 
 @dataclass(frozen=True)
@@ -103,24 +130,27 @@ class ReconstructionLoss(nn.Module):
         self.weights = {name: check_schedule(f"weight of {name}", term.weight) for name, term in terms.items()}
         self.adversarial = adversarial
 
-    def forward(self, image: Tensor, reconstruction: Tensor, step: int, last_layer: Tensor | None = None) -> LossValue:
+    def forward(
+        self, image: Tensor | Reference, reconstruction: Tensor, step: int, last_layer: Tensor | None = None
+    ) -> LossValue:
         """Return the loss of tokenizer and discriminator together.
 
         Args:
-            image: (B, 3, H, W) in [0, 1].
+            image: (B, 3, H, W) in [0, 1]; as a ``Reference`` where more than one reconstruction is compared with it.
             reconstruction: What the decoder made of it, with its graph, not clamped, (B, 3, H, W).
             step: Optimizer step.
             last_layer: Weight of the decoder's last layer, where an adaptive adversarial weight is measured.
         """
-        image, output = image.float(), reconstruction.detach().float().requires_grad_()
-        terms = self.terms(image, output, step)
+        reference = image if isinstance(image, Reference) else Reference(image)
+        output = reconstruction.detach().float().requires_grad_()
+        terms = self.terms(reference, output, step)
         logs = {name: value.detach() for name, (_, value) in terms.items()}
         value = weighted_sum(terms, like=output)
         (gradient,) = torch.autograd.grad(value, output)  # (B, 3, H, W)
         value = value.detach()
         if self.adversarial is None:
             return LossValue(SendGradient.apply(reconstruction.float(), gradient, value), logs)
-        game = self.adversarial(image, output, step)
+        game = self.adversarial(reference.image, output, step)
         logs |= game.logs
         if game.generator is not None:
             (push,) = torch.autograd.grad(game.generator, output, retain_graph=True)  # (B, 3, H, W)
@@ -131,26 +161,24 @@ class ReconstructionLoss(nn.Module):
         sent = SendGradient.apply(reconstruction.float(), gradient, value)
         return LossValue(sent + game.discriminator, logs)
 
-    def terms(self, image: Tensor, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()) -> Terms:
-        """Return the terms that compare a reconstruction with its image, both (B, 3, H, W) float32.
+    def terms(self, reference: Reference, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()) -> Terms:
+        """Return the terms that compare a reconstruction (B, 3, H, W), float32, with its image.
 
         Distances of the classes ``without`` are left out: a validation need not compute what a callback measures.
         """
         pixel = F.l1_loss if self.pixel == "l1" else F.mse_loss
-        return {self.pixel: (1.0, pixel(reconstruction, image))} | self.perceptual_terms(
-            image, reconstruction, step, without
-        )
+        terms = self.perceptual_terms(reference, reconstruction, step, without)
+        return {self.pixel: (1.0, pixel(reconstruction, reference.image))} | terms
 
     def perceptual_terms(
-        self, image: Tensor, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()
+        self, reference: Reference, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()
     ) -> Terms:
-        """Return the perceptual terms that count at this step, in fp32; both images (B, 3, H, W)."""
+        """Return the perceptual terms that count at this step, in fp32, of a reconstruction (B, 3, H, W)."""
         terms: Terms = {}
         for name, distance in self.perceptual.items():
             weight = value_at(self.weights[name], step)
             if weight and not isinstance(distance, without):
-                with torch.autocast(image.device.type, enabled=False):
-                    terms[name] = (weight, distance(reconstruction, image))
+                terms[name] = (weight, reference.distance_to(reconstruction, distance))
         return terms
 
     def load(self) -> None:

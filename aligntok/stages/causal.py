@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.losses.reconstruction import ReconstructionLoss, Terms
+from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.tokenizer_stage import COMMITMENT_WEIGHT, TokenizerStage
@@ -79,28 +79,28 @@ class CausalTokenization(TokenizerStage):
         if self.auxiliary == "perceptual" and not self.loss.perceptual:
             raise UserError("auxiliary perceptual needs a perceptual term of the loss; or set auxiliary mse")
 
-    def decode(self, latent: Tensor, image: Tensor) -> tuple[Tensor, Terms]:
+    def decode(self, latent: Tensor, reference: Reference) -> tuple[Tensor, Terms]:
         """Return the reconstruction of a latent (B, C, 1, N), and the terms on what the prefix gives."""
         if self.auxiliary == "none":
-            return super().decode(latent, image)
+            return super().decode(latent, reference)
         reconstruction, prefix = self.tokenizer.decoder.with_prefix(latent)
-        return reconstruction, self.prefix_terms(image.float(), reconstruction.float(), prefix.float())
+        return reconstruction, self.prefix_terms(reference, reconstruction.float(), prefix.float())
 
-    def prefix_terms(self, image: Tensor, reconstruction: Tensor, prefix: Tensor) -> Terms:
+    def prefix_terms(self, reference: Reference, reconstruction: Tensor, prefix: Tensor) -> Terms:
         """Return the auxiliary terms, whose gradient goes into the prefix alone.
 
         Args:
-            image: (B, 3, H, W) in [0, 1].
+            reference: The images, (B, 3, H, W) in [0, 1].
             reconstruction: (B, 3, H, W).
             prefix: Patches of the prefix side by side, (B, 3, patch, K * patch).
         """
-        spec = self.tokenizer.spec
+        image, spec = reference.image, self.tokenizer.spec
         share = spec.num_prefix / (spec.grid[0] * spec.grid[1])
         target = prefix_target(image, spec.downsampling, spec.num_prefix)
         terms: Terms = {"prefix_mse": (self.prefix_weight * share, F.mse_loss(prefix, target))}
         if self.auxiliary == "perceptual":
             row, rows = prefix[..., -image.shape[-1] :], reconstruction[..., spec.downsampling :, :]
-            judged = self.loss.perceptual_terms(image, torch.cat((row, rows.detach()), dim=-2), self.global_step)
+            judged = self.loss.perceptual_terms(reference, torch.cat((row, rows.detach()), dim=-2), self.global_step)
             terms |= {f"prefix_{name}": term for name, term in judged.items()}
         return terms
 

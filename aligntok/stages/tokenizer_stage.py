@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError
 from aligntok.losses.perceptual import LPIPS
-from aligntok.losses.reconstruction import ReconstructionLoss, Terms, weighted_sum
+from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms, weighted_sum
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.lora import DOWN, UP, merge_lora
 from aligntok.networks.token_decoder import TokenDecoder
@@ -116,9 +116,10 @@ class TokenizerStage(Stage):
         if self.global_step == 0:
             check_range(image)
         latent, terms = (batch["latent"], {}) if "latent" in batch else self.encode(batch)
-        reconstruction, more_terms = self.decode(latent, image)
+        reference = Reference(image)
+        reconstruction, more_terms = self.decode(latent, reference)
         terms |= more_terms
-        result = self.loss(image, reconstruction, self.global_step, self.tokenizer.decoder.last_layer)
+        result = self.loss(reference, reconstruction, self.global_step, self.tokenizer.decoder.last_layer)
         loss: Tensor = result.value + weighted_sum(terms, like=latent)
         logs = {name: value.detach() for name, (_, value) in terms.items()} | result.terms | {"loss": loss.detach()}
         self.log_terms(logs, len(image))
@@ -152,7 +153,7 @@ class TokenizerStage(Stage):
         terms = {"commitment": (self.commitment_weight, quantized.commitment), "codebook": (1.0, quantized.codebook)}
         return quantized.latent, terms
 
-    def decode(self, latent: Tensor, image: Tensor) -> tuple[Tensor, Terms]:
+    def decode(self, latent: Tensor, reference: Reference) -> tuple[Tensor, Terms]:
         """Return the reconstruction of a latent (B, C, h, w), not clamped, and terms on what else the decoder gives."""
         return self.tokenizer.decode_latent(latent, clamp=False), {}
 
@@ -173,7 +174,7 @@ class TokenizerStage(Stage):
         latent = self.tokenizer.latent(code)
         reconstruction = self.tokenizer.decode_latent(latent)
         # ReconstructionQuality is the one that measures LPIPS, of images as PNG files hold them
-        terms = self.loss.terms(batch["image"], reconstruction.float(), self.global_step, without=(LPIPS,))
+        terms = self.loss.terms(Reference(batch["image"]), reconstruction.float(), self.global_step, without=(LPIPS,))
         prefix = "test" if self.trainer.testing else "val"
         logs = {f"{prefix}/{name}": value for name, (_, value) in terms.items()}
         self.log_mean(logs, len(latent))

@@ -7,7 +7,7 @@ from torch import nn
 
 from aligntok.callbacks import LinearProbe, SaveCheckpoint
 from aligntok.errors import UserError
-from aligntok.losses import AdversarialLoss
+from aligntok.losses import AdversarialLoss, Reference
 from aligntok.networks import BlurDiscriminator
 from aligntok.stages import CausalTokenization, DecoderRefinement, LatentAlignment
 from aligntok.stages.causal import prefix_target
@@ -90,7 +90,7 @@ def test_the_judge_of_the_prefix_sees_the_whole_image_and_moves_the_prefix_alone
     image = tiny.images(4)
     latent, _ = stage.encode({"image": image})
     reconstruction, prefix = tokenizer.decoder.with_prefix(latent)
-    weight, value = stage.prefix_terms(image, reconstruction, prefix)["prefix_perceptual"]
+    weight, value = stage.prefix_terms(Reference(image), reconstruction, prefix)["prefix_perceptual"]
     composed = reconstruction.clone()
     composed[..., :4, :] = prefix[..., 4:]
     assert weight == 0.5
@@ -130,7 +130,18 @@ def test_pixel_loss(tiny):
     for pixel_loss, wanted in (("l1", F.l1_loss), ("mse", F.mse_loss)):
         stage = tiny.stage(LatentAlignment, pixel_loss=pixel_loss)
         image, other = tiny.images(2), tiny.images(2, seed=1)
-        assert stage.loss.terms(image, other, 0) == {pixel_loss: (1.0, wanted(other, image))}
+        assert stage.loss.terms(Reference(image), other, 0) == {pixel_loss: (1.0, wanted(other, image))}
+
+
+def test_a_distance_sees_the_real_images_once_per_step(tiny):
+    judge = tiny.judge()
+    stage, seen = stage_of(tiny, auxiliary="perceptual", perceptual=judge), []
+    intermediates = judge.judge.network.intermediates
+    judge.judge.network.intermediates = lambda image, layers: seen.append(image) or intermediates(image, layers)
+    image = tiny.images(4)
+    stage.training_step({"image": image}, 0)
+    assert sum(torch.equal(x, image) for x in seen) == 1
+    assert len(seen) == 3  # and the reconstruction, and that with the first row of the prefix
 
 
 @pytest.mark.parametrize(
