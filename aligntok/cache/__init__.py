@@ -13,7 +13,7 @@ from aligntok.cache.shards import (
     Shard,
     shard_name,
 )
-from aligntok.cache.statistics import code_counts, latent_statistics
+from aligntok.cache.statistics import channel_statistics, code_counts, latent_statistics
 from aligntok.cache.writer import CacheWriter
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Record",
     "Rows",
     "Shard",
+    "channel_statistics",
     "code_counts",
     "latent_statistics",
     "open_shards",

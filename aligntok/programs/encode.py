@@ -14,8 +14,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 
-from aligntok.cache import CROPS, LABELS, LATENTS, MIRRORED, TOKENS, CacheWriter, Manifest, Shard
-from aligntok.cache.statistics import code_counts, latent_statistics
+from aligntok.cache import (
+    CROPS,
+    LABELS,
+    LATENTS,
+    MIRRORED,
+    TOKENS,
+    CacheWriter,
+    Manifest,
+    Shard,
+    code_counts,
+    latent_statistics,
+)
 from aligntok.callbacks.grids import tiled
 from aligntok.data.batches import batch_source
 from aligntok.data.dataset import ImageDataset, evaluation_crop

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from aligntok.cache import channel_statistics
 from aligntok.errors import UserError
 from aligntok.losses.perceptual import LPIPS
 from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms, weighted_sum
@@ -25,7 +26,6 @@ from aligntok.protocols import HasCache, HasCalibration, offered_data
 from aligntok.stages.chain import PARTS, Chain
 from aligntok.stages.optimization import Optimization, ParameterGroup
 from aligntok.stages.stage import Stage
-from aligntok.stages.statistics import channel_statistics
 from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of
 
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al., arXiv:1711.00937, section 3.2
