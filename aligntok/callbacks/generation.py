@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aligntok.callbacks.measure import Measurement, evaluation, on_first_rank
-from aligntok.callbacks.progress import SECONDS_BETWEEN_LINES
 from aligntok.errors import UserError
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics, Reference
 from aligntok.networks.frozen import Frozen
+from aligntok.progress import Progress
 from aligntok.protocols import HasReferenceImages, needed_data
 
 
@@ -120,17 +119,13 @@ class GenerationQuality(Measurement):
     def samples(self, trainer: pl.Trainer, module: Any, sampler: Sampler) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield this rank's ids (B,), labels (B,) and images (B, 3, H, W), and say how far it is."""
         mine = torch.arange(self.num_samples)[trainer.global_rank :: trainer.world_size].to(module.device)
-        began = printed = time.perf_counter()
+        progress = Progress("samples", self.num_samples, trainer.world_size, silent=not trainer.is_global_zero)
         for ids in torch.split(mine, self.batch_size):
             label = ids % (module.network.num_classes or 1)
             with evaluation(trainer, module):
                 image = module.tokenizer.decode(module.sample(ids, label, sampler)).float()
             yield ids, label, image
-            now, done = time.perf_counter(), int(ids[-1]) + 1
-            if trainer.is_global_zero and now - printed > SECONDS_BETWEEN_LINES:
-                printed, rate = now, done / (now - began)
-                left = (self.num_samples - done) / rate
-                print(f"  samples {done}/{self.num_samples}  images/s {rate:.1f}  left {left:.0f} s", flush=True)
+            progress.add(len(ids))
 
     def find_reference(self, trainer: pl.Trainer, module: Any) -> None:
         """Read the reference from its file, or measure it and keep it in the run's folder; once."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
 from aligntok.files import write_text
+from aligntok.progress import SECONDS_BETWEEN_LINES, pace, print_line
 from aligntok.protocols import HasNumImages, offered_data
 
 SMOOTHING = 0.98  # of the step time shown
-SECONDS_BETWEEN_LINES = 10  # where there is no terminal
 
 
 class ProgressBar(TQDMProgressBar):
@@ -55,7 +54,7 @@ class ProgressBar(TQDMProgressBar):
         done = steps_left(trainer) == 0
         if not self.terminal and trainer.is_global_zero and (now - self.printed > SECONDS_BETWEEN_LINES or done):
             self.printed = now
-            print("  " + "  ".join(f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items()), flush=True)
+            print_line(self.get_metrics(trainer, pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the time of a validation out of the step time."""
@@ -69,11 +68,9 @@ class ProgressBar(TQDMProgressBar):
         if loss is not None:
             metrics["loss"] = f"{float(loss):.4f}"
         if self.step_seconds:
-            metrics["images/s"] = f"{self.images_per_batch / self.step_seconds:.0f}"
             left = steps_left(trainer)
-            if left is not None:
-                seconds = left * trainer.accumulate_grad_batches * self.step_seconds
-                metrics["left"] = str(timedelta(seconds=round(seconds)))
+            seconds = None if left is None else left * trainer.accumulate_grad_batches * self.step_seconds
+            metrics |= pace(self.images_per_batch / self.step_seconds, seconds)
         return metrics
 
 

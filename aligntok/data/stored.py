@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -20,10 +18,10 @@ from aligntok.data.images import center_crop
 from aligntok.data.sources import ImageFolder, crop_id
 from aligntok.errors import UserError
 from aligntok.metrics import AdmFile
+from aligntok.progress import Progress
 
 CLASS_IN_NAME = re.compile(r"_class(\d+)\.\w+$")  # in the file names of `aligntok sample`
 BATCHES_AHEAD = 2  # that are decoded while one is measured
-SECONDS_BETWEEN_LINES = 10
 
 
 class StoredFile(AdmFile):
@@ -141,13 +139,7 @@ def stack(images: list[Future[Tensor]]) -> Tensor:
 
 def follow(batches: Iterable[Tensor], count: int, path: Path) -> Iterator[Tensor]:
     """Yield the batches of `count` images, and print from time to time how many are done."""
-    began = printed = time.perf_counter()
-    done = 0
+    progress = Progress(path.name, count)
     for batch in batches:
         yield batch
-        done += len(batch)
-        now = time.perf_counter()
-        if now - printed > SECONDS_BETWEEN_LINES or done == count:
-            printed, rate = now, done / (now - began)
-            left = timedelta(seconds=round((count - done) / rate))
-            print(f"  {path.name} {done:,}/{count:,}  images/s {rate:.0f}  left {left}", flush=True)
+        progress.add(len(batch))

@@ -35,7 +35,7 @@ from aligntok.files import write_atomically
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.programs.command import instantiate, make_parser, read, start
-from aligntok.programs.fabric import Progress, dealt, make_fabric, on_first_rank
+from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of
 
 DESCRIPTION = """\
 Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs.
@@ -164,7 +164,7 @@ def encode(
         collate_fn=dataset.collate,
         pin_memory=fabric.device.type == "cuda",
     )
-    progress = Progress(fabric, sum(len(ids) for _, ids in batches))
+    progress = progress_of(fabric, "images", left)
     rows: list[dict[str, Tensor]] = []
     for (shard, ids), batch in zip(batches, loader, strict=True):
         if batch is not None:  # else none of its images can be read

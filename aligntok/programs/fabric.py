@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from lightning.fabric import Fabric
 
 from aligntok.errors import UserError
+from aligntok.progress import Progress
 
-SECONDS_BETWEEN_LINES = 10
 ROUNDING = ("bf16-true", "16-true")
 T = TypeVar("T")
 
@@ -82,28 +80,6 @@ def dealt(fabric: Fabric, blocks: Sequence[range], batch_size: int) -> list[tupl
     return [(block, block[i : i + batch_size]) for block in mine for i in range(0, len(block), batch_size)]
 
 
-class Progress:
-    """Prints on rank 0 from time to time how far it is, as if all ranks were as far.
-
-    Args:
-        fabric: Tells the rank.
-        count: Items of this rank.
-    """
-
-    def __init__(self, fabric: Fabric, count: int) -> None:
-        self.count, self.ranks, self.silent = count, fabric.world_size, not fabric.is_global_zero
-        self.done = 0
-        self.began = self.printed = time.perf_counter()
-
-    def add(self, count: int) -> None:
-        """Count items that are done."""
-        self.done += count
-        now = time.perf_counter()
-        if self.silent or (now - self.printed < SECONDS_BETWEEN_LINES and self.done < self.count):
-            return
-        self.printed, rate = now, self.done / (now - self.began)
-        left = timedelta(seconds=round((self.count - self.done) / rate))
-        print(
-            f"  {self.done * self.ranks:,}/{self.count * self.ranks:,}  images/s {rate * self.ranks:.0f}  left {left}",
-            flush=True,
-        )
+def progress_of(fabric: Fabric, what: str, blocks: Sequence[range]) -> Progress:
+    """Return what says on the first rank how far all of them are with some blocks."""
+    return Progress(what, sum(map(len, blocks)), fabric.world_size, silent=not fabric.is_global_zero)

@@ -22,7 +22,7 @@ from aligntok.data.sources import Indices
 from aligntok.errors import UserError, check_positive
 from aligntok.files import hash_tensors, write_atomically, write_text
 from aligntok.programs.command import instantiate, make_parser, read, start
-from aligntok.programs.fabric import Progress, dealt, make_fabric, on_first_rank
+from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of
 from aligntok.stages.generator import GeneratorStage
 from aligntok.weights.checkpoint import read_checkpoint
 
@@ -79,9 +79,9 @@ def sample(
         files.check(what_decides(generator, files.labels, fabric))
         return files.unfinished(block_size)
 
-    batches = dealt(fabric, on_first_rank(fabric, begin), batch_size)
-    progress = Progress(fabric, sum(len(ids) for _, ids in batches))
-    for _, ids in batches:
+    left = on_first_rank(fabric, begin)
+    progress = progress_of(fabric, "samples", left)
+    for _, ids in dealt(fabric, left, batch_size):
         label = torch.from_numpy(files.labels[ids.start : ids.stop])
         batch = {"id": torch.tensor(ids), "label": label}
         with fabric.autocast():
