@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from aligntok.programs.report import write_report
-from aligntok.programs.report.figures import COLOURS as LINES
+from aligntok.programs.report import COLOURS as LINES
 from aligntok.programs.report.measures import findings
 from aligntok.programs.report.runs import find_runs
 
@@ -49,7 +49,8 @@ def make_tokenizer(folder, name="stage1", stage="LatentAlignment", metric="val/p
 
 def make_cache(folder, name="latents", run="stage1", classes=("one", "two, deux", "three")):
     write(folder / name / "manifest.json", {"format": 1, "images": {"classes": list(classes)}})
-    write(folder / name / "predict.yaml", {"output": str(folder / name), "ckpt_path": last(folder, run)})
+    tokenizer = {"class_path": "aligntok.weights.load_tokenizer", "init_args": {"path": last(folder, run)}}
+    write(folder / name / "encode.yaml", {"output": str(folder / name), "tokenizer": tokenizer})
 
 
 def make_generator(folder, name="dit", done=True, num_samples=1000, init_from=None, **metrics):
@@ -105,7 +106,7 @@ def make_all(folder):
     write(folder / "dit" / "validate.json", {**validated, "conditions": CONDITIONS})
     samples = yaml.safe_load((folder / "dit" / "config.yaml").read_text())
     samples |= {"output": str(folder / "samples"), "ckpt_path": last(folder, "dit")}
-    write(folder / "samples" / "predict.yaml", samples)
+    write(folder / "samples" / "sample.yaml", samples)
     write(folder / "samples" / "samples.json", {"count": 3})
     return folder
 
@@ -163,7 +164,7 @@ def test_generators_have_their_own_table(full):
     assert f"dit, measured by aligntok validate : {CONDITIONS}." in text_of(full[1])
 
 
-def test_what_predict_wrote_is_no_run(full):
+def test_what_encode_and_sample_wrote_is_no_run(full):
     assert [run.name for run in find_runs(full[0])] == ["stage1", "dit"]
 
 
@@ -297,10 +298,11 @@ def test_commands_make_cache_generator_measures_and_samples_in_turn(full):
     checkpoint = "--ckpt_path again/dit/checkpoints/last.ckpt"
     assert commands(full[0]) == [
         "fit --config stage1/config.yaml --output again/stage1",
-        "predict --config latents/predict.yaml --output again/latents --ckpt_path again/stage1/checkpoints/last.ckpt",
+        "encode --config latents/encode.yaml --output again/latents"
+        " --tokenizer.init_args.path again/stage1/checkpoints/last.ckpt",
         f"fit --config dit/config.yaml --output again/dit {latents}",
         f"validate --config again/dit/config.yaml {checkpoint} --output again/dit",
-        f"predict --config samples/predict.yaml --output again/samples {checkpoint} {latents}",
+        f"sample --config samples/sample.yaml --output again/samples {checkpoint} {latents}",
     ]
 
 
@@ -317,7 +319,7 @@ def test_cache_of_a_tokenizer_elsewhere_comes_first(tmp_path):
     make_cache(tmp_path, run="elsewhere")
     make_generator(tmp_path)
     lines = commands(tmp_path)
-    assert lines[0] == "predict --config latents/predict.yaml --output again/latents"
+    assert lines[0] == "encode --config latents/encode.yaml --output again/latents"
     assert lines[1].endswith("--output again/dit --data.train.init_args.folder again/latents")
 
 
@@ -366,25 +368,6 @@ def test_the_tokens_of_a_repeated_run_are_its_own(tmp_path):
     make_autoregressive(tmp_path)
     page = unescape(write_report(tmp_path).read_text())
     assert "--data.train.init_args.folder again/tokens" in page
-
-
-def test_what_encode_and_sample_wrote_is_written_again_by_them(tmp_path):
-    make_all(tmp_path)
-    tokenizer = {"class_path": "aligntok.weights.load_tokenizer", "init_args": {"path": last(tmp_path, "stage1")}}
-    (tmp_path / "latents" / "predict.yaml").unlink()
-    write(tmp_path / "latents" / "encode.yaml", {"output": str(tmp_path / "latents"), "tokenizer": tokenizer})
-    (tmp_path / "samples" / "predict.yaml").unlink()
-    model = {"class_path": "aligntok.stages.LatentDiffusion", "init_args": {"tokenizer": tokenizer}}
-    write(tmp_path / "samples" / "sample.yaml", {"ckpt_path": last(tmp_path, "dit"), "model": model})
-    lines = commands(tmp_path)
-    assert lines[1] == (
-        "encode --config latents/encode.yaml --output again/latents --tokenizer again/stage1/checkpoints/last.ckpt"
-    )
-    assert lines[2].endswith("--data.train.init_args.folder again/latents")
-    assert lines[-1] == (
-        "sample --config samples/sample.yaml --output again/samples --ckpt_path again/dit/checkpoints/last.ckpt"
-        " --model.init_args.tokenizer.init_args.path again/stage1/checkpoints/last.ckpt"
-    )
 
 
 def test_the_report_starts_without_torch():

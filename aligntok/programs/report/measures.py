@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import NamedTuple
 
 from aligntok.programs.report.runs import Run, setting
@@ -21,10 +22,6 @@ class Measure(NamedTuple):
     up: bool | None
     meaning: str
     unit: str = ""
-
-    def write(self, value: float) -> str:
-        """Return a value as text."""
-        return self.form.format(value).replace("%", " %")
 
     @property
     def title(self) -> str:
@@ -48,30 +45,36 @@ GENERATOR = {
     "val/gfd": Measure("gFD", "{:.3g}", False, FAR + "samples and reference images"),
     "val/sfid": Measure("sFID", "{:.3g}", False, "gFID in Inception's spatial features"),
     "val/is": Measure("IS", "{:.1f}", True, "Inception Score: clear and varied classes"),
-    "val/class_agreement": Measure(
-        "Class agreement", "{:.1%}", True, "samples that a classifier of images names as asked"
-    ),
+    "val/class_agreement": Measure("Class agreement", "{:.1%}", True, "samples that a classifier names as asked"),
     "val/precision": Measure("Precision", "{:.1%}", True, "samples that lie among reference images"),
     "val/recall": Measure("Recall", "{:.1%}", True, "reference images that lie among samples: variety"),
-    "val/kid": Measure(
-        "KID", "{:.3g}", False, "kernel distance of samples and reference images in a network's features"
-    ),
+    "val/kid": Measure("KID", "{:.3g}", False, "kernel distance, in a network's features, of samples and references"),
     "val/accuracy": Measure("Token accuracy", "{:.1%}", True, "validation tokens that are the first guess"),
     "val/loss": Measure("Validation loss", "{:.3f}", None, "what the stage minimises; compares within a stage"),
 }
 
 
+def write(value: float | None, form: str) -> str:
+    """Return a number as text: by a format, as a ``time`` in seconds, or as a ``count`` in three digits."""
+    if value is None:
+        return "not finite"
+    if form == "time":
+        return str(timedelta(seconds=round(value)))
+    if form == "count":
+        size, unit = next((pair for pair in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if value >= pair[0]), (1.0, ""))
+        return f"{value / size:.3g}{unit}"
+    return form.format(value).replace("%", " %")
+
+
 def columns(runs: list[Run], final: bool = True) -> dict[str, Measure]:
     """Return the known measures that some run took, at its end or, if not ``final``, at any time."""
-    taken = {
-        name for run in runs for name in (run.metrics if final else run.names) if not re.search(r"_steps\d+$", name)
-    }
+    taken = {name for run in runs for name in (run.metrics if final else run.names)}
     known = GENERATOR if any(run.kind == "generator" for run in runs) else TOKENIZER
     found = {}
     for key, measure in known.items():
         for name in sorted(n for n in taken if n == key or (n.startswith(f"{key}_") and n not in known)):
-            features = name[len(key) + 1 :]
-            found[name] = measure._replace(heading=measure.heading + (f" ({features})" if features else ""))
+            if not re.search(r"_steps\d+$", name):
+                found[name] = measure._replace(heading=measure.heading + f" ({name[len(key) + 1 :]})" * (name != key))
     return found
 
 
@@ -80,20 +83,19 @@ def best(runs: list[Run], name: str, measure: Measure) -> str | None:
     values = {run: value for run in runs if (value := run.value(name)) is not None}
     if measure.up is None or len({run.measured_on() for run in values}) > 1:
         return None
-    written = {measure.write(value) for value in values.values()}
-    return measure.write((max if measure.up else min)(values.values())) if len(written) > 1 else None
+    written = {write(value, measure.form) for value in values.values()}
+    return write((max if measure.up else min)(values.values()), measure.form) if len(written) > 1 else None
 
 
 def findings(runs: list[Run]) -> list[str]:
     """Return sentences that follow from the numbers; the first is the headline."""
     tokenizers = [run for run in runs if run.kind == "tokenizer" and run.value("val/psnr") is not None]
-    said = [sentence for run in tokenizers for sentence in about_chain(run, tokenizers)]
+    said = [*about_tokenizers(tokenizers), *(s for run in tokenizers for s in about_chain(run, tokenizers))]
     said += about_generators([run for run in runs if run.kind == "generator"], runs)
-    said = [*about_tokenizers(tokenizers), *said]
-    right = {
-        run.name: value for run in runs if run.kind == "other" and (value := run.value("val/accuracy")) is not None
-    }
-    said = said or [f"“{name}” names {value:.1%} of the validation images correctly." for name, value in right.items()]
+    right = {run.name: run.value("val/accuracy") for run in runs if run.kind == "other"}
+    said = said or [
+        f"“{name}” names {p:.1%} of the validation images correctly." for name, p in right.items() if p is not None
+    ]
     return [sentence.replace("%", " %") for sentence in said] or ["No run has been measured yet."]
 
 
@@ -101,18 +103,15 @@ def about_tokenizers(runs: list[Run]) -> list[str]:
     """Return which tokenizer keeps most detail (PSNR) and which most meaning (linear probe)."""
     if len({run.measured_on() for run in runs}) > 1:
         return ["These runs were validated on different images: their numbers stand side by side but do not compare."]
-    psnr = {run: run.value("val/psnr") or 0.0 for run in runs}
-    probe = {run: value for run in runs if (value := run.value("val/probe")) is not None}
-    first = max(runs, key=lambda run: psnr[run], default=None)
-    if first is None:
+    if not runs:
         return []
-    top = max(probe, key=lambda run: probe[run], default=first)
+    first, top = (max(runs, key=lambda run: run.value(name) or 0.0) for name in ("val/psnr", "val/probe"))
+    psnr, probe = f"{first.value('val/psnr'):.1f} dB", f"{top.value('val/probe') or 0:.1%}"
+    said = f"Of {len(runs)} tokenizers, “{first.name}” reconstructs best ({psnr})"
+    read = f"{'also' if top is first else f'“{top.name}”'} has the best linear probe ({probe})"
     if len(runs) == 1:
-        read = f", and a linear probe on its latents is right on {probe[top]:.1%}" if probe else ""
-        return [f"“{first.name}” reconstructs at {psnr[first]:.1f} dB{read}."]
-    who = "also" if top is first else f"“{top.name}”"
-    read = f", and {who} has the best linear probe ({probe[top]:.1%})" if probe else ""
-    return [f"Of {len(runs)} tokenizers, “{first.name}” reconstructs best ({psnr[first]:.1f} dB){read}."]
+        said, read = f"“{first.name}” reconstructs at {psnr}", f"a linear probe on its latents is right on {probe}"
+    return [f"{said}." if top.value("val/probe") is None else f"{said}, and {read}."]
 
 
 def about_chain(run: Run, runs: list[Run]) -> list[str]:
@@ -151,26 +150,23 @@ def about_generators(own: list[Run], runs: list[Run]) -> list[str]:
     measured = {run: value for run in own if (value := run.value(name)) is not None}
     if measure is None or not name.startswith("val/gf") or len({run.measured_on() for run in measured}) != 1:
         return []
-    first, *others = sorted(measured, key=lambda run: measured[run])
+    (first, lowest), *others = sorted(measured.items(), key=lambda item: item[1])
     origin = f"“{first.name}”" + (f" on the latents of “{first.tokenizer.name}”" if first.tokenizer else "")
-    number = f"{measure.heading} {measure.write(measured[first])}"
+    number = f"{measure.heading} {write(lowest, measure.form)}"
     if others:
-        then = f"then “{others[0].name}” with {measure.write(measured[others[0]])}"
+        then = f"then “{others[0][0].name}” with {write(others[0][1], measure.form)}"
         return [f"Of {len(measured)} generators, {origin} has the lowest {number}, {then}."]
-    said = [
-        f"Samples of {origin}: {number}"
-        + (f" at {first.sampling_steps} sampling steps." if first.sampling_steps else ".")
-    ]
+    said = [f"Samples of {origin}: {number}{f' at {n} sampling steps' if (n := first.sampling_steps) else ''}."]
     agreement = first.value("val/class_agreement")
     if agreement is not None:
         path = setting(first.callback("GenerationQuality"), "classifier", "init_args", "path")
         judge = next((run.value("val/accuracy") for run in runs if run.within(path)), None)
         known = f" that is right on {judge:.1%} of the validation images" if judge else " of real images"
         said.append(f"{agreement:.1%} of the samples are what was asked for, by a classifier{known}.")
-    tried = first.sweep(name)
+    tried = {steps: write(value, measure.form) for steps, value in first.sweep(name)}
     if len(tried) > 1:
-        most, lowest = min(tried, key=lambda point: point[1])
-        fewest, near = next(point for point in tried if point[1] <= NEAR * lowest)
-        close = f"; {fewest} steps come within {NEAR - 1:.0%} of it ({measure.write(near)})" if fewest < most else ""
-        said.append(f"{measure.heading} is lowest at {most} sampling steps ({measure.write(lowest)}){close}.")
+        most, lowest = min(first.sweep(name), key=lambda point: point[1])
+        fewest = next(steps for steps, value in first.sweep(name) if value <= NEAR * lowest)
+        close = f"; {fewest} steps come within {NEAR - 1:.0%} of it ({tried[fewest]})" if fewest < most else ""
+        said.append(f"{measure.heading} is lowest at {most} sampling steps ({tried[most]}){close}.")
     return said

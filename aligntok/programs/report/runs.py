@@ -16,8 +16,10 @@ from aligntok.errors import UserError
 
 KINDS = ("other", "tokenizer", "generator")  # in the order of training
 MARKS = ("run.json", "config.yaml", "metrics.csv", "checkpoints")  # a folder with one of these is a run's
-RECORD = {"stage": str, "steps": int, "seconds": int | float, "parameters": dict, "metrics": dict}
-VALIDATION = {"checkpoint": str, "metrics": dict, "conditions": str}
+TYPES = {
+    "run.json": {"stage": str, "steps": int, "seconds": int | float, "parameters": dict, "metrics": dict},
+    "validate.json": {"checkpoint": str, "metrics": dict, "conditions": str},
+}
 
 
 @dataclass(eq=False)
@@ -42,7 +44,6 @@ class Run:
         self.stage = str(self.record.get("stage") or setting(self.config, "model", "class_path") or "").split(".")[-1]
         self.init_from = text(self.config.get("init_from"))
         known = int(max((row["step"] + 1 for row in self.rows), default=0))  # steps in metrics.csv
-        self.tokenizer_path = text(self.setting("tokenizer", "init_args", "path"))
         self.steps = max(self.record.get("steps") or 0, known)
         self.planned_steps = setting(self.config, "trainer", "max_steps")
         self.finished = bool(self.record) and known <= (self.record.get("steps") or 0)
@@ -56,6 +57,13 @@ class Run:
         self.kind = "generator" if generates else "tokenizer" if builds else "other"
         used = re.search(r"num_steps=(\d+)", self.conditions)
         self.sampling_steps = int(used[1]) if used else self.setting("sampler", "init_args", "num_steps")
+        sampler = str(self.setting("sampler", "class_path") or "").split(".")[-1]
+        self.sampling = sampler + (f", {self.sampling_steps} steps" if sampler and self.sampling_steps else "")
+        told = self.setting("guidance", "init_args", "scale")
+        self.guidance = told or self.setting("sampler", "init_args", "guidance_scale")
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def ancestors(self) -> list[Run]:
@@ -90,6 +98,10 @@ class Run:
     def picture(self, name: str) -> Path | None:
         """Return its last picture: of reconstructions (``step``), or of a generator's ``samples``."""
         return max((self.folder / "images").glob(f"{name}_*.png"), default=None)
+
+    def pictured(self, name: str) -> str:
+        """Return the step of its last picture."""
+        return f"{int((self.picture(name) or self.folder).stem.split('_')[-1]):,}"
 
     def setting(self, *keys: str) -> Any:
         """Return what the config says under ``model.init_args``, or ``None``."""
@@ -142,68 +154,61 @@ def find_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}" + (": this is a file" if folder.exists() else ""))
-    folders = [folder] if is_run(folder) else sorted(path for path in folder.iterdir() if is_run(path))
+    folders = [path for path in (folder, *sorted(folder.glob("*/"))) if any((path / mark).exists() for mark in MARKS)]
     if not folders:
         raise UserError(f"there is no run in {folder}: give the folder whose subfolders `aligntok fit --output` wrote")
-    runs = [read_run(path) for path in folders]
+    runs = [read_run(path) for path in (folders[:1] if folders[0] == folder else folders)]
     for run in runs:
         run.parent = next((other for other in runs if other is not run and other.within(run.init_from)), None)
         before = run.parent
         while before not in (None, run):
             before = before.parent
         run.parent = run.parent if before is None else None  # no run is its own ancestor
-        run.tokenizer = next((other for other in runs if other.within(run.tokenizer_path)), None)
+        source = run.setting("tokenizer", "init_args", "path")
+        run.tokenizer = next((other for other in runs if other.within(source)), None)
     return sorted(runs, key=lambda run: (KINDS.index(run.kind), bool(run.init_from) + len(run.ancestors), run.name))
-
-
-def is_run(folder: Path) -> bool:
-    """Tell whether a run wrote into this folder."""
-    return any((folder / mark).exists() for mark in MARKS)
 
 
 def read_run(folder: Path) -> Run:
     """Read what a run left; what is not there (yet) stays empty."""
-    path = folder / "run.json"
-    record = read(path, RECORD)
-    for part, pair in (record.get("parameters") or {}).items():
-        if not isinstance(pair, list) or [type(count) for count in pair] != [int, int]:
-            raise UserError(f"{path} is broken: parameters of {part} are not two numbers")
-    return Run(
-        folder,
-        record,
-        read(folder / "config.yaml"),
-        read(folder / "validate.json", VALIDATION),
-        read_rows(folder / "metrics.csv"),
-        read_rows(folder / "accuracy_per_position.csv", "position"),
-    )
+    tables = [read_rows(folder / f"{name}.csv") for name in ("metrics", "accuracy_per_position")]
+    return Run(folder, *(read(folder / name) for name in ("run.json", "config.yaml", "validate.json")), *tables)
 
 
-def read(path: Path, types: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the mapping in a file, empty where there is none; entries may be missing, but not of other types."""
-    load = json.loads if path.suffix == ".json" else yaml.safe_load
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Return the finite numbers of each row with a step or position; a run may be writing the last row just now."""
+    rows = [{name: number(cell) for name, cell in row.items() if name} for row in read(path).get("rows", [])]
+    finite = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    return [row for row in finite if "step" in row or "position" in row]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the mapping in a file (``rows`` of a table), empty where there is none.
+
+    Raises:
+        UserError: It is broken, holds no mapping, or an entry is of another type than ours; entries may be missing.
+    """
+    wrong = ""
     try:
-        content = load(path.read_text()) if path.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from error
+        if path.suffix == ".csv" and path.is_file():
+            return {"rows": list(csv.DictReader(path.read_text().splitlines()))}
+        content = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text()) if path.is_file() else {}
+    except (ValueError, csv.Error, yaml.YAMLError) as error:
+        content, wrong = None, " ".join(str(error).split())[:200]
     if not isinstance(content, dict):
-        raise UserError(f"{path} is broken: it holds no mapping")
-    for key, kind in (types or {}).items():
-        if not isinstance(content.get(key), (kind, type(None))):
-            raise UserError(f"{path} is broken: {key} is {content[key]!r:.100}")
+        raise UserError(f"{path} is broken: {wrong or 'it holds no mapping'}")
+    known = {key: kind for key, kind in TYPES.get(path.name, {}).items() if content.get(key) is not None}
+    odd = [(key, content[key]) for key, kind in known.items() if not isinstance(content[key], kind)]
+    pairs = content["parameters"] if "parameters" in known and not odd else {}
+    odd += [(f"parameters of {part}", pair) for part, pair in pairs.items() if not is_pair(pair)]
+    if odd:
+        raise UserError(f"{path} is broken: {odd[0][0]} is {odd[0][1]!r:.100}")
     return content
 
 
-def read_rows(path: Path, key: str = "step") -> list[dict[str, float]]:
-    """Return the finite numbers of each row that has a ``key``; a run may be writing the last row just now."""
-    if not path.is_file():
-        return []
-    try:
-        with path.open(newline="") as file:
-            rows = [{name: number(cell) for name, cell in row.items() if name} for row in csv.DictReader(file)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is broken: {error}") from error
-    finite = [{name: value for name, value in row.items() if value is not None} for row in rows]
-    return [row for row in finite if key in row]
+def is_pair(value: Any) -> bool:
+    """Tell whether something is a list of two whole numbers."""
+    return isinstance(value, list) and [type(count) for count in value] == [int, int]
 
 
 def number(value: Any) -> float | None:
