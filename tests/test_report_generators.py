@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from aligntok.programs.report import write_report
 from aligntok.programs.report import COLOURS as LINES
+from aligntok.programs.report import write_report
 from aligntok.programs.report.measures import findings
 from aligntok.programs.report.runs import find_runs
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from PIL import Image
 
 from aligntok.errors import UserError
@@ -25,11 +25,10 @@ from aligntok.programs.report.runs import Run, find_runs, read, setting, text
 
 __all__ = ["report_command", "write_report"]
 PACE = ("train/images_per_s", "train/data_wait", "train/grad_norm", "lr-")  # how training goes, not what it lowers
-ERROR = "/mse_t"  # the error of a velocity per time bin: `val/mse_t0.3` is for t in [0.3, 0.4)
-HALF_BIN = 0.05
+ERROR = "/mse_t"  # the error of a velocity per time bin: `val/mse_t0.3` is for t in [0.3, 0.4), drawn at 0.35
 AGAIN = Path("again")  # the folder that the commands write to: the runs' own folders are taken
-
 Panel = tuple[str, str]  # a caption, and the address of a figure
+Line = tuple[str, Sequence[tuple[float, float]], str]  # colour, (x, value) along it, style as matplotlib names it
 COLOURS = ("#7a7f87", "#2f6fd0", "#d98a00", "#0f8a63", "#b2408f", "#c8452f", "#5a4fc4", "#4c7f1c")
 STYLE = {
     **{"font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "aligntok"},
@@ -37,6 +36,7 @@ STYLE = {
     **{"axes.grid": True, "grid.color": "#e4e5e2", "axes.axisbelow": True, "lines.linewidth": 1.6},
     **{"xtick.color": "#5d6675", "ytick.color": "#5d6675", "lines.markersize": 3.5},
 }
+SVG = {"format": "svg", "metadata": dict.fromkeys(("Creator", "Date", "Format", "Type"))}  # nothing that changes
 LOG_FROM = 20.0  # ours: a curve that spans more than this factor gets a logarithmic axis
 GAP = 2  # white pixels around each tile, as the grids are drawn
 MAX_WIDTH, CRISP_WIDTH = 1600, 1100  # pixels of a picture: no more, and of a small one about so many
@@ -76,6 +76,7 @@ def page(folder: Path, runs: list[Run]) -> str:
     kinds = {kind: [run for run in runs if run.kind == kind] for kind in ("tokenizer", "generator", "other")}
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.globals.update(columns=columns, best=best, write=write)
     return environment.get_template("page.html.j2").render(
         name=folder.resolve().name,
         runs=runs,
@@ -83,15 +84,12 @@ def page(folder: Path, runs: list[Run]) -> str:
         findings=[sentence.replace(" %", "\N{NO-BREAK SPACE}%") for sentence in findings(runs)],
         detail_against_meaning=detail_against_meaning(runs),
         grids={run: rows for run in kinds["tokenizer"] if (rows := picture_rows(run.picture("step"), 3))},
-        samples={run: rows for run in kinds["generator"] if (rows := sample_rows(run))},
+        samples={run: named for run in kinds["generator"] if (named := sample_rows(run))},
         validation=over_training(kinds["tokenizer"]),
         generation=[*over_training(kinds["generator"]), *about_sampling(kinds["generator"])],
         losses={kind: panels for kind, own in kinds.items() if (panels := training(own, kind))},
         pace=[panel for own in kinds.values() for panel in training(own, "", pace=True)],
         commands=commands(folder, runs),
-        columns=columns,
-        best=best,
-        write=write,
         now=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     )
 
@@ -99,25 +97,23 @@ def page(folder: Path, runs: list[Run]) -> str:
 def over_training(runs: list[Run]) -> list[Panel]:
     """Return the measures over the steps, each run behind the one that it started from."""
     found = columns(runs, final=False).items()
-    return [
-        p for n, m in found for p in curves(m, [Line(r.colour, r.curve(n, chained=True)) for r in runs], "steps", True)
-    ]
+    return [p for n, m in found for p in curves(m, [(r.colour, r.curve(n, chained=True), "o-") for r in runs], "steps")]
 
 
 def about_sampling(runs: list[Run]) -> list[Panel]:
     """Return generators' error over time, accuracy along the sequence, and measures over the sampling steps."""
-    errors = []
-    for run, part in ((run, part) for run in runs for part in ("val", "train")):
+    errors: list[Line] = []
+    for run, part, style in [(run, part, style) for run in runs for part, style in (("val", "o-"), ("train", "--"))]:
         ends = {name: run.curve(name)[-1:] for name in sorted(run.names) if name.startswith(part + ERROR)}
-        points = [(float(name.partition(ERROR)[2]) + HALF_BIN, end[0][1]) for name, end in ends.items() if end]
-        errors.append(Line(run.colour, points, dashed=part == "train"))
-    panels = curves(Measure("Velocity error", "", False, ""), errors, "t: noise at 0, data at 1", True)
-    along = [Line(run.colour, [(row["position"], row["accuracy"]) for row in run.per_position]) for run in runs]
+        points = [(float(name.partition(ERROR)[2]) + 0.05, end[0][1]) for name, end in ends.items() if end]
+        errors.append((run.colour, points, style))
+    panels = curves(Measure("Velocity error", "", False, ""), errors, "t: noise at 0, data at 1")
+    along = [(run.colour, [(row["position"], row["accuracy"]) for row in run.per_position], "-") for run in runs]
     accuracy = Measure("Token accuracy along the sequence", "{:.1%}", True, "")
     panels += curves(accuracy, along, "position in the sequence: prefix, then the grid row by row")
     for name, measure in columns(runs).items():
-        tried = [Line(run.colour, points) for run in runs if len(points := run.sweep(name)) > 1]
-        panels += curves(measure, tried, "sampling steps", True, over=" over sampling steps")
+        tried = [(run.colour, points, "o-") for run in runs if len(points := run.sweep(name)) > 1]
+        panels += curves(measure, tried, "sampling steps", " over sampling steps")
     return panels
 
 
@@ -128,7 +124,7 @@ def training(runs: list[Run], kind: str, pace: bool = False) -> list[Panel]:
     panels = []
     for name in sorted(name for name in names if name.startswith(PACE) == pace):
         measure = Measure(name, "{:.1%}" if name.endswith("/accuracy") else "", None, "")
-        panels += curves(measure, [Line(run.colour, run.curve(name)) for run in runs], "steps")
+        panels += curves(measure, [(run.colour, run.curve(name), "-") for run in runs], "steps")
     return panels
 
 
@@ -138,42 +134,29 @@ def sample_rows(run: Run) -> list[tuple[str, str]]:
     rows = picture_rows(run.picture("samples"), min(drawn, known) if type(drawn) is type(known) is int else 1)
     folder = Path(text(run.data("train", "init_args", "folder")) or "")
     places = (folder, run.folder.resolve().parent / folder.name)  # the runs' folder may have been moved
-    names = next((listed for p in places if (listed := setting(read(p / "manifest.json"), "images", "classes"))), [])
-    labels = [str(name).partition(",")[0] for name in names] if isinstance(names, list) else []
+    listed = (setting(read(place / "manifest.json"), "images", "classes") for place in places)
+    names = next((names for names in listed if isinstance(names, list)), [])
+    labels = [str(name).partition(",")[0] for name in names]
     return [(labels[i] if i < len(labels) else str(i), row) for i, row in enumerate(rows)]
 
 
-class Line(NamedTuple):
-    """A curve: its colour, (x, value) along it, and whether it is dashed."""
-
-    colour: str
-    points: Sequence[tuple[float, float]]
-    dashed: bool = False
-
-
-def curves(measure: Measure, lines: list[Line], x: str, markers: bool = False, over: str = "") -> list[Panel]:
+def curves(measure: Measure, lines: Sequence[Line], x: str, over: str = "") -> list[Panel]:
     """Return lines in one panel, nothing if none has points; ``over`` sampling steps, each doubling is as wide."""
-    lines = [line for line in lines if line.points]
-    values = [value for line in lines for _, value in line.points]
+    values = [value for _, points, _ in lines for _, value in points]
     with rc_context(STYLE):
-        figure, axes = blank(
-            (4.0, 2.5), x, measure.heading + f", {measure.unit}" * bool(measure.unit), "%" in measure.form
-        )
-        for line in lines:
-            style = "--" if line.dashed else "o-" if markers else "-"
-            axes.plot(*zip(*line.points, strict=True), style, color=line.colour)
+        figure, axes = blank((4.0, 2.5), x, f"{measure.heading}, {measure.unit}".rstrip(", "), measure.form)
+        for colour, points, style in lines:
+            axes.plot([place for place, _ in points], [value for _, value in points], style, color=colour)
         if "%" not in measure.form and values and min(values) > 0 and max(values) > LOG_FROM * min(values):
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=[])
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter("{x:,.6g}")
         axes.set_xlim(left=0)
         if over:
             axes.autoscale(axis="x")
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
-            axes.xaxis.set_minor_locator(NullLocator())
-        return [(measure.title + over, address(figure))] if lines else []
+            axes.set_xscale("log", base=2, subs=[])
+            axes.xaxis.set_major_formatter("{x:,.6g}")
+        return [(measure.title + over, address("svg+xml", figure.savefig, **SVG))] if values else []
 
 
 def detail_against_meaning(runs: list[Run]) -> list[Panel]:
@@ -182,38 +165,33 @@ def detail_against_meaning(runs: list[Run]) -> list[Panel]:
     if len(dots) < 2 or len({run.measured_on() for run in dots}) > 1:
         return []
     with rc_context(STYLE):
-        figure, axes = blank((4.6, 3.0), "PSNR, dB: more detail →", "linear probe: more meaning →", percent=True)
+        figure, axes = blank((4.6, 3.0), "PSNR, dB: more detail →", "linear probe: more meaning →", "%")
         axes.margins(0.2, 0.25)
         for i, (run, dot) in enumerate(sorted(dots.items(), key=lambda item: item[1])):
             axes.plot(*[[place] for place in dot], "o", color=run.colour, markersize=9)
             shift = (0, 9) if i % 2 == 0 else (0, -18)  # neighbours do not write over each other
             axes.annotate(run.name, dot, shift, textcoords="offset points", ha="center")
             if run.parent in dots:
-                arrow = {"arrowstyle": "-|>", "color": "#8a919c", "shrinkA": 5, "shrinkB": 6}
-                axes.annotate("", xy=dot, xytext=dots[run.parent], arrowprops=arrow)
-        return [("Detail against meaning: up and right is better", address(figure))]
+                arrow = {"arrowstyle": "-|>", "color": "#8a919c"}
+                axes.annotate("", xy=dot, xytext=dots[run.parent], arrowprops={**arrow, "shrinkA": 5, "shrinkB": 6})
+        return [("Detail against meaning: up and right is better", address("svg+xml", figure.savefig, **SVG))]
 
 
-def blank(size: tuple[float, float], x: str, y: str, percent: bool) -> tuple[Figure, Axes]:
+def blank(size: tuple[float, float], x: str, y: str, form: str) -> tuple[Figure, Axes]:
     """Return an empty figure of a size in inches, and its axes."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(xlabel=x, ylabel=y)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    if percent:
+    if "%" in form:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.tick_params(which="both", length=0)
     return figure, axes
 
 
-def address(drawn: Figure | Image.Image) -> str:
-    """Return a figure or a picture as an address that holds it."""
-    buffer = io.BytesIO()
-    if isinstance(drawn, Figure):
-        drawn.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    else:
-        drawn.save(buffer, "PNG", optimize=True)
-    kind = "svg+xml" if isinstance(drawn, Figure) else "png"
+def address(kind: str, save: Callable[..., object], **options: Any) -> str:
+    """Return what ``save`` writes, a figure or a picture, as an address that holds it."""
+    save(buffer := io.BytesIO(), **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -230,15 +208,15 @@ def picture_rows(path: Path | None, num_rows: int) -> list[str]:
     for top in range(GAP, num_rows * height, height):
         row = image.crop((GAP, top, image.width - GAP, top + height - GAP))
         row.thumbnail((MAX_WIDTH, MAX_WIDTH), Image.Resampling.LANCZOS)
-        times = max(1, CRISP_WIDTH // row.width)
-        rows.append(address(row.resize((times * row.width, times * row.height), Image.Resampling.NEAREST)))
+        row = row.resize([side * max(1, CRISP_WIDTH // row.width) for side in row.size], Image.Resampling.NEAREST)
+        rows.append(address("png", row.save, format="PNG", optimize=True))
     return rows
 
 
 def commands(folder: Path, runs: list[Run]) -> list[str]:
     """Return what makes all of it again: each run, and what was encoded or sampled after the last run it needs."""
     found = [(verb, path) for verb in ("encode", "sample") for path in sorted(folder.glob(f"*/{verb}.yaml"))]
-    written = [(verb, Run(path.parent, config=read(path))) for verb, path in found]
+    written = [(verb, Run(path.parent, path.name)) for verb, path in found]
     made = [*(run for run in runs if run.config), *(other for _, other in written)]
     lines: dict[Run | None, list[str]] = {None: []}
     for run in runs:
@@ -256,7 +234,7 @@ def commands(folder: Path, runs: list[Run]) -> list[str]:
 
 def repeat(verb: str, run: Run, made: list[Run], *more: str) -> str:
     """Return a command on a run's config that takes what is made again, as far as it fits together, from there."""
-    places = {}
+    places: dict[str, Path | None] = {}
     for key, path in named_files(run.config):
         inside = ((other, other.within(path)) for other in made if other is not run)
         places[key] = next((AGAIN / other.name / inner for other, inner in inside if inner), None)

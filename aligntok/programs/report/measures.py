@@ -56,14 +56,10 @@ GENERATOR = {
 
 def write(value: float | None, form: str) -> str:
     """Return a number as text: by a format, as a ``time`` in seconds, or as a ``count`` in three digits."""
-    if value is None:
-        return "not finite"
-    if form == "time":
-        return str(timedelta(seconds=round(value)))
-    if form == "count":
-        size, unit = next((pair for pair in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if value >= pair[0]), (1.0, ""))
-        return f"{value / size:.3g}{unit}"
-    return form.format(value).replace("%", " %")
+    if value is None or form == "time":
+        return "not finite" if value is None else str(timedelta(seconds=round(value)))
+    size, unit = next((pair for pair in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if value >= pair[0]), (1.0, ""))
+    return f"{value / size:.3g}{unit}" if form == "count" else form.format(value).replace("%", " %")
 
 
 def columns(runs: list[Run], final: bool = True) -> dict[str, Measure]:
@@ -92,10 +88,8 @@ def findings(runs: list[Run]) -> list[str]:
     tokenizers = [run for run in runs if run.kind == "tokenizer" and run.value("val/psnr") is not None]
     said = [*about_tokenizers(tokenizers), *(s for run in tokenizers for s in about_chain(run, tokenizers))]
     said += about_generators([run for run in runs if run.kind == "generator"], runs)
-    right = {run.name: run.value("val/accuracy") for run in runs if run.kind == "other"}
-    said = said or [
-        f"“{name}” names {p:.1%} of the validation images correctly." for name, p in right.items() if p is not None
-    ]
+    right = [(run.name, run.value("val/accuracy")) for run in runs if run.kind == "other"]
+    said = said or [f"“{name}” names {share:.1%} of the validation images correctly." for name, share in right if share]
     return [sentence.replace("%", " %") for sentence in said] or ["No run has been measured yet."]
 
 
@@ -116,27 +110,27 @@ def about_tokenizers(runs: list[Run]) -> list[str]:
 
 def about_chain(run: Run, runs: list[Run]) -> list[str]:
     """Return a stage against the run that it started from, and against going on with that run's own stage instead."""
-    start = run.parent
-    if start is None or start not in runs or run.is_control:
+    start, moving = run.parent, {"encoder", "adapter", "quantizer"} & run.parts(trained=True).keys()
+    if start is None or start not in runs or start.stage == run.stage:
         return []
-    moved = {"encoder", "adapter", "quantizer"} & run.parts(trained=True).keys() or not run.parts(trained=False)
-    sentences = [versus(run, start, "from which it started", "" if moved else "; its latents did not move")]
-    for control in (other for other in runs if other.parent is start and other.is_control):
+    others = {start: "from which it started"}
+    for control in (other for other in runs if other.parent is start and other.stage == start.stage):
         steps = "as many steps" if control.steps == run.steps else f"{control.steps:,} steps (against {run.steps:,})"
-        sentences.append(versus(run, control, f"which trained “{start.name}” on for {steps}"))
-    return [sentence for sentence in sentences if sentence]
+        others[control] = f"which trained “{start.name}” on for {steps}"
+    said = []
+    for other, what in others.items():
+        told = {name: m for name, m in columns([run, other]).items() if m.heading.startswith(TOLD)}
+        changes = [change(m, other.value(name), run.value(name)) for name, m in told.items()]
+        if any(changes) and run.measured_on() == other.measured_on():
+            held = "; its latents did not move" * (other is start and not moving and bool(run.parts(trained=False)))
+            said.append(f"“{run.name}” against “{other.name}”, {what}: {', '.join(filter(None, changes))}{held}.")
+    return said
 
 
-def versus(run: Run, other: Run, what: str, learned: str = "") -> str:
-    """Return how the measures of a run stand to those of another; nothing where they were taken on other images."""
-    both = [(m, other.value(name), run.value(name)) for name, m in columns([run]).items() if m.heading.startswith(TOLD)]
-    changes = [change(measure, old, new) for measure, old, new in both if old is not None and new is not None]
-    alike = run.measured_on() == other.measured_on()
-    return f"“{run.name}” against “{other.name}”, {what}: {', '.join(changes)}{learned}." if alike and changes else ""
-
-
-def change(measure: Measure, before: float, after: float) -> str:
-    """Return a difference in words: ``PSNR 1.30 dB better (25.00 → 26.30)``."""
+def change(measure: Measure, before: float | None, after: float | None) -> str:
+    """Return a difference in words, ``PSNR 1.30 dB better (25.00 → 26.30)``; nothing where one is missing."""
+    if before is None or after is None:
+        return ""
     old, new, gap = measure.form.format(before), measure.form.format(after), abs(after - before)
     if old == new or (measure.unit == "dB" and gap < SAME_DB):
         return f"{measure.heading} the same ({old} → {new})"

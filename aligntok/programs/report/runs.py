@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,27 @@ from aligntok.errors import UserError
 
 KINDS = ("other", "tokenizer", "generator")  # in the order of training
 MARKS = ("run.json", "config.yaml", "metrics.csv", "checkpoints")  # a folder with one of these is a run's
-TYPES = {
+TYPES: dict[str, dict[str, Any]] = {
     "run.json": {"stage": str, "steps": int, "seconds": int | float, "parameters": dict, "metrics": dict},
     "validate.json": {"checkpoint": str, "metrics": dict, "conditions": str},
 }
 
 
-@dataclass(eq=False)
 class Run:
     """One run: its record, where it has one, its config, its measures over the steps, and the runs it builds on.
 
     ``parent`` is the run whose weights it started with; ``tokenizer`` the one whose latents a generator learns.
     """
 
-    folder: Path
-    record: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, float]] = field(default_factory=list)
-    per_position: list[dict[str, float]] = field(default_factory=list)
     parent: Run | None = None
     tokenizer: Run | None = None
-    colour: str = "black"
+    colour = "black"
 
-    def __post_init__(self) -> None:
-        self.name = self.folder.resolve().name
+    def __init__(self, folder: Path, config: str = "config.yaml") -> None:
+        self.folder, self.name = folder, folder.resolve().name
+        self.record, self.validation = read(folder / "run.json"), read(folder / "validate.json")
+        self.config, self.rows = read(folder / config), read_rows(folder / "metrics.csv")
+        self.per_position = read_rows(folder / "accuracy_per_position.csv")
         self.stage = str(self.record.get("stage") or setting(self.config, "model", "class_path") or "").split(".")[-1]
         self.init_from = text(self.config.get("init_from"))
         known = int(max((row["step"] + 1 for row in self.rows), default=0))  # steps in metrics.csv
@@ -59,8 +54,8 @@ class Run:
         self.sampling_steps = int(used[1]) if used else self.setting("sampler", "init_args", "num_steps")
         sampler = str(self.setting("sampler", "class_path") or "").split(".")[-1]
         self.sampling = sampler + (f", {self.sampling_steps} steps" if sampler and self.sampling_steps else "")
-        told = self.setting("guidance", "init_args", "scale")
-        self.guidance = told or self.setting("sampler", "init_args", "guidance_scale")
+        scales = self.setting("guidance", "init_args", "scale"), self.setting("sampler", "init_args", "guidance_scale")
+        self.guidance = scales[0] or scales[1]
 
     def __str__(self) -> str:
         return self.name
@@ -69,11 +64,6 @@ class Run:
     def ancestors(self) -> list[Run]:
         """The runs that it builds on, nearest first."""
         return [self.parent, *self.parent.ancestors] if self.parent else []
-
-    @property
-    def is_control(self) -> bool:
-        """Whether it goes on with the very stage that it started from."""
-        return self.parent is not None and self.parent.stage == self.stage
 
     def value(self, name: str) -> float | None:
         """Return a final measure, or ``None`` where it is missing or no number."""
@@ -98,10 +88,6 @@ class Run:
     def picture(self, name: str) -> Path | None:
         """Return its last picture: of reconstructions (``step``), or of a generator's ``samples``."""
         return max((self.folder / "images").glob(f"{name}_*.png"), default=None)
-
-    def pictured(self, name: str) -> str:
-        """Return the step of its last picture."""
-        return f"{int((self.picture(name) or self.folder).stem.split('_')[-1]):,}"
 
     def setting(self, *keys: str) -> Any:
         """Return what the config says under ``model.init_args``, or ``None``."""
@@ -147,32 +133,18 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Read the runs in a folder, earlier stages first.
-
-    Raises:
-        UserError: There is no such folder, no run in it, or a file of a run is broken.
-    """
+    """Read the runs in a folder, earlier stages first; raise a ``UserError`` where there are none."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}" + (": this is a file" if folder.exists() else ""))
     folders = [path for path in (folder, *sorted(folder.glob("*/"))) if any((path / mark).exists() for mark in MARKS)]
     if not folders:
         raise UserError(f"there is no run in {folder}: give the folder whose subfolders `aligntok fit --output` wrote")
-    runs = [read_run(path) for path in (folders[:1] if folders[0] == folder else folders)]
+    runs = [Run(path) for path in (folders[:1] if folders[0] == folder else folders)]
     for run in runs:
-        run.parent = next((other for other in runs if other is not run and other.within(run.init_from)), None)
-        before = run.parent
-        while before not in (None, run):
-            before = before.parent
-        run.parent = run.parent if before is None else None  # no run is its own ancestor
-        source = run.setting("tokenizer", "init_args", "path")
-        run.tokenizer = next((other for other in runs if other.within(source)), None)
+        starts = (other for other in runs if other.within(run.init_from) and run not in (other, *other.ancestors))
+        run.parent = next(starts, None)
+        run.tokenizer = next((o for o in runs if o.within(run.setting("tokenizer", "init_args", "path"))), None)
     return sorted(runs, key=lambda run: (KINDS.index(run.kind), bool(run.init_from) + len(run.ancestors), run.name))
-
-
-def read_run(folder: Path) -> Run:
-    """Read what a run left; what is not there (yet) stays empty."""
-    tables = [read_rows(folder / f"{name}.csv") for name in ("metrics", "accuracy_per_position")]
-    return Run(folder, *(read(folder / name) for name in ("run.json", "config.yaml", "validate.json")), *tables)
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
@@ -183,11 +155,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the mapping in a file (``rows`` of a table), empty where there is none.
-
-    Raises:
-        UserError: It is broken, holds no mapping, or an entry is of another type than ours; entries may be missing.
-    """
+    """Return the mapping in a file (``rows`` of a table), empty where there is none; refuse what is broken."""
     wrong = ""
     try:
         if path.suffix == ".csv" and path.is_file():
@@ -199,16 +167,11 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is broken: {wrong or 'it holds no mapping'}")
     known = {key: kind for key, kind in TYPES.get(path.name, {}).items() if content.get(key) is not None}
     odd = [(key, content[key]) for key, kind in known.items() if not isinstance(content[key], kind)]
-    pairs = content["parameters"] if "parameters" in known and not odd else {}
-    odd += [(f"parameters of {part}", pair) for part, pair in pairs.items() if not is_pair(pair)]
+    pairs: dict[str, Any] = content["parameters"] if "parameters" in known and not odd else {}
+    odd += [(f"parameters of {part}", n) for part, n in pairs.items() if not re.fullmatch(r"\[\d+, \d+]", str(n))]
     if odd:
         raise UserError(f"{path} is broken: {odd[0][0]} is {odd[0][1]!r:.100}")
     return content
-
-
-def is_pair(value: Any) -> bool:
-    """Tell whether something is a list of two whole numbers."""
-    return isinstance(value, list) and [type(count) for count in value] == [int, int]
 
 
 def number(value: Any) -> float | None:
