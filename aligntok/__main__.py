@@ -1,4 +1,4 @@
-"""``aligntok`` and ``python -m aligntok``."""
+"""``aligntok`` and ``python -m aligntok``: one table of verbs, each imported when it is wanted."""
 
 from __future__ import annotations
 
@@ -8,32 +8,56 @@ import os
 import sys
 import warnings
 
-PROGRAMS = {  # verb: function, imported when it is wanted
-    "encode": "aligntok.programs.encode.encode_command",
-    "sample": "aligntok.programs.sample.sample_command",
-    "repair": "aligntok.programs.repair.repair_command",
-    "import": "aligntok.programs.import_weights.import_command",
-    "evaluate": "aligntok.programs.evaluate.evaluate_command",
-    "report": "aligntok.programs.report.report_command",
+from aligntok import __version__
+from aligntok.errors import UserError
+
+VERBS = {  # verb: function that takes the words after it, and a line of help
+    "fit": ("aligntok.cli.fit_command", "train a stage; --ckpt_path last goes on with a run that was cut off"),
+    "validate": ("aligntok.cli.validate_command", "measure a checkpoint on the validation images: validate.json"),
+    "test": ("aligntok.cli.test_command", "measure a checkpoint on the test images, data.test: test.json"),
+    "predict": ("aligntok.cli.predict_command", "run a stage's predict_step over data.predict"),
+    "encode": ("aligntok.programs.encode.encode_command", "cache the latents or tokens of images in a folder"),
+    "sample": ("aligntok.programs.sample.sample_command", "draw samples of a generator as files, PNG and .npz"),
+    "repair": ("aligntok.programs.repair.repair_command", "write again what is broken in a folder of these two"),
+    "import": (
+        "aligntok.programs.import_weights.import_command",
+        "turn published weights into a checkpoint and a config",
+    ),
+    "evaluate": ("aligntok.programs.evaluate.evaluate_command", "measure stored images: FID and its companions"),
+    "report": ("aligntok.programs.report.report_command", "report.html of the runs in a folder"),
 }
+
+HELP = """\
+usage: aligntok VERB [options]     aligntok VERB --help     aligntok --version
+
+Train image tokenizers from pretrained vision encoders, and generators on their latents.
+
+{verbs}
+
+  aligntok fit --config stage1.yaml                              the first stage of AlignTok
+  aligntok fit --config stage2.yaml --init_from STAGE1.ckpt      the next stage, from its weights
+  aligntok encode --config cache.yaml --tokenizer STAGE3.ckpt    cached latents of the training images
+  aligntok fit --config dit.yaml                                 a generator on them
+  aligntok sample --config dit.yaml --config sample.yaml --ckpt_path DIT.ckpt
+
+A config is a file, or the name of a shipped one; several --config are layers, later ones win."""
 
 
 def main(args: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
-    from aligntok.errors import UserError
-
-    arguments = sys.argv[1:] if args is None else args
+    verb, *arguments = (sys.argv[1:] if args is None else args) or [""]
     try:
-        silence()
-        if arguments and arguments[0] in PROGRAMS:
-            module, _, command = PROGRAMS[arguments[0]].rpartition(".")
-            getattr(importlib.import_module(module), command)(arguments[1:])
+        if verb in ("-h", "--help"):
+            print(HELP.format(verbs="\n".join(f"  {name:<10}{line}" for name, (_, line) in VERBS.items())))
+        elif verb == "--version":
+            print(f"aligntok {__version__}")
+        elif verb in VERBS:
+            silence()
+            module, _, command = VERBS[verb][0].rpartition(".")
+            getattr(importlib.import_module(module), command)(arguments)
         else:
-            from aligntok.cli import run
-            from aligntok.programs.repair import refuse_writers
-
-            refuse_writers(arguments)
-            run(args)
+            problem = f"there is no verb '{verb}'" if verb else "a verb is missing"
+            raise UserError(f"{problem}: give one of {', '.join(VERBS)}, or see aligntok --help")
     except UserError as error:
         print(f"aligntok: error: {last_message(error)}", file=sys.stderr)
         return 2

@@ -88,6 +88,26 @@ def with_class(part: Config, class_path: str) -> Config:
     return {"class_path": class_path, "init_args": merge(arguments, part.get("init_args") or {})}
 
 
+def split_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names after ``--config``, and the other words.
+
+    Example:
+        >>> split_configs(["--config", "a.yaml", "--output", "x", "--config=b.yaml"])
+        (['a.yaml', 'b.yaml'], ['--output', 'x'])
+    """
+    names: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            names.append(next(rest, ""))
+        elif argument.startswith("--config="):
+            names.append(argument.removeprefix("--config="))
+        else:
+            others.append(argument)
+    return names, others
+
+
 def to_text(config: Config) -> str:
     """Return a config as YAML, with nothing said by reference."""
     dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})

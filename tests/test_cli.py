@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from aligntok.__main__ import main
+from aligntok.__main__ import VERBS, main
 from aligntok.cli import merge_layers
 
 DEBUG = ("--config", "run/debug.yaml")
@@ -211,16 +213,30 @@ def test_a_checkpoint_with_code_is_refused(capsys, in_folder):
 
 
 def test_help_reads_like_a_manual(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["--help"])
-    assert done.value.code == 0
+    assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for words in ("fit", "validate", "aligntok report", "--config stage1.yaml", "--init_from"):
+    for words in (*VERBS, "report.html", "--config stage1.yaml", "--init_from"):
         assert words in out
 
 
 def test_no_verb(capsys):
     assert "fit" in fails(capsys)
+    assert "no verb 'fitt'" in fails(capsys, "fitt", "--config", "stage1.yaml")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_what_it_takes_and_names_a_mistake_in_a_line(verb, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([verb, "--help"])
+    assert done.value.code == 0
+    fails(capsys, verb, "--nonsense", "3")
+
+
+def test_the_list_of_verbs_comes_without_waiting_for_torch():
+    program = "import sys; from aligntok.__main__ import main; main(sys.argv[1:]); print(*sys.modules)"
+    for words in (["--help"], ["--version"], ["report", "nowhere"], ["no verb"]):
+        loaded = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+        assert not {"torch", "lightning", "jsonargparse"} & set(loaded.stdout.split()), words
 
 
 def test_a_layer_in_the_users_folder_does_not_replace_a_shipped_one(capsys, in_folder):

@@ -32,9 +32,10 @@ from aligntok.data.dataset import ImageDataset, evaluation_crop
 from aligntok.data.sources import crop_id, length, spread_over
 from aligntok.errors import UserError, check_positive
 from aligntok.files import write_atomically
+from aligntok.messages import building
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.programs.command import instantiate, make_parser, read, start
+from aligntok.programs.command import make_parser, read, start
 from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of
 
 DESCRIPTION = """\
@@ -307,7 +308,8 @@ def encode_command(arguments: list[str]) -> None:
     keys = ("images", "views", "dtype", "shard_size", "batch_size", "num_workers", "min_psnr")
     options = read(parser, named_checkpoint(arguments), {"tokenizer", *keys})
     fabric = start(parser, "encode", options)
-    given = instantiate(parser, options)
+    with building():
+        given = parser.instantiate_classes(options)
     encode(given.tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in keys})
 
 

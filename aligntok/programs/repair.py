@@ -10,6 +10,7 @@ import yaml
 
 from aligntok.errors import UserError
 from aligntok.programs.encode import encode_command
+from aligntok.programs.parser import Parser
 from aligntok.programs.sample import sample_command
 
 OLD = "predict.yaml"  # where earlier versions kept what wrote a folder
@@ -22,9 +23,10 @@ def repair_command(arguments: list[str]) -> None:
     Raises:
         UserError: There is no such folder, or what it holds cannot be mended.
     """
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("aligntok repair takes one folder that `aligntok encode` wrote: aligntok repair FOLDER")
-    folder = Path(arguments[0])
+    about = "Run again the command that wrote a folder: it does again what is missing or broken, and only that."
+    parser = Parser(prog="aligntok repair", description=about, allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="as `aligntok encode` or `sample` wrote it")
+    folder: Path = parser.parse_args(arguments).folder
     for name, command in (("encode.yaml", encode_command), ("sample.yaml", sample_command)):
         if (folder / name).is_file():
             command(["--config", str(folder / name), "--output", str(folder)])

@@ -21,7 +21,8 @@ from aligntok.data.labels import ClassLabels
 from aligntok.data.sources import Indices
 from aligntok.errors import UserError, check_positive
 from aligntok.files import hash_tensors, write_atomically, write_text
-from aligntok.programs.command import instantiate, make_parser, read, start
+from aligntok.messages import building
+from aligntok.programs.command import make_parser, read, start
 from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of
 from aligntok.stages.generator import GeneratorStage
 from aligntok.weights.checkpoint import read_checkpoint
@@ -216,7 +217,8 @@ def sample_command(arguments: list[str]) -> None:
     if options.ckpt_path is None and options.ema is not None:
         raise UserError("--ema picks an average of --ckpt_path CHECKPOINT, and --init_from has none: leave it out")
     fabric = start(parser, "sample", options)
-    generator: GeneratorStage = instantiate(parser, options).model
+    with building():
+        generator: GeneratorStage = parser.instantiate_classes(options).model
     if options.ckpt_path is None:
         generator.init_from(options.init_from)
     else:

@@ -72,7 +72,7 @@ def test_cache_repair_and_training_on_it(checkpoint, capsys):
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [([], "one folder"), (["a", "b"], "one folder"), (["--help"], "one folder"), (["a"], "no a/encode")],
+    [([], "FOLDER"), (["a", "b"], "unrecognized arguments: b"), (["a"], "no a/encode")],
 )
 def test_repair_of_nothing_is_one_line(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
