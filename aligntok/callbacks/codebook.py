@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from aligntok.callbacks.measure import Measurement, Outputs
+from aligntok.callbacks.measurement import Measurement, Outputs
 from aligntok.errors import UserError
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.protocols import Batch

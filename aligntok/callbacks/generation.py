@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from aligntok.callbacks.measure import Measurement, evaluation, on_first_rank
+from aligntok.callbacks.measurement import Measurement, evaluation, on_first_rank
 from aligntok.errors import UserError
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics, Reference

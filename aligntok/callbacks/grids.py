@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid, save_image
 
-from aligntok.callbacks.measure import evaluation, tokenizer_of
+from aligntok.callbacks.measurement import evaluation, tokenizer_of
 from aligntok.errors import UserError
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasPreview, needed_data

@@ -1,19 +1,17 @@
-"""Callbacks that measure reconstructions on every rank and log under ``val/`` or ``test/``."""
+"""Measures of reconstructions and latents, on the images of all ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from aligntok.callbacks.measurement import Measurement, Outputs, evaluation, on_first_rank, tokenizer_of
 from aligntok.errors import UserError
 from aligntok.losses.perceptual import LPIPS, lpips_weights
 from aligntok.metrics import (
@@ -25,145 +23,13 @@ from aligntok.metrics import (
     pool_latent,
 )
 from aligntok.metrics.collected import Collected
-from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import Batch, HasCalibration, HasFingerprint, needed_data, offered_data
-
-Outputs = dict[str, Tensor]
-T = TypeVar("T")
-
-
-@contextmanager
-def evaluation(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Run networks as Lightning runs a validation step: in eval mode, without gradients, in the trainer's precision."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            yield
-    finally:
-        module.train(training)
-
-
-def on_first_rank(trainer: pl.Trainer, function: Callable[[], T]) -> T:
-    """Return on all ranks what a function returns on the first one: whether a file is there may differ between nodes.
-
-    Raises:
-        UserError: On all ranks, where the function raises one.
-    """
-    result: Any = None
-    if trainer.is_global_zero:
-        try:
-            result = function()
-        except UserError as error:
-            result = error
-    result = trainer.strategy.broadcast(result)
-    if isinstance(result, UserError):
-        raise result
-    return result  # type: ignore[no-any-return]
-
-
-def tokenizer_of(module: pl.LightningModule, who: str) -> Tokenizer:
-    """Return the tokenizer of a stage.
-
-    Raises:
-        UserError: It has none.
-    """
-    tokenizer = getattr(module, "tokenizer", None)
-    if not isinstance(tokenizer, Tokenizer):
-        raise UserError(f"{who} needs a stage with a tokenizer, {type(module).__name__} has none: remove the callback")
-    return tokenizer
-
-
-class Measurement(pl.Callback):
-    """Base: ``prepare`` before the run, then the same three moments in validation and test, not in the sanity check.
-
-    The values of ``finish`` are logged as ``val/<name>`` or ``test/<name>``; they must be the same on all ranks.
-    """
-
-    needs: tuple[str, ...] = ("reconstruction",)
-    """What the module's ``validation_step`` must return: ``reconstruction`` (B, 3, H, W) in [0, 1], ``latent`` (B, C,
-    h, w), ``tokens`` (B, N)."""
-
-    started = False
-
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Before the first step: refuse what cannot be measured, and load what will be needed."""
-
-    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Before the first batch; averaged weights are in place."""
-
-    def update(self, batch: Batch, outputs: Outputs) -> None:
-        """After each batch that has images."""
-
-    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-        """After the last batch: return what to log."""
-        return {}
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepare, where something will be measured."""
-        if stage in ("validate", "test") or (stage == "fit" and trainer.limit_val_batches):
-            self.prepare(trainer, pl_module)
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Start at the first batch: only then have all callbacks swapped in what they average."""
-        if batch_idx == 0 and not trainer.sanity_checking:
-            self.started = True
-            self.start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Pass on what is measured."""
-        if trainer.sanity_checking or not self.needs:
-            return
-        lacking = [name for name in self.needs if not isinstance(outputs, dict) or name not in outputs]
-        if lacking:
-            raise UserError(
-                f"{type(self).__name__}: validation_step of {type(pl_module).__name__} returns no"
-                f" {' and no '.join(lacking)}: return it in a dict, or remove the callback"
-            )
-        if len(batch["image"]):
-            self.update(batch, outputs)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log."""
-        if not self.started:
-            return
-        self.started = False
-        prefix = "test" if trainer.testing else "val"
-        values = {
-            f"{prefix}/{name}": torch.as_tensor(value, dtype=torch.float32, device=pl_module.device)
-            for name, value in self.finish(trainer, pl_module).items()
-        }
-        pl_module.log_dict(values, sync_dist=True)  # the mean of equal values: without it, Lightning warns
-
-    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """As in validation."""
-        self.on_validation_batch_start(*args, **kwargs)
-
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """As in validation."""
-        self.on_validation_batch_end(*args, **kwargs)
-
-    def on_test_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end(*args, **kwargs)
 
 
 class ReconstructionQuality(Measurement):
     """PSNR (dB) and SSIM of 8-bit images, averaged over images, and LPIPS where its weights are on this machine."""
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, Any] = {}
-        self.lpips: LPIPS | None = None
+    lpips: LPIPS | None = None
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Load LPIPS, or take the one that the loss has."""
@@ -175,7 +41,7 @@ class ReconstructionQuality(Measurement):
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Make the metrics anew."""
-        self.metrics = {
+        self.metrics: dict[str, Any] = {
             "psnr": PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3)).to(module.device),
             "ssim": StructuralSimilarityIndexMeasure(data_range=1.0).to(module.device),
         }
@@ -185,8 +51,8 @@ class ReconstructionQuality(Measurement):
     def update(self, batch: Batch, outputs: Outputs) -> None:
         """Compare what PNG files would hold."""
         image, reconstruction = quantize(batch["image"]), quantize(outputs["reconstruction"])
-        for name in ("psnr", "ssim"):
-            self.metrics[name].update(reconstruction, image)
+        self.metrics["psnr"].update(reconstruction, image)
+        self.metrics["ssim"].update(reconstruction, image)
         if self.lpips is not None:
             self.metrics["lpips"].update(self.lpips(reconstruction, image), weight=len(image))
 
@@ -207,11 +73,9 @@ class ReconstructionFID(Measurement):
     """
 
     def __init__(self, features: nn.Module | None = None, reference: str | None = None) -> None:
-        self.metric = FrechetDistance(features or InceptionFeatures(), reset_real_features=False)
+        self.metric = FrechetDistance(features or InceptionFeatures())
         self.reference = reference
         self.measured_split = ""
-        self.path: Path | None = None
-        self.source = ""
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Load the feature network."""
@@ -226,21 +90,21 @@ class ReconstructionFID(Measurement):
         if split != self.measured_split:
             self.metric.forget()
             self.find_reference(trainer, split)
+            self.measured_split = split
         self.metric.to(module.device)
         self.metric.reset()
-        self.measured_split = split
 
     def find_reference(self, trainer: pl.Trainer, split: str) -> None:
         """Read the statistics of a split's images, if they were kept and are those of these images."""
-        self.path, self.source = None, ""
+        self.path: Path | None = None
+        self.source = ""
         limit = trainer.limit_test_batches if split == "test" else trainer.limit_val_batches
         data = offered_data(trainer, HasFingerprint)
         if limit != 1.0 or data is None:
             return  # a part of the images, or images that we know nothing of: nothing to keep
         self.source = data.fingerprint(split)
         name = f"{self.metric.features.name}_{self.source}.safetensors"
-        path = Path(self.reference or Path(trainer.default_root_dir) / "reference" / name)
-        self.path = path
+        self.path = path = Path(self.reference or Path(trainer.default_root_dir) / "reference" / name)
         statistics = on_first_rank(trainer, lambda: FeatureStatistics.load(path) if path.is_file() else None)
         if statistics is None:
             return
@@ -313,10 +177,10 @@ class LinearProbe(Measurement):
         latents, test_latents = (x.view(len(x), *self.shape) for x in (latents, test_latents))  # (N, C, h, w)
         results = {}
         for name, view in (("probe", flatten_latent), ("probe_pooled", pool_latent)):
-            result = linear_probe(
+            fitted = linear_probe(
                 view(latents), labels, view(test_latents), test_labels, weight_decay=self.weight_decay
             )
-            results[name] = result.accuracy
+            results[name] = fitted.accuracy
         return results
 
 

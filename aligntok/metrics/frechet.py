@@ -4,6 +4,8 @@ Reference:
     Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, arXiv:1706.08500.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError
 from aligntok.metrics.reference import FeatureStatistics
+from aligntok.networks.frozen import Frozen
 
 T = TypeVar("T")
 
@@ -21,10 +24,7 @@ T = TypeVar("T")
 class FeatureSums:
     """Number, sum and sum of outer products of features, in float64: all that their mean and covariance need.
 
-    With a 1 in front of each feature vector, one matrix holds all three.
-
-    Args:
-        width: Dimensions of the features.
+    With a 1 in front of each feature vector, one matrix (1 + D, 1 + D) holds all three.
     """
 
     def __init__(self, width: int) -> None:
@@ -39,13 +39,6 @@ class FeatureSums:
     def count(self) -> int:
         """Number of images on this rank."""
         return int(self.products[0, 0])
-
-    def over_ranks(self) -> Tensor:
-        """Return the products (1 + D, 1 + D) of all ranks; on several ranks, every rank must call this."""
-        total = self.products.clone()
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        return total
 
 
 class FrechetDistance:
@@ -69,13 +62,12 @@ class FrechetDistance:
         features: Network from image (B, 3, H, W), float32 in [0, 1], to features (B, D). It has the attributes
             ``name: str`` ("inception", "efficientnet_lite0"), an id that is compared with that of reference statistics,
             and ``num_features: int``, which is D. Resizing and pixel statistics are its own business.
-        reset_real_features: Whether ``reset`` also forgets the real images and the reference.
 
     Raises:
         UserError: ``features`` lacks ``name`` or ``num_features``.
     """
 
-    def __init__(self, features: nn.Module, reset_real_features: bool = True) -> None:
+    def __init__(self, features: nn.Module) -> None:
         if not isinstance(getattr(features, "name", None), str) or not isinstance(
             getattr(features, "num_features", None), int
         ):
@@ -83,22 +75,25 @@ class FrechetDistance:
                 f"the feature network {type(features).__name__} needs the attributes `name: str` and "
                 "`num_features: int`: set them in its __init__"
             )
-        self.features: Any = features.eval().requires_grad_(False)
-        self.reset_real_features = reset_real_features
+        self.features: Any = features
+        self.network = Frozen(features)
         self.device = torch.device("cpu")
         self.forget()
 
     def forget(self) -> None:
         """Forget all images and the reference."""
-        self.real, self.generated = FeatureSums(self.features.num_features), FeatureSums(self.features.num_features)
+        self.real = FeatureSums(self.features.num_features)
         self.given: FeatureStatistics | None = None
+        self.reset()
 
-    def to(self, device: torch.device | str) -> "FrechetDistance":
+    def reset(self) -> None:
+        """Forget the generated images."""
+        self.generated = FeatureSums(self.features.num_features)
+
+    def to(self, device: torch.device | str) -> FrechetDistance:
         """Measure on this device."""
         self.device = torch.device(device)
-        self.features.to(self.device)
-        for sums in (self.real, self.generated):
-            sums.products = sums.products.to(self.device)
+        self.network.to(self.device)
         return self
 
     def load(self) -> None:
@@ -129,12 +124,12 @@ class FrechetDistance:
         if real and self.given is not None:
             raise UserError(
                 "real images given to FrechetDistance while reference statistics are set, which replace them: "
-                "leave out these updates, or reset() a metric that was made with reset_real_features=True"
+                "leave out these updates, or forget() the reference"
             )
-        self.check(image, real)
+        check_images(image, real)
         if len(image) == 0:
             return
-        features = extract(self.features, image) if features is None else features
+        features = extract(self.network, image) if features is None else features
         if features.shape != (len(image), self.features.num_features):
             raise UserError(
                 f"feature network {self.features.name!r} gave {tuple(features.shape)} for {len(image)} images, "
@@ -152,9 +147,7 @@ class FrechetDistance:
         return frechet_distance(*(x.to(self.device) for x in (one.mean, one.cov, two.mean, two.cov)))
 
     def set_reference(self, statistics: FeatureStatistics) -> None:
-        """Compare with these statistics from now on, in place of real images; real images given before are forgotten.
-
-        Every rank must do so.
+        """Compare with these statistics from now on, in place of real images; every rank must do so.
 
         Raises:
             UserError: They are of another feature network or dimension, or of 1 image.
@@ -183,19 +176,15 @@ class FrechetDistance:
             return replace(self.given, source=source or self.given.source)
         return self.statistics(self.real, "real", source)
 
-    def reset(self) -> None:
-        """Forget the generated images and, with ``reset_real_features``, the real ones and the reference."""
-        if self.reset_real_features:
-            self.forget()
-        self.generated = FeatureSums(self.features.num_features)
-
     def statistics(self, sums: FeatureSums, word: str, source: str) -> FeatureStatistics:
         """Return mean and covariance of a set of all ranks.
 
         Raises:
             UserError: Fewer than 2 images, or features that are not finite.
         """
-        products = sums.over_ranks().to(self.device)
+        products = sums.products.to(self.device, copy=True)
+        if dist.is_initialized():
+            dist.all_reduce(products)
         count = int(products[0, 0])
         if count < 2:
             remedy = ", or set_reference(statistics)" if word == "real" else ""
@@ -209,28 +198,27 @@ class FrechetDistance:
         cov = (products[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1)
         return FeatureStatistics(mean, cov, count, source, str(self.features.name))
 
-    @staticmethod
-    def check(image: Tensor, real: bool) -> None:
-        """Refuse what is surely no image in [0, 1], but not an overshooting decoder.
 
-        Raises:
-            UserError: As in ``update``.
-        """
-        if not image.is_floating_point():
-            raise UserError(f"FrechetDistance takes float images in [0, 1], got {image.dtype}: divide uint8 by 255")
-        if image.dim() != 4 or image.shape[1] != 3:
-            raise UserError(f"FrechetDistance takes images of shape (B, 3, H, W), got {tuple(image.shape)}")
-        if len(image) == 0:
-            return
-        # One wild pixel of a decoder is clamped like any overshoot; a whole batch beyond 2 is the range 0..255.
-        low, high = (x.item() for x in image.aminmax())
-        too_high = high > 2 and (real or image.mean(dtype=torch.float32).item() > 2)
-        if low != low or too_high or (real and low < -0.5):
-            raise UserError(
-                f"FrechetDistance takes float images in [0, 1], got {'real' if real else 'generated'} images in "
-                f"[{low:.4g}, {high:.4g}]: map -1..1 with (x + 1) / 2, divide 0..255 by 255; "
-                "for NaN look at the decoder"
-            )
+def check_images(image: Tensor, real: bool) -> None:
+    """Refuse what is surely no image (B, 3, H, W) in [0, 1], but not what an overshooting decoder gives.
+
+    Raises:
+        UserError: As in ``FrechetDistance.update``.
+    """
+    if not image.is_floating_point():
+        raise UserError(f"FrechetDistance takes float images in [0, 1], got {image.dtype}: divide uint8 by 255")
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise UserError(f"FrechetDistance takes images of shape (B, 3, H, W), got {tuple(image.shape)}")
+    if len(image) == 0:
+        return
+    # One wild pixel of a decoder is clamped like any overshoot; a whole batch beyond 2 is the range 0..255.
+    low, high = (x.item() for x in image.aminmax())
+    too_high = high > 2 and (real or image.mean(dtype=torch.float32).item() > 2)
+    if low != low or too_high or (real and low < -0.5):
+        raise UserError(
+            f"FrechetDistance takes float images in [0, 1], got {'real' if real else 'generated'} images in "
+            f"[{low:.4g}, {high:.4g}]: map -1..1 with (x + 1) / 2, divide 0..255 by 255; for NaN look at the decoder"
+        )
 
 
 def extract(network: Callable[[Tensor], T], image: Tensor) -> T:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aligntok.errors import UserError
 from aligntok.metrics.collected import Collected
 from aligntok.metrics.feature_sets import inception_score, kernel_distance, precision_recall
-from aligntok.metrics.frechet import FrechetDistance, extract
+from aligntok.metrics.frechet import FrechetDistance, check_images, extract
 from aligntok.metrics.inception import InceptionFeatures, SpatialFeatures
 from aligntok.metrics.protocol import FREE, Protocol, find_protocol
 from aligntok.metrics.reference import AdmFile, FeatureStatistics, Reference
@@ -29,6 +29,14 @@ class GenerationMetrics:
 
     Memory: the Fréchet distance keeps sums only. Score, precision, recall and KID keep the features of all samples,
     8 KB each, and of 10,000 reference images (chosen by a hash of their ids); ``compute`` gathers all on every rank.
+
+    >>> class Colour(nn.Module):
+    ...     name, num_features = "colour", 3
+    ...     def forward(self, image): return image.mean((2, 3))
+    >>> metrics = GenerationMetrics(Colour(), kid=True)
+    >>> for real in (True, False): metrics.update(torch.rand(20, 3, 8, 8), torch.arange(20), real=real)
+    >>> list(metrics.compute())
+    ['fd_colour', 'kid_colour']
 
     Args:
         features: Feature network as ``FrechetDistance`` takes it; Inception by default.
@@ -51,13 +59,14 @@ class GenerationMetrics:
         kid: bool = False,
         protocol: str | Protocol | None = None,
     ) -> None:
-        self.frechet = FrechetDistance(features or InceptionFeatures(), reset_real_features=False)
+        self.frechet = FrechetDistance(features or InceptionFeatures())
         network: Any = self.frechet.features
         if (sfid or inception_score) and not hasattr(network, "with_spatial"):
             raise UserError(
                 f"sFID and the Inception Score are of Inception's features, not of {network.name}: leave them out"
             )
-        self.spatial = FrechetDistance(SpatialFeatures(network), reset_real_features=False) if sfid else None
+        self.spatial = FrechetDistance(SpatialFeatures(network)) if sfid else None
+        self.distances = [self.frechet] if self.spatial is None else [self.frechet, self.spatial]
         self.inception_score, self.precision_recall, self.kid = inception_score, precision_recall, kid
         self.protocol = find_protocol(protocol) if isinstance(protocol, str) else protocol or FREE
         if self.protocol.features not in (None, network.name):
@@ -95,16 +104,14 @@ class GenerationMetrics:
         Raises:
             UserError: Images of two sizes, or what ``FrechetDistance.update`` refuses.
         """
-        if len(image):
-            self.check_size((image.shape[-2], image.shape[-1]))
-        network: Any = self.frechet.features
-        self.frechet.check(image, real)
+        check_images(image, real)
         if not len(image):
             return
+        self.check_size((image.shape[-2], image.shape[-1]))
         if self.spatial is None:
-            features = extract(network, image)
+            features = extract(self.frechet.network, image)
         else:
-            features, spatial = extract(network.with_spatial, image)
+            features, spatial = extract(self.frechet.features.with_spatial, image)
             self.spatial.update(image, real, spatial)
         self.frechet.update(image, real, features)
         (self.real if real else self.samples).add(id, label, features)
@@ -120,18 +127,16 @@ class GenerationMetrics:
         """
         ids, labels, features = self.samples.gather(self.frechet.device)
         self.protocol.check_count(len(ids))
-        reference = self.given or self.reference()
-        network: Any = self.frechet.features
+        reference, network = self.given or self.reference(), self.frechet.features
         suffix = "" if network.name == "inception" else f"_{network.name}"
         values = {metric.metric_name: metric.compute().item() for metric in self.distances}
         if self.inception_score:
             values["is"] = inception_score(network.logits(features))
-        if self.precision_recall or self.kid:
+        if self.real.width:
             assert reference.sample is not None  # checked in set_reference
             sample = reference.sample.to(features)
             if self.precision_recall:
-                shares = precision_recall(sample, features)
-                values |= dict(zip((f"precision{suffix}", f"recall{suffix}"), shares, strict=True))
+                values[f"precision{suffix}"], values[f"recall{suffix}"] = precision_recall(sample, features)
             if self.kid:
                 values[f"kid{suffix}"] = kernel_distance(sample, features)
         self.line = self.protocol.describe(len(ids), self.image_size, labels, reference)
@@ -152,12 +157,10 @@ class GenerationMetrics:
         """
         if self.given is not None:
             return self.given
-        statistics = self.frechet.reference(source)
+        sample = self.real.gather(self.frechet.device)[2] if self.real.width else None
         spatial = None if self.spatial is None else self.spatial.reference(source)
-        _, _, sample = self.real.gather(self.frechet.device)
-        reference = Reference(
-            **vars(statistics), spatial=spatial, sample=sample if self.real.width else None, image_size=self.image_size
-        )
+        statistics = vars(self.frechet.reference(source))
+        reference = Reference(**statistics, spatial=spatial, sample=sample, image_size=self.image_size)
         self.protocol.check_reference(reference)
         return reference
 
@@ -195,31 +198,28 @@ class GenerationMetrics:
         Raises:
             UserError: No such file, another kind of file, or a reference that ``set_reference`` refuses.
         """
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            self.set_reference(Reference.load(path))
-        elif path.suffix == ".npz":
-            self.set_reference(self.read_adm(AdmFile(path), batch_size))
-        else:
+        suffix = Path(path).suffix
+        if suffix not in (".safetensors", ".npz"):
             raise UserError(f"reference {path} is neither .npz (as ADM's) nor .safetensors (as Reference.save writes)")
+        self.set_reference(Reference.load(path) if suffix != ".npz" else self.read_adm(AdmFile(path), batch_size))
 
     def read_adm(self, file: AdmFile, batch_size: int) -> Reference:
         """Return the stored statistics, and of the images what is not stored."""
-        source, network, reference = file.source, self.frechet.features, None
-        if network.name == "inception" and "mu" in file.entries:
+        source, reference = file.source, None
+        if self.frechet.features.name == "inception" and "mu" in file.entries:
             spatial = file.statistics("inception_spatial", "_s", source) if self.spatial is not None else None
             reference = Reference(**vars(file.statistics("inception", source=source)), spatial=spatial)
         if reference is None or self.real.width:
             sfid = reference is None and self.spatial is not None
-            measure = GenerationMetrics(network, sfid=sfid, precision_recall=self.real.width > 0)
-            measure.to(self.frechet.device)
+            measured = GenerationMetrics(self.frechet.features, sfid=sfid, precision_recall=self.real.width > 0)
+            measured.to(self.frechet.device)
             rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             for number, image in enumerate(file.images(batch_size)):
                 if number % ranks == rank:
                     ids = torch.arange(len(image)) + number * batch_size
-                    measure.update(image.to(measure.frechet.device), ids, real=True)
-            measured = measure.reference(source)
-            reference = replace(reference, sample=measured.sample) if reference else measured
+                    measured.update(image.to(self.frechet.device), ids, real=True)
+            found = measured.reference(source)
+            reference = replace(reference, sample=found.sample) if reference else found
         return replace(reference, image_size=file.image_size)
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -230,8 +230,3 @@ class GenerationMetrics:
                 f"{self.image_size[0]}x{self.image_size[1]}: samples and reference must have the same size"
             )
         self.image_size = size
-
-    @property
-    def distances(self) -> list[FrechetDistance]:
-        """One or two."""
-        return [self.frechet] if self.spatial is None else [self.frechet, self.spatial]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 from lightning.fabric import Fabric
 
+from aligntok.callbacks.measurement import on_first_rank as on_first_rank  # for the programs, from here
 from aligntok.errors import UserError
 from aligntok.progress import Progress
 
 ROUNDING = ("bf16-true", "16-true")
-T = TypeVar("T")
 
 
 def make_fabric(
@@ -50,21 +49,6 @@ def make_fabric(
         raise UserError(" ".join(str(error).split())) from error
     fabric.launch()
     return fabric
-
-
-def on_first_rank(fabric: Fabric, function: Callable[[], T]) -> T:
-    """Return what ``function`` returns on rank 0; its ``UserError`` is raised on all ranks, so that none waits."""
-    result: Any = None
-    problem = None
-    if fabric.is_global_zero:
-        try:
-            result = function()
-        except UserError as error:
-            problem = str(error)
-    result, problem = fabric.broadcast((result, problem))
-    if problem is not None:
-        raise UserError(problem)
-    return result  # type: ignore[no-any-return]
 
 
 def dealt(fabric: Fabric, blocks: Sequence[range], batch_size: int) -> list[tuple[range, range]]:
