@@ -320,7 +320,9 @@ def test_inception_looks_for_its_weights_late_and_says_where(tmp_path, monkeypat
     monkeypatch.setattr(inception.torch.hub, "download_url_to_file", offline)
     metric = FrechetDistance(InceptionFeatures())
     assert metric.metric_name == "fid"
-    with pytest.raises(UserError, match=r"weights-inception-2015-12-05-6726825d\.pth.*no route to host.*ALIGNTOK_HOME.*hub"):
+    with pytest.raises(
+        UserError, match=r"weights-inception-2015-12-05-6726825d\.pth.*no route to host.*ALIGNTOK_HOME.*hub"
+    ):
         metric.update(REAL, real=True)
     with pytest.raises(UserError, match="argument `weights`"):
         InceptionFeatures(weights=str(tmp_path / "absent.pth"))(REAL)
