@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 T = TypeVar("T")
+COMMON = {"batch_size", "global_batch_size", "accumulation", "classes"}  # what any data module may call its own
 
 
 class HasCalibration(Protocol):
@@ -132,6 +133,8 @@ def needed_data(trainer: Any, protocol: type[T], who: str, remedy: str) -> T:
 def offered_data(trainer: Any, protocol: type[T]) -> T | None:
     """Return the data module if it offers a protocol, or ``None`` if it has none of its methods.
 
+    Names that anyone's data module may have, such as ``batch_size``, say nothing.
+
     Raises:
         UserError: It has some of the methods but not all; names those that are missing.
     """
@@ -139,7 +142,7 @@ def offered_data(trainer: Any, protocol: type[T]) -> T | None:
     lacking = missing(data, protocol)
     if not lacking:
         return data  # type: ignore[no-any-return]
-    if len(lacking) < len([name for name in vars(protocol) if not name.startswith("_")]):
+    if {name for name in vars(protocol) if not name.startswith("_")} - set(lacking) - COMMON:
         raise UserError(
             f"the data module {type(data).__name__} has some methods of aligntok.protocols.{protocol.__name__}, but not"
             f" {', '.join(lacking)}: add these"

@@ -1,17 +1,21 @@
 """Somebody else's Lightning project, in 30 lines: our tokenizer, semantic loss and FID callback."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import to_tensor
 
+from aligntok.__main__ import main
 from aligntok.callbacks import ReconstructionFID
 from aligntok.data import Shapes
 from aligntok.losses import semantic_preservation
 from aligntok.metrics import EncoderFeatures
 from aligntok.networks import ConvDecoder, Frozen, LinearAdapter, Tokenizer, VisionEncoder
+from aligntok.weights import load_tokenizer
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 
@@ -59,3 +63,38 @@ def test_it_trains_and_measures(tmp_path):
     assert 0 < trainer.callback_metrics["val/rfd_theirs"] != first
     assert all(torch.equal(before[key], value) for key, value in module.anchor.network.named_parameters())
     assert not any(key.startswith("anchor") for key in module.state_dict())
+
+
+def test_the_chain_with_their_encoder_loss_stage_and_data(tmp_path, monkeypatch):
+    """Stages 1, theirs and 3, `encode`, a generator and `sample`, from their folder, by the command line."""
+    shutil.copytree(Path(__file__).parent / "foreign", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    few += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.log_every_n_steps", "1"]
+    here = ["--accelerator", "cpu", "--devices", "1"]
+
+    def fit(name, *options):
+        assert main(["fit", "--config", f"{name}.yaml", *few, *options]) == 0
+        return f"runs/{name}/checkpoints/last.ckpt"
+
+    first = fit("stage1")
+    second = fit("stage2", "--init_from", first)
+    third = fit("stage3", "--init_from", second)
+    images = ["--images", "aligntok.data.Shapes", "--images.num_images", "32", "--images.image_size", "16"]
+    assert main(["encode", "--tokenizer", third, *images, "--output", "runs/latents", "--min_psnr", "0", *here]) == 0
+    generator = fit("generator")
+    words = ["--ckpt_path", generator, "--num_samples", "3", "--output", "runs/samples"]
+    assert main(["sample", "--config", "generator.yaml", *words, *here]) == 0
+
+    assert len(list(Path("runs/samples/png").iterdir())) == 3
+    assert {"train/edges", "train/semantic", "train/decorrelation"} <= set(columns("runs/stage2/metrics.csv"))
+    encoders = [load_tokenizer(path, ema=0).encoder.patches.weight for path in (first, second, third)]
+    assert not torch.equal(encoders[0], encoders[1])  # their stage trained their encoder,
+    assert torch.equal(load_tokenizer(second).encoder.patches.weight, encoders[2])  # and the next one held its average
+    assert torch.load(second, weights_only=True)["aligntok_stage"] == "Decorrelation"
+    assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
+
+
+def columns(path):
+    return Path(path).read_text().splitlines()[0].split(",")

@@ -7,7 +7,7 @@ import pytest
 from aligntok import protocols
 from aligntok.data import LatentDataModule
 from aligntok.errors import UserError
-from aligntok.protocols import HasCache, HasPreview, missing, needed_data, offered_data
+from aligntok.protocols import HasCache, HasNumImages, HasPreview, missing, needed_data, offered_data
 
 EVERY = [value for name, value in vars(protocols).items() if name.startswith("Has")]
 
@@ -34,5 +34,6 @@ def test_what_is_missing_is_named():
 def test_half_of_a_protocol_is_a_mistake_and_none_of_it_is_an_answer():
     assert offered_data(trainer(), HasCache) is None
     assert offered_data(trainer(SimpleNamespace(x=1)), HasCache) is None
+    assert offered_data(trainer(SimpleNamespace(batch_size=4, classes=["cat"])), HasNumImages) is None
     with pytest.raises(UserError, match=r"HasCache, but not has_images, check_latents, check_tokens: add these"):
         offered_data(trainer(SimpleNamespace(has_latents=True)), HasCache)
