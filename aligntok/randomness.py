@@ -55,10 +55,9 @@ def normal(ids: Tensor, seed: int, step: int, stream: str, shape: Sequence[int] 
     Reference:
         Box and Muller, A note on the generation of random normal deviates, 1958.
     """
-    words = _words(ids, seed, step, stream, math.ceil(math.prod(shape) / 4))
-    first, second = torch.cat(words[:2], dim=1).float(), torch.cat(words[2:], dim=1).float()
-    radius = ((first + 1) * 2**-32).log_().mul_(-2).sqrt_()
-    angle = second * (2 * math.pi * 2**-32)
+    a, b, c, d = (word.float() for word in _words(ids, seed, step, stream, math.ceil(math.prod(shape) / 4)))
+    radius = torch.cat([a, b], dim=1).add_(1).mul_(2**-32).log_().mul_(-2).sqrt_()
+    angle = torch.cat([c, d], dim=1).mul_(2 * math.pi * 2**-32)
     values = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return values[:, : math.prod(shape)].reshape(len(ids), *shape)
 
@@ -155,10 +154,13 @@ def philox_4x32(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any,
     a, b, c, d = counter
     for i in range(ROUNDS):
         left, right = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # 64 bits, whatever their sign
-        keys = [(word + i * weyl) & LOW_32_BITS for word, weyl in zip(key, WEYL, strict=True)]
-        a, b = (right >> 32 & LOW_32_BITS) ^ (b ^ keys[0]), right & LOW_32_BITS
-        c, d = (left >> 32 & LOW_32_BITS) ^ (d ^ keys[1]), left & LOW_32_BITS
-    return a, b, c, d
+        a, c = (right >> 32) ^ b, (left >> 32) ^ d
+        a ^= key[0] + i * WEYL[0] & LOW_32_BITS
+        c ^= key[1] + i * WEYL[1] & LOW_32_BITS
+        a &= LOW_32_BITS
+        c &= LOW_32_BITS
+        b, d = right, left  # of which the lower halves are meant
+    return a, b & LOW_32_BITS, c, d & LOW_32_BITS
 
 
 def philox_2x32(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,15 @@ from aligntok.networks.frozen import Frozen
 class RepresentationAlignment(nn.Module):
     """Minus the mean cosine between projected tokens of a generator's block and a frozen encoder's features.
 
+    >>> import torch
+    >>> encoder = VisionEncoder("vit_tiny_patch16_224", (32, 32), 16, weights=None, model_args={"depth": 1})
+    >>> alignment = RepresentationAlignment(encoder, width=8, hidden_width=16)
+    >>> alignment(torch.zeros(1, 4, 8), torch.rand(1, 3, 64, 64)).shape  # 4 tokens, 2 x 2 cells
+    torch.Size([])
+
     Args:
-        encoder: Gives the features; its grid must be the generator's.
+        encoder: Gives the features; its grid must be the generator's. Images of another size than the encoder's are
+            resized.
         width: Of the generator's tokens.
         hidden_width: Of the projector, three linear layers with SiLU between them; 2048 in the paper.
         block: After which block the tokens are taken, counted from 1; 8 in the paper.
@@ -47,12 +54,13 @@ class RepresentationAlignment(nn.Module):
             image: The same images, (B, 3, H, W) in [0, 1].
 
         Raises:
-            UserError: The encoder's grid has another number of cells than there are tokens.
+            UserError: The encoder's grid has another number of cells than there are tokens, or another aspect.
         """
-        features = self.encoder(image).flatten(2).transpose(1, 2)
-        if features.shape[1] != tokens.shape[1]:
+        features = self.encoder(self.encoder.network.resized(image)).flatten(2).transpose(1, 2)  # (B, N, encoder.width)
+        (height, width), (rows, columns) = image.shape[-2:], self.encoder.network.grid
+        if rows * columns != tokens.shape[1] or rows * width != columns * height:
             raise UserError(
-                f"representation_alignment.encoder gives {features.shape[1]} cells, the generator has {tokens.shape[1]}"
-                " tokens: change the encoder's image_size or downsampling"
+                f"the encoder gives {rows * columns} cells ({rows}x{columns}), the generator has {tokens.shape[1]}"
+                f" tokens of images of {height}x{width} pixels: change the encoder's image_size or downsampling"
             )
         return -cosine_similarity(self.project(tokens).float(), features.float(), dim=-1).mean()

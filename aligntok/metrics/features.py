@@ -16,8 +16,13 @@ class EncoderFeatures(nn.Module):
     ``pool: class`` with an encoder of downsampling 16 for images of 256 px. Here tensors are resized (bicubic,
     antialias) and timm interpolates the positions, there PIL and DINOv2's code do: compare numbers of one tool only.
 
+    >>> import torch
+    >>> encoder = VisionEncoder("vit_tiny_patch16_224", (32, 32), 16, weights=None, model_args={"depth": 1})
+    >>> EncoderFeatures(encoder, pool="class")(torch.rand(2, 3, 64, 64)).shape
+    torch.Size([2, 192])
+
     Args:
-        encoder: Any ``VisionEncoder``.
+        encoder: Any ``VisionEncoder``; images of another size than its own are resized.
         name: What the metric is called after (``val/rfd_<name>``); by default the encoder's own name, with ``_class``
             for the class token.
         pool: ``mean`` or ``class``.
@@ -41,4 +46,5 @@ class EncoderFeatures(nn.Module):
         Raises:
             UserError: The class token of an encoder that has none.
         """
+        image = self.encoder.resized(image)
         return self.encoder.class_token(image) if self.pool == "class" else self.encoder(image).mean((-2, -1))

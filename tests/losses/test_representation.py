@@ -55,8 +55,23 @@ def test_the_projector_is_that_of_the_paper(tiny):
 
 def test_another_grid_is_named(tiny):
     alignment = RepresentationAlignment(tiny.encoder(), 16, block=1)
-    with pytest.raises(UserError, match=r"gives 16 cells, the generator has 4 tokens.*image_size or downsampling"):
+    with pytest.raises(UserError, match=r"gives 16 cells \(4x4\), the generator has 4 tokens.*image_size or"):
         alignment(torch.zeros(2, 4, 16), tiny.images(2))
+
+
+def test_a_grid_of_as_many_cells_but_another_aspect_is_named(tiny):
+    size = tiny.images().shape[-1]
+    alignment = RepresentationAlignment(tiny.encoder(), 16, block=1)
+    with pytest.raises(UserError, match=rf"\(4x4\), the generator has 16 tokens of images of {size // 2}x{2 * size}"):
+        alignment(torch.zeros(2, 16, 16), torch.rand(2, 3, size // 2, 2 * size))
+
+
+def test_images_of_another_size_are_resized_to_the_encoders(tiny):
+    image = torch.nn.functional.interpolate(tiny.images(2), scale_factor=2.0, mode="nearest")
+    encoder = tiny.encoder()
+    alignment = RepresentationAlignment(encoder, 16, block=1)
+    alignment.project = nn.Identity()
+    torch.testing.assert_close(alignment(tokens_of(encoder, encoder.resized(image)), image), torch.tensor(-1.0))
 
 
 def test_the_term_is_computed_in_fp32_under_autocast(tiny):

@@ -18,3 +18,9 @@ def test_class_token_of_an_encoder_without_one(tiny):
     encoder = tiny.encoder(class_token=False, global_pool="avg")
     with pytest.raises(UserError, match="no class token"):
         EncoderFeatures(encoder, pool="class")(tiny.images(2))
+
+
+def test_images_of_another_size_are_resized_to_the_encoders(tiny):
+    encoder = tiny.encoder(2)
+    image = torch.nn.functional.interpolate(tiny.images(2), scale_factor=2.0, mode="nearest")
+    torch.testing.assert_close(EncoderFeatures(encoder)(image), encoder(encoder.resized(image)).mean((-2, -1)))
