@@ -25,6 +25,9 @@ CROPS = {"center": 1, "ten": 5}  # places that an image is cut out at; each may 
 class Record:
     """What the manifest says of a shard.
 
+    >>> Record("latents_rank00_shard000.safetensors", first=0, count=3, missing=[1], sha256="").image_ids
+    array([0, 2, 3])
+
     Attributes:
         file: Its name.
         first: Id of its first image in the source.
@@ -48,6 +51,10 @@ class Record:
 @dataclass
 class Manifest:
     """What a cache holds and where it comes from; without ``statistics`` it is unfinished.
+
+    >>> manifest = Manifest({"kind": "continuous"}, {"crop": "center", "count": 9}, "float32", True, shard_size=4)
+    >>> manifest.statistics is None  # so it is unfinished
+    True
 
     Attributes:
         tokenizer: ``fingerprint`` and the fields of its ``spec``.

@@ -19,7 +19,15 @@ Batch = dict[str, Tensor]
 
 
 class BatchSource(Dataset[Any]):
-    """Base of a source whose items come in batches, instead of one (PIL image, label) after the other."""
+    """Base of a source whose items come in batches, instead of one (PIL image, label) after the other.
+
+    >>> class Zeros(BatchSource):
+    ...     def __len__(self): return 100
+    ...     def batch(self, ids, views): return {"latent": torch.zeros(len(ids), 4, 2, 2)}
+    ...     def fingerprint(self): return "zeros"
+    >>> BatchDataset(Zeros(), seed=0, num_views=1, num_threads=1)[7]["latent"].shape
+    torch.Size([1, 4, 2, 2])
+    """
 
     classes: Sequence[str] = ()
     """Names of the classes, where the source knows them."""

@@ -35,6 +35,12 @@ class LatentDataModule(pl.LightningDataModule):
     run goes on with the very next image, with any number of workers and ranks. Evaluation sees each image once, in
     order.
 
+    >>> from aligntok.data.sources import Digits
+    >>> data = LatentDataModule(Digits(), image_size=8, global_batch_size=4)
+    >>> data.setup()
+    >>> tuple(next(iter(data.train_dataloader()))["image"].shape)
+    (4, 3, 8, 8)
+
     Args:
         train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset; or
             ``LatentShards`` or ``TokenShards``.

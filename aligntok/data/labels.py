@@ -16,6 +16,9 @@ from aligntok.errors import UserError
 class ClassLabels(BatchSource):
     """Labels to sample, those of ``aligntok sample``; item i is the label of the sample of id i.
 
+    >>> ClassLabels(num_samples=5, num_classes=1000, classes=[207, 360]).labels
+    array([207, 360, 207, 360, 207])
+
     Args:
         num_samples: How many.
         num_classes: Of the generator.

@@ -30,6 +30,9 @@ class LatentShards(Shards):
     served as they are; LightningDiT's are normalised here with its ``latents_stats.pt``, or with the statistics of
     up to 10,000 latents where it is missing.
 
+    >>> LatentShards("runs/latents")  # the folder is opened at the first use
+    LatentShards(...runs/latents...)
+
     Args:
         folder: Where the shards are.
         images: The images that were encoded, to serve ``image`` beside ``latent``: the same centre crop, mirrored

@@ -27,6 +27,10 @@ class Shapes(Dataset[tuple[Image.Image, int]]):
     process; its label is ``index % 12``. Another ``image_size`` draws the same scenes at that size (up to the pixel
     noise; on a non-square canvas the placement also stretches).
 
+    >>> image, label = Shapes(num_images=100, image_size=32)[13]
+    >>> image.size, label
+    ((32, 32), 1)
+
     Args:
         num_images: Number of images.
         image_size: Side in pixels, or (H, W).

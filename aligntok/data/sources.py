@@ -35,6 +35,12 @@ class ImageFolder(Dataset[Item]):
     Class folders are searched to any depth, through links too; hidden files and folders are left out. Classes are
     numbered by sorted name, images sorted by path: the same on every machine.
 
+    >>> root = getfixture("tmp_path")
+    >>> (root / "cat").mkdir()
+    >>> Image.new("RGB", (8, 8)).save(root / "cat" / "1.png")
+    >>> len(ImageFolder(str(root))), ImageFolder(str(root)).classes
+    (1, ['cat'])
+
     Args:
         root: The folder.
 
@@ -106,6 +112,10 @@ class ImageFolder(Dataset[Item]):
 
 class Digits(Dataset[Item]):
     """Scanned handwritten digits, 8x8 pixels, that scikit-learn brings: real images for an offline start.
+
+    >>> digits = Digits("val")
+    >>> len(digits), digits[0][0].size
+    (360, (8, 8))
 
     Args:
         split: ``train`` (the first 1,437 images) or ``val`` (the last 360).

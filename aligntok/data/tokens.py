@@ -20,6 +20,9 @@ class TokenShards(Shards):
     View 0 is the centre crop of an image, which evaluation takes. In training each access takes a view that is a
     function of (seed, epoch, id): of ten crops any, or, without ``data.flip``, any of the five that are not mirrored.
 
+    >>> TokenShards("runs/tokens")  # the folder is opened at the first use
+    TokenShards(...runs/tokens...)
+
     Args:
         folder: Where the shards are.
         on_bad_shard: What to do about a shard that is missing, truncated or altered: ``raise``, or ``skip`` (name it

@@ -22,6 +22,11 @@ Distance = Literal["l2", "cosine"]
 class SemanticPreservation:
     """How strongly and where a latent is held near the frozen snapshot's.
 
+    >>> import torch
+    >>> term = SemanticPreservation(weight=0.5, distance="cosine")
+    >>> semantic_preservation(torch.ones(1, 4, 2, 2), 3 * torch.ones(1, 4, 2, 2), term.distance)
+    tensor(0.)
+
     Args:
         weight: w_sp, over the steps; 1 in the paper, and 0 gives its ablation without the loss.
         distance: ``l2`` or ``cosine``.

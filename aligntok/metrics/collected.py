@@ -12,6 +12,13 @@ from aligntok.randomness import hashed
 class Collected:
     """Features of images with ids and labels, brought together from all ranks in the order of the ids.
 
+    >>> collected = Collected(width=2)
+    >>> collected.add(torch.tensor([7, 3]), None, torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
+    >>> ids, _, features = collected.gather(torch.device("cpu"))
+    >>> ids, features
+    (tensor([3, 7]), tensor([[0., 2.],
+            [1., 1.]]))
+
     Args:
         width: Dimensions of the features that are kept; 0 keeps ids and labels only.
         limit: Keep those of at most so many images, a uniform choice by a hash of their ids.

@@ -112,6 +112,9 @@ class InceptionFeatures(nn.Module):
 class SpatialFeatures(nn.Module):
     """The features of sFID as a network of their own: ``FrechetDistance(SpatialFeatures(inception))`` is sFID.
 
+    >>> SpatialFeatures(InceptionFeatures()).num_features  # 7 channels of 17 x 17
+    2023
+
     Args:
         inception: The network, which may serve FID too.
     """

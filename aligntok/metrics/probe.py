@@ -13,6 +13,10 @@ from aligntok.errors import UserError
 class ProbeResult:
     """Outcome of a linear probe, top-1 accuracies in [0, 1].
 
+    >>> features, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+    >>> linear_probe(features, labels, features, labels)
+    ProbeResult(accuracy=1.0, train_accuracy=1.0)
+
     Attributes:
         accuracy: On the test features: the number to report.
         train_accuracy: On the training features; far above ``accuracy`` means more dimensions than images can support.

@@ -13,6 +13,10 @@ from aligntok.metrics.reference import FeatureStatistics
 class Protocol:
     """Conditions of a measurement, checked before and after it, and printed beside the number.
 
+    >>> find_protocol("gfid-adm50k").check_count(10_000)
+    Traceback (most recent call last):
+    aligntok.errors.UserError: protocol gfid-adm50k wants 50,000 images, 10,000 were measured: ...
+
     Attributes:
         name: Of the protocol.
         features: Name of the feature network; None: any.

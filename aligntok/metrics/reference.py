@@ -21,6 +21,10 @@ from aligntok.files import hash_file, write_atomically
 class FeatureStatistics:
     """Mean and covariance of the features of a set of images: all that a Fréchet distance needs to know of it.
 
+    >>> statistics = FeatureStatistics(torch.zeros(2), torch.eye(2), count=100, source="toy", features="pixels")
+    >>> statistics.mean.dtype
+    torch.float64
+
     Attributes:
         mean: (D,) float64.
         cov: (D, D) float64, with the divisor ``count - 1`` like ``numpy.cov``.
@@ -93,6 +97,10 @@ class Reference(FeatureStatistics):
 
     A file of either class is read by both.
 
+    >>> reference = Reference(torch.zeros(2), torch.eye(2), 100, "toy", "pixels", image_size=(32, 32))
+    >>> reference.count, reference.image_size
+    (100, (32, 32))
+
     Attributes:
         spatial: Statistics of the features of sFID.
         sample: Features of a part of the images, (M, D) float32, for precision, recall and KID.
@@ -144,6 +152,11 @@ class AdmFile:
     Entries: ``arr_0``, uint8 (N, H, W, 3); ``mu`` and ``sigma`` of ``pool_3``, ``mu_s`` and ``sigma_s`` of the features
     of sFID. ADM's ``VIRTUAL_imagenet256_labeled.npz`` has all, the statistics of all training images (how many, it does
     not say) and 10,000 of these images. Files of samples have ``arr_0`` only. Images are read in batches.
+
+    >>> path = getfixture("tmp_path") / "samples.npz"
+    >>> np.savez(path, arr_0=np.zeros((5, 16, 16, 3), np.uint8))
+    >>> [tuple(image.shape) for image in AdmFile(path).images(batch_size=4)]
+    [(4, 3, 16, 16), (1, 3, 16, 16)]
 
     Args:
         path: The file.
