@@ -95,6 +95,9 @@ def dimension_shift(latent_shape: Sequence[int], base: int = 4096) -> float:
 class TimeSampling:
     """Draw training times.
 
+    >>> TimeSampling("uniform", shift=0.5)(4, "cpu").shape
+    torch.Size([4])
+
     Args:
         distribution: ``logit_normal`` is sigmoid(N(0, 1)) (LightningDiT, RAE; arXiv:2403.03206, section 3.1).
         shift: Applied to what was drawn, see ``shift_time``; RAE trains with ``dimension_shift``, LightningDiT with 1.

@@ -69,7 +69,11 @@ class FixedSteps(Sampler):
 
 
 class Euler(FixedSteps):
-    """Straight steps along the velocity at their start: order 1, one evaluation a step."""
+    """Straight steps along the velocity at their start: order 1, one evaluation a step.
+
+    >>> Euler(num_steps=4)(lambda x, t: 2 * t.view(-1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).item()  # of t^2
+    0.75
+    """
 
     def step(self, slope: Callable[[Tensor, float], Tensor], x: Tensor, now: float, later: float) -> Tensor:
         """See ``FixedSteps``."""
@@ -77,7 +81,11 @@ class Euler(FixedSteps):
 
 
 class Heun(FixedSteps):
-    """Steps along the mean of the velocities at their two ends: order 2, two evaluations a step."""
+    """Steps along the mean of the velocities at their two ends: order 2, two evaluations a step.
+
+    >>> Heun(num_steps=4)(lambda x, t: 2 * t.view(-1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).item()  # of t^2
+    1.0
+    """
 
     def step(self, slope: Callable[[Tensor, float], Tensor], x: Tensor, now: float, later: float) -> Tensor:
         """See ``FixedSteps``."""
@@ -96,6 +104,10 @@ class Adaptive(Sampler):
     is coarse (bfloat16) it may still tip a step, as any choice made on a number.
 
     No such method sees a jump of the velocity in time for sure: with a guidance interval sample with Euler or Heun.
+
+    >>> grow = Adaptive()(lambda x, t: x, torch.ones(1, 1, 1, 1))
+    >>> f"{grow.item():.3f}"  # e
+    '2.718'
 
     Args:
         atol: Absolute error allowed in a step.
