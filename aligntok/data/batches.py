@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligntok.data.sampler import Key
-from aligntok.data.sources import Indices, Part, length
+from aligntok.data.sources import Indices, Subset, length
 from aligntok.randomness import choices
 
 Batch = dict[str, Tensor]
@@ -99,6 +99,6 @@ class BatchDataset(Dataset[Any]):
 
 def batch_source(source: Dataset[Any]) -> BatchSource | None:
     """Return the ``BatchSource`` behind a source or a part of one; ``None`` for images."""
-    while isinstance(source, Part):
+    while isinstance(source, Subset):
         source = source.source
     return source if isinstance(source, BatchSource) else None

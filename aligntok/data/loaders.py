@@ -30,7 +30,7 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Iterate over the batches of the sampler."""
-        return read_ahead(self, self.num_threads) if self.num_threads else super().__iter__()
+        return prefetch(self, self.num_threads) if self.num_threads else super().__iter__()
 
 
 class TrainLoader(Loader):
@@ -73,7 +73,7 @@ class EvaluationLoader(Loader):
                 raise UserError("no image of a whole evaluation batch can be read: remove the files named above")
 
 
-def read_ahead(loader: DataLoader[Any], num_threads: int) -> Iterator[Any]:
+def prefetch(loader: DataLoader[Any], num_threads: int) -> Iterator[Any]:
     """Yield the batches of a loader in its order, while threads prepare the next ones."""
     dataset: Any = loader.dataset
     keys: Iterator[Sequence[Any]] = iter(loader.batch_sampler)  # type: ignore[arg-type]

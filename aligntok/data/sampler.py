@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from aligntok.data.sources import Indices
+from aligntok.errors import UserError
 
 Key = tuple[int, int]  # epoch, index of the image
 
@@ -55,7 +56,7 @@ class ShuffledSampler(DistributedSampler[Key]):
         return self.end // self.num_replicas
 
     def __iter__(self) -> Iterator[Key]:
-        self.turn_page()
+        self.skip_rest()
         epoch, image = self.position.epoch, self.position.image
         while True:
             end = self.end - (self.end - image) % self.batch  # after a change of batch size, the middle of an epoch
@@ -66,10 +67,10 @@ class ShuffledSampler(DistributedSampler[Key]):
     def advance(self) -> None:
         """Note that all ranks have taken one more batch."""
         self.position.image += self.batch
-        self.turn_page()
+        self.skip_rest()
 
-    def turn_page(self) -> None:
-        """Go to the next epoch where this one has no whole batch left."""
+    def skip_rest(self) -> None:
+        """Go to the next epoch where what is left of this one fills no batch."""
         if self.position.image + self.batch > self.end:
             self.position.epoch, self.position.image = self.position.epoch + 1, 0
 
@@ -105,10 +106,15 @@ def even_batch_size(count: int, world_size: int, batch_size: int) -> int:
     """Return the batch size, at best ``batch_size``, with which all ranks get equally many batches of ``count`` images.
 
     A step may wait for other ranks (FSDP gathers weights, metrics are synchronised): one more on one rank would hang.
+
+    Raises:
+        UserError: There are fewer images than ranks.
     """
     share, rest = divmod(count, world_size)
     if not rest:
         return batch_size
+    if not share:
+        raise UserError(f"{count} images are too few for {world_size} devices: each needs one, give more images")
     # some ranks have one image more: that needs no further batch unless the share fills its batches exactly
     sizes = (*range(batch_size, 0, -1), *range(batch_size + 1, share + 2))
     fitting: int = next(size for size in sizes if share % size)

@@ -146,7 +146,7 @@ class Digits(Dataset[Item]):
         return f"Digits(split={self.split!r})"
 
 
-class Part(Dataset[Item]):
+class Subset(Dataset[Item]):
     """Some images of a source.
 
     Args:
@@ -173,16 +173,16 @@ class Part(Dataset[Item]):
         batch: dict[str, torch.Tensor] = self.source.batch(self.indices[ids], views)  # type: ignore[attr-defined]
         return batch
 
-    def reduced(self, min_size: int) -> Part:
+    def reduced(self, min_size: int) -> Subset:
         """Return the same images of the reduced source."""
-        return Part(reduced(self.source, min_size), self.indices)
+        return Subset(reduced(self.source, min_size), self.indices)
 
     def fingerprint(self) -> str:
         """Return a hash of the source and the indices."""
         return hashlib.sha256(source_id(self.source).encode() + self.indices.tobytes()).hexdigest()[:16]
 
 
-def split_holdout(source: Dataset[Item], share: float) -> tuple[Part, Part]:
+def split_holdout(source: Dataset[Item], share: float) -> tuple[Subset, Subset]:
     """Split a source into one for training and a held-out ``share``, the same split each time.
 
     Raises:
@@ -195,12 +195,12 @@ def split_holdout(source: Dataset[Item], share: float) -> tuple[Part, Part]:
             f"data.holdout {share} of {count} images leaves {held} for validation: name data.val, or change the share"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
-    return Part(source, np.sort(order[held:])), Part(source, np.sort(order[:held]))
+    return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
 
 
 def reduced(source: Dataset[Item], min_size: int) -> Dataset[Item]:
     """Return the same images, read faster where the source can, with both sides at least ``min_size``."""
-    return source.reduced(min_size) if isinstance(source, (ImageFolder, Part)) else source
+    return source.reduced(min_size) if isinstance(source, (ImageFolder, Subset)) else source
 
 
 def read_item(source: Dataset[Item], index: int) -> Item:

@@ -6,7 +6,7 @@ from aligntok.stages.causal import CausalTokenization
 from aligntok.stages.diffusion import LatentDiffusion
 from aligntok.stages.generator import GeneratorStage
 from aligntok.stages.optimization import Optimization
-from aligntok.stages.pretraining import EncoderPretraining, load_classifier
+from aligntok.stages.pretraining import EncoderPretraining, load_classifier, load_features
 from aligntok.stages.stage import Stage
 from aligntok.stages.tokenizer_stage import TokenizerStage
 
@@ -23,4 +23,5 @@ __all__ = [
     "Stage",
     "TokenizerStage",
     "load_classifier",
+    "load_features",
 ]

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aligntok.files import write_atomically
+from aligntok.metrics.features import EncoderFeatures
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
@@ -96,3 +97,16 @@ def load_classifier(path: str | Path) -> EncoderPretraining:
     classifier = EncoderPretraining(encoder, int(checkpoint["hyper_parameters"]["num_classes"]))
     load_strictly(classifier, checkpoint["state_dict"], str(path))
     return classifier.eval()
+
+
+def load_features(path: str | Path, name: str) -> EncoderFeatures:
+    """Return the features of the encoder in a checkpoint of ``EncoderPretraining``, for a Fréchet distance.
+
+    Args:
+        path: The checkpoint.
+        name: What the metric is called after (``val/rfd_<name>``).
+
+    Raises:
+        UserError: The file is no such checkpoint.
+    """
+    return EncoderFeatures(load_classifier(path).encoder, name).eval()

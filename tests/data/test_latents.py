@@ -299,7 +299,7 @@ def test_a_spawned_process_gets_paths_and_maps_the_shards_itself(cache):
     assert torch.equal(before["latent"], after["latent"])
 
 
-def test_an_error_while_threads_read_ahead_reaches_the_training_process(cache):
+def test_an_error_while_threads_prefetch_reaches_the_training_process(cache):
     class Broken(LatentShards):
         def batch(self, ids, mirrored):
             raise UserError("the disk is gone")

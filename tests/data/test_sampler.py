@@ -3,6 +3,7 @@ from itertools import islice
 import pytest
 
 from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
+from aligntok.errors import UserError
 
 
 def sampler(num_images=26, global_batch=8, rank=0, world=1, accumulation=1, seed=0, position=None):
@@ -108,3 +109,8 @@ def test_all_ranks_get_equally_many_batches():
                 assert size == batch or count % world
     assert even_batch_size(50_000, 64, 32) == 32
     assert even_batch_size(9, 2, 4) == 3
+
+
+def test_fewer_images_than_ranks_are_refused_on_every_rank():
+    with pytest.raises(UserError, match="3 images are too few for 4 devices"):
+        even_batch_size(3, 4, 8)

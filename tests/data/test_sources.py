@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import FakeData
 
 from aligntok.data.shapes import Shapes
-from aligntok.data.sources import Digits, ImageFolder, Part, read_item, source_id, split_holdout
+from aligntok.data.sources import Digits, ImageFolder, Subset, read_item, source_id, split_holdout
 from aligntok.errors import UserError
 
 
@@ -123,7 +123,7 @@ def test_home_folder_is_expanded(tmp_path, monkeypatch):
 def test_reduced_folder_decodes_coarser_and_leaves_the_other_alone(tmp_path):
     save(tmp_path / "a.jpg", size=(256, 128))
     source = ImageFolder(str(tmp_path))
-    small = Part(source, [0]).reduced(32)
+    small = Subset(source, [0]).reduced(32)
     assert small[0][0].size == (64, 32)
     assert source[0][0].size == (256, 128)
 
@@ -170,8 +170,8 @@ def test_every_source_has_an_id_that_depends_on_its_images(tmp_path):
         Shapes(25, 16),
         FakeData(20, (3, 8, 8)),
         FakeData(20, (3, 9, 8)),
-        Part(Shapes(24, 16), [0, 1]),
-        Part(Shapes(24, 16), [0, 2]),
+        Subset(Shapes(24, 16), [0, 1]),
+        Subset(Shapes(24, 16), [0, 2]),
         ImageFolder(str(tmp_path)),
     ]
     ids = [source_id(source) for source in sources]
@@ -181,9 +181,9 @@ def test_every_source_has_an_id_that_depends_on_its_images(tmp_path):
 
 
 def test_ids_are_the_same_in_another_process():
-    code = "from aligntok.data.sources import *; print(source_id(Part(Digits('val'), [0, 5])))"
+    code = "from aligntok.data.sources import *; print(source_id(Subset(Digits('val'), [0, 5])))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == source_id(Part(Digits("val"), [0, 5]))
+    assert result.stdout.strip() == source_id(Subset(Digits("val"), [0, 5]))
 
 
 # --- holdout

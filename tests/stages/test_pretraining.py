@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from aligntok.__main__ import main
 from aligntok.errors import UserError
-from aligntok.stages import EncoderPretraining, load_classifier
+from aligntok.stages import EncoderPretraining, load_classifier, load_features
 
 LAYER = {
     "layers": ["quickstart/encoder.yaml"],
@@ -31,6 +31,9 @@ def test_a_checkpoint_rebuilds_its_classifier(tiny, tmp_path, monkeypatch):
     backbone = load_file(tmp_path / "second/encoder.safetensors")
     torch.testing.assert_close(dict(classifier.encoder.backbone.state_dict()), backbone, rtol=0, atol=0)
     assert classifier(tiny.images(3, size=32)).shape == (3, 10)
+    features, image = load_features(path, "digits"), tiny.images(3, size=32)
+    assert (features.name, features.training) == ("digits", False)
+    assert torch.equal(features(image), classifier.encoder(image).mean((-2, -1)))
     torch.save({"state_dict": {}, "hyper_parameters": {}, "aligntok_stage": "DecoderRefinement"}, "other.ckpt")
     with pytest.raises(UserError, match=r"other\.ckpt holds no recipe of the encoder \(stage DecoderRefinement\)"):
         load_classifier("other.ckpt")
