@@ -1,4 +1,4 @@
-"""What measures, draws and tells, without changing what is learned."""
+"""Callbacks that measure, draw and report; none of them changes the training."""
 
 from aligntok.callbacks.checkpoint import SaveCheckpoint
 from aligntok.callbacks.codebook import CodebookHealth

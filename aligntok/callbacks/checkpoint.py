@@ -14,6 +14,10 @@ class SaveCheckpoint(Checkpoint):
 
     ``--ckpt_path last`` goes on from it. The file is replaced only by a complete one.
 
+    >>> save = SaveCheckpoint(every_n_steps=500, keep_every_n_steps=10_000)  # among the `callbacks` of a Trainer
+    >>> save.seen_step  # last step that it looked at
+    -1
+
     Args:
         every_n_steps: Optimizer steps between two saves.
         keep_every_n_steps: Optimizer steps between checkpoints that stay, as ``step_0010000.ckpt``; null keeps none.

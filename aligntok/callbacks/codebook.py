@@ -25,9 +25,13 @@ class CodebookHealth(Measurement):
     the last full window; and ``val/codebook_usage``, ``val/codebook_perplexity`` and ``val/codebook_entropy`` (of the
     distribution of codes, in bits). A quantizer that does not learn is measured in validation alone.
 
+    >>> callback = CodebookHealth(window=50, min_usage=0.2)  # among the `callbacks` of a Trainer
+    >>> callback.health  # of the last full window: usage, perplexity, dead
+    {}
+
     Args:
         window: Batches of a window.
-        floor: Usage under which a window counts as a collapse: the run warns, once.
+        min_usage: Usage under which a window counts as a collapse: the run warns, once.
 
     Raises:
         UserError: The module has no quantizer.
@@ -35,10 +39,10 @@ class CodebookHealth(Measurement):
 
     needs = ("tokens",)
 
-    def __init__(self, window: int = 100, floor: float = 0.1) -> None:
-        if window < 1 or not 0 <= floor <= 1:
-            raise UserError(f"CodebookHealth: window {window} and floor {floor}, give at least 1 and a share in [0, 1]")
-        self.window, self.floor = window, floor
+    def __init__(self, window: int = 100, min_usage: float = 0.1) -> None:
+        if window < 1 or not 0 <= min_usage <= 1:
+            raise UserError(f"CodebookHealth: window {window}, min_usage {min_usage}: give at least 1 and 0 to 1")
+        self.window, self.min_usage = window, min_usage
         self.batches, self.warned = 0, False
         self.health: dict[str, float] = {}
 
@@ -66,7 +70,7 @@ class CodebookHealth(Measurement):
             self.health = self.quantizer.health(self.quantizer.counts)
             self.batches = 0
             self.quantizer.reset_counts()
-            if self.health["usage"] < self.floor and not self.warned:
+            if self.health["usage"] < self.min_usage and not self.warned:
                 self.warned = True
                 rank_zero_warn(collapse(self.health, self.quantizer, self.window, trainer.global_step))
         pl_module.log_dict({f"train/codebook_{name}": value for name, value in self.health.items()})

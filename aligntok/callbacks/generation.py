@@ -26,6 +26,10 @@ class GenerationQuality(Measurement):
     Sample i has the label i modulo the number of classes (0 without classes) and the randomness of id i: every
     validation, batch size and number of ranks measures the same set.
 
+    >>> quality = GenerationQuality(GenerationMetrics(), num_samples=5000)  # logs val/gfid
+    >>> quality.values, quality.conditions  # of the last validation
+    ({}, '')
+
     Args:
         metrics: What is measured, in which features, under which protocol.
         num_samples: Over all ranks.

@@ -74,6 +74,9 @@ class ReconstructionGrid(Grid):
     The latents' three rows of numbers that vary most become red, green and blue; of a discrete tokenizer it is the
     codes of the grid's tokens.
 
+    >>> ReconstructionGrid(num_images=8).name  # writes images/step_0000500.png, ...
+    'step'
+
     Args:
         every_n_steps: Optimizer steps between two pictures.
         num_images: Columns of the picture.
@@ -104,6 +107,9 @@ class ReconstructionGrid(Grid):
 
 class SampleGrid(Grid):
     """Samples of a generator, a row for each class; the same randomness every time.
+
+    >>> SampleGrid(num_classes=4).name  # writes images/samples_0005000.png, ...
+    'samples'
 
     Args:
         every_n_steps: Optimizer steps between two pictures; null draws at validation alone, where the averaged weights

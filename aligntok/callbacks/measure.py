@@ -27,7 +27,11 @@ from aligntok.protocols import Batch, HasCalibration, HasFingerprint, needed_dat
 
 
 class ReconstructionQuality(Measurement):
-    """PSNR (dB) and SSIM of 8-bit images, averaged over images, and LPIPS where its weights are on this machine."""
+    """PSNR (dB) and SSIM of 8-bit images, averaged over images, and LPIPS where its weights are on this machine.
+
+    >>> ReconstructionQuality().needs  # logs val/psnr, val/ssim and val/lpips
+    ('reconstruction',)
+    """
 
     lpips: LPIPS | None = None
 
@@ -65,6 +69,9 @@ class ReconstructionFID(Measurement):
     """Fréchet distance of reconstructions: ``rfid``, or ``rfd_<feature>`` where the features are not Inception's.
 
     The statistics of the real images are measured once and kept in a file, with a hash of the images and their crop.
+
+    >>> ReconstructionFID().metric.metric_name  # logs val/rfid
+    'fid'
 
     Args:
         features: Inception by default; or any module with ``name``, ``num_features`` and images in [0, 1] to (B, D).
@@ -136,6 +143,9 @@ class LinearProbe(Measurement):
 
     Trained on the data module's calibration images (training images, centre crop), tested on the validation images. The
     protocol is in ``aligntok.metrics.linear_probe``; it has no randomness. Images of one class alone are not measured.
+
+    >>> LinearProbe().needs  # logs val/probe and val/probe_pooled
+    ('latent',)
 
     Args:
         weight_decay: Of the classifier.

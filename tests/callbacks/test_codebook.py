@@ -31,7 +31,7 @@ def test_windows_of_training_are_what_the_tokens_of_their_batches_say(tiny, tmp_
             super().on_train_batch_end(trainer, pl_module, *args)
             logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/codebook_")})
 
-    tiny.trainer(tmp_path, 5, [Watch(window=2, floor=0.0)], enable_checkpointing=False).fit(
+    tiny.trainer(tmp_path, 5, [Watch(window=2, min_usage=0.0)], enable_checkpointing=False).fit(
         stage, datamodule=tiny.data()
     )
     assert logged[0] == {}
@@ -90,7 +90,7 @@ def test_a_collapse_is_told_once_with_the_switches_that_are_not_on(tiny, tmp_pat
 
 
 def test_a_codebook_in_use_is_no_collapse(tiny, tmp_path):
-    trainer = tiny.trainer(tmp_path, 4, [CodebookHealth(window=2, floor=0.03)], enable_checkpointing=False)
+    trainer = tiny.trainer(tmp_path, 4, [CodebookHealth(window=2, min_usage=0.03)], enable_checkpointing=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(stage_of(tiny, kmeans_start=True), datamodule=tiny.data())
@@ -101,5 +101,5 @@ def test_without_a_quantizer_or_with_a_window_of_nothing_it_is_refused(tiny, tmp
     trainer = tiny.trainer(tmp_path, 1, [CodebookHealth()], enable_checkpointing=False)
     with pytest.raises(UserError, match="CodebookHealth needs a tokenizer with a quantizer: remove the callback"):
         trainer.fit(tiny.stage(), datamodule=tiny.data())
-    with pytest.raises(UserError, match=r"window 0 and floor 0\.1"):
+    with pytest.raises(UserError, match=r"window 0, min_usage 0\.1"):
         CodebookHealth(window=0)
