@@ -8,7 +8,7 @@ for whatever asks for nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -49,6 +49,13 @@ class HasFingerprint(Protocol):
 
     def fingerprint(self, split: str) -> str:
         """Return a hash of the images of ``train``, ``val`` or ``test`` as evaluation sees them."""
+
+
+class HasSourceIndices(Protocol):
+    """Where an image of a split, which may be a part of a source, stands in that source."""
+
+    def source_indices(self, split: str, ids: Sequence[int]) -> list[int]:
+        """Return the places in the source of the images ``ids`` of ``train``, ``val`` or ``test``."""
 
 
 class HasNumImages(Protocol):

@@ -11,6 +11,7 @@ from torch import nn
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO
 from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
+from aligntok.flow import FlowMatching
 from aligntok.losses import (
     AdversarialLoss,
     FeatureDistance,
@@ -42,6 +43,8 @@ collect_ignore_glob = ["*_worker.py"]  # programs that tests start; --doctest-mo
 
 class Tiny:
     """Factories; everything is 16 px, f4, and a function of ``seed``."""
+
+    OBJECTIVE = ("time_sampling", "uniform_from", "cosine_weight")
 
     @staticmethod
     def encoder(seed=0, image_size=16, downsampling=4, weights=None, **model_args):
@@ -160,7 +163,9 @@ class Tiny:
     def generator(network=None, **options):
         """Return a stage; its ``seed`` is that of the noise."""
         tokenizer = options.pop("tokenizer") if "tokenizer" in options else Tiny.measured()
-        return LatentDiffusion(network or Tiny.dit(), tokenizer, **Tiny.optimization(options), **options)
+        numbers = {key: options.pop(key) for key in Tiny.OBJECTIVE if key in options}
+        parts = {"objective": FlowMatching(**numbers), **Tiny.optimization(options)}
+        return LatentDiffusion(network or Tiny.dit(), tokenizer, **parts, **options)
 
     @staticmethod
     def cache(folder, tokenizer, num_images=64, **options):

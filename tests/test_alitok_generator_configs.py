@@ -113,5 +113,5 @@ def test_quickstart_recipes_run(in_folder, capsys):
     command("fit", "alitok_ar.yaml", *small, *sizes)
     capsys.readouterr()
     assert main(["fit", "--config", "alitok_ar.yaml", *small, *DEBUG, "--output", "wrong"]) == 2
-    words = "model.network.codebook_size 32 differs from the codebook_size of model.tokenizer 256"
+    words = "network.codebook_size 32 differs from the codebook_size of tokenizer 256"
     assert words in capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_generator_recipes_are_lightningdits(name, epochs, monkeypatch, tmp_path
     assert cli.datamodule.global_batch_size == 1024
     assert abs(steps * 1024 / 1_281_167 - epochs) < 1
     assert f"{epochs} epochs" in find_config(name).read_text()
-    assert cli.model.uniform_from is None or cli.model.uniform_from < steps
+    assert (cli.model.objective.uniform_from or 0) < steps
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     assert "wants 50,000 images, 24" in capsys.readouterr().err
     wrong = ["--model.network.latent_shape", "[8,2,2]", "--config", "run/debug.yaml", "--output", "wrong"]
     assert main(["fit", "--config", "dit.yaml", *small, *wrong]) == 2
-    words = "model.network.latent_shape [8, 2, 2] differs from the latents of model.tokenizer [4, 2, 2]"
+    words = "network.latent_shape [8, 2, 2] differs from the latents of tokenizer [4, 2, 2]"
     assert f"aligntok: error: {words}" in capsys.readouterr().err
 
 
@@ -244,7 +244,7 @@ def test_quickstart_recipes_run(in_folder, few_samples):
     assert "val/rfd_digits" in (in_folder / "runs/quickstart/stage3/validate.json").read_text()
     assert program("encode", "quickstart/cache.yaml", "--tokenizer", str(third), "--min_psnr", "0") == 0
     generator = fit("quickstart/dit.yaml")
-    guided = ["--model.guide", "aligntok.weights.load_network", "--model.guide.path", str(generator)]
+    guided = ["--model.guidance.guide", "aligntok.weights.load_network", "--model.guidance.guide.path", str(generator)]
     measured = ["--config", "quickstart/dit.yaml", "--ckpt_path", str(generator)]
     assert main(["validate", *measured, "--config", "run/debug.yaml"]) == 0
     values = json.loads((in_folder / "runs/quickstart/dit/validate.json").read_text())["metrics"]
@@ -262,7 +262,7 @@ def test_quickstart_recipes_run(in_folder, few_samples):
     samples = in_folder / "runs/quickstart/samples"
     assert len(list((samples / "png").iterdir())) == 20
     record = json.loads((samples / "samples.json").read_text())
-    assert record["guide"] == record["network"]  # itself here; without --model.guide it would be null
+    assert record["guide"] == record["network"]  # itself here; without a guide it would be null
     assert main(["report", "runs/quickstart"]) == 0
     assert (in_folder / "runs/quickstart/report.html").is_file()
     readme = (Path(__file__).parent.parent / "README.md").read_text()

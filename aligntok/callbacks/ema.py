@@ -20,7 +20,8 @@ class EMA(pl.Callback):
 
     Only parameters that are trained are averaged; buffers and frozen parameters are those of the model. A checkpoint's
     ``state_dict`` is the average, with everything else of the model; the raw trained weights are under
-    ``current_model_state``. Thanks to the warm-up one ``decay`` is right for short and long runs.
+    ``current_model_state``. Thanks to the warm-up one ``decay`` is right for short and long runs: the decay of the n-th
+    update is (1 + n) / (10 + n) until that exceeds ``decay``, for 0.9999 after 89,990 updates.
 
     >>> from aligntok.callbacks import EMA
     >>> EMA(0.999).decay_after(5), EMA(0.999).decay_after(100_000)
@@ -30,12 +31,14 @@ class EMA(pl.Callback):
         decay: Share of the old average that stays at each step, in [0, 1); or several, for several averages. The first
             is the one that validation and ``state_dict`` have; a checkpoint holds the others under ``averages``, and
             ``load_tokenizer(path, ema=0.9999)`` or ``--ema 0.9999`` picks one of them.
+        warmup: Whether there is a warm-up; without one the decay is constant from the second update on.
 
     Raises:
         UserError: No decay, one twice, or one that is not in [0, 1).
     """
 
-    def __init__(self, decay: float | list[float] = 0.999) -> None:
+    def __init__(self, decay: float | list[float] = 0.999, warmup: bool = True) -> None:
+        self.warmup = warmup
         self.decays = list(decay) if isinstance(decay, (list, tuple)) else [decay]
         if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 <= d < 1 for d in self.decays):
             raise UserError(f"EMA: decay {decay}, give a number in [0, 1), or a list of different ones")
@@ -54,7 +57,8 @@ class EMA(pl.Callback):
 
     def decay_after(self, updates: int, decay: float | None = None) -> float:
         """Return the decay of the next update: the warm-up's, until it exceeds the given one (by default the first)."""
-        return min(self.decays[0] if decay is None else decay, (1 + updates) / (WARMUP + updates))
+        decay = self.decays[0] if decay is None else decay
+        return min(decay, (1 + updates) / (WARMUP + updates)) if self.warmup else decay
 
     @torch.no_grad()
     def update(self) -> None:

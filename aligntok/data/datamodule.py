@@ -15,7 +15,16 @@ from aligntok.data.dataset import WHOLE_RANGE, Crop, ImageDataset, evaluation_cr
 from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader
 from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
 from aligntok.data.shards import Shards
-from aligntok.data.sources import Indices, crop_id, length, reduced, source_id, split_holdout, spread_over
+from aligntok.data.sources import (
+    Indices,
+    crop_id,
+    length,
+    reduced,
+    source_id,
+    source_indices,
+    split_holdout,
+    spread_over,
+)
 from aligntok.errors import UserError
 from aligntok.networks.encoders import pair
 from aligntok.networks.tokenizer import Tokenizer
@@ -114,6 +123,10 @@ class LatentDataModule(pl.LightningDataModule):
     def num_images(self, split: str) -> int:
         """Return the number of images of ``train``, ``val``, ``test`` or ``predict``."""
         return length(self.sources[split])
+
+    def source_indices(self, split: str, ids: Sequence[int]) -> list[int]:
+        """Return the places of images ``ids`` in the source as it was given, from which a part may be held out."""
+        return source_indices(self.sources[split], ids)
 
     def fingerprint(self, split: str) -> str:
         """Return a hash of the images that evaluation sees: their source and their crop."""

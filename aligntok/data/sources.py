@@ -182,6 +182,14 @@ class Subset(Dataset[Item]):
         return hashlib.sha256(source_id(self.source).encode() + self.indices.tobytes()).hexdigest()[:16]
 
 
+def source_indices(source: Dataset[Any], ids: Sequence[int]) -> list[int]:
+    """Return which images of the whole source the items ``ids`` are, where ``source`` is a part of another."""
+    while isinstance(source, (Subset, torch.utils.data.Subset)):
+        ids = [int(source.indices[i]) for i in ids]
+        source = source.source if isinstance(source, Subset) else source.dataset
+    return list(ids)
+
+
 def split_holdout(source: Dataset[Item], share: float) -> tuple[Subset, Subset]:
     """Split a source into one for training and a held-out ``share``, the same split each time.
 

@@ -8,13 +8,14 @@ Reference:
 """
 
 from aligntok.flow.guidance import Guidance, VelocityNetwork
-from aligntok.flow.path import TimeSampling, dimension_shift, sample_path, shift_time, velocity_terms
+from aligntok.flow.path import FlowMatching, TimeSampling, dimension_shift, sample_path, shift_time, velocity_terms
 from aligntok.flow.samplers import Adaptive, Euler, FixedSteps, Heun, Sampler, Velocity
 
 __all__ = [
     "Adaptive",
     "Euler",
     "FixedSteps",
+    "FlowMatching",
     "Guidance",
     "Heun",
     "Sampler",

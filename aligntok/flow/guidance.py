@@ -1,10 +1,10 @@
 """Guidance: what turns the velocity of a class into one that gives better samples of it."""
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligntok.errors import UserError
 from aligntok.flow.samplers import Velocity
@@ -37,6 +37,9 @@ class Guidance:
         start: Time from which samples are guided; before it, in the noise, only the conditional velocity is computed.
         end: Time from which they are no longer guided; 1 guides to the last step.
         channels: Guide the first channels only, this many; None guides all.
+        guide: Network of autoguidance, e.g. ``class_path: aligntok.weights.load_network``, in place of the null class.
+
+    >>> guidance = Guidance(scale=4.0, start=0.1)  # from t = 0.1 on, away from the null class
 
     Raises:
         UserError: If an argument is out of range.
@@ -46,7 +49,14 @@ class Guidance:
         Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507.
     """
 
-    def __init__(self, scale: float = 1.0, start: float = 0.0, end: float = 1.0, channels: int | None = None) -> None:
+    def __init__(
+        self,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        channels: int | None = None,
+        guide: nn.Module | None = None,
+    ) -> None:
         if not 0 <= scale < math.inf:
             raise UserError(f"scale={scale}: give a number of at least 0; 1 is no guidance")
         if not 0 <= start < end <= 1:
@@ -54,10 +64,14 @@ class Guidance:
         if channels is not None and channels < 1:
             raise UserError(f"channels={channels}: give at least 1, or null to guide all")
         self.scale, self.start, self.end, self.channels = scale, start, end, channels
+        self._guide: Any = guide  # its weights say more than its name: it is no plain setting
 
-    def velocity(
-        self, network: VelocityNetwork, label: Tensor, guide_network: VelocityNetwork | None = None
-    ) -> Velocity:
+    @property
+    def guide(self) -> Any:
+        """The network of autoguidance, or ``None``."""
+        return self._guide
+
+    def velocity(self, network: VelocityNetwork, label: Tensor) -> Velocity:
         """Return the guided velocity of the given labels, for a sampler.
 
         At a time in the interval the network is called once, with 2B samples (with a guide network: each once, with
@@ -66,14 +80,13 @@ class Guidance:
         Args:
             network: Its velocity is guided.
             label: (B,) int64, of the batch that will be sampled.
-            guide_network: Takes the place of the null class.
 
         Raises:
             UserError: If there is neither a null class nor a guide network, or `channels` exceeds the latent's.
         """
         if self.channels is not None and self.channels > network.latent_shape[0]:
             raise UserError(f"channels={self.channels}: the latent has {network.latent_shape[0]} channels")
-        null_label = network.null_label
+        null_label, guide_network = network.null_label, self.guide
         if self.scale != 1 and guide_network is None and null_label is None:
             raise UserError(
                 f"scale={self.scale}: the network has no null class to guide with: give a guide network, set scale to "

@@ -1,7 +1,10 @@
 """Straight path between noise and data: training pairs, training times, loss terms."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -124,6 +127,36 @@ class TimeSampling:
         """Return the times in [0, 1] that standard normal numbers (B,) stand for: as good a draw as ``__call__``'s."""
         t = normal.sigmoid() if self.distribution == "logit_normal" else torch.special.ndtr(normal)
         return shift_time(t, self.shift)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """The objective of flow matching: at which times a network learns, and how far its velocity may be off.
+
+    >>> objective = FlowMatching(cosine_weight=0.0)
+    >>> objective(torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8))["loss"]
+    tensor([1., 1.])
+
+    Args:
+        time_sampling: How times are drawn in training; by default from the logit-normal distribution.
+        uniform_from: From this step on, times are uniform (LightningDiT's long run: late in training).
+        cosine_weight: Of the cosine term, 1 in LightningDiT, 0 in RAE.
+    """
+
+    time_sampling: TimeSampling | None = None
+    uniform_from: int | None = None
+    cosine_weight: float = 1.0
+
+    def times(self, step: int) -> TimeSampling:
+        """Return how times are drawn at an optimizer step."""
+        given = self.time_sampling or TimeSampling()
+        late = self.uniform_from is not None and step >= self.uniform_from
+        return TimeSampling("uniform", given.shift) if late else given
+
+    def __call__(self, prediction: Tensor, velocity: Tensor) -> dict[str, Tensor]:
+        """Return ``mse``, ``cosine`` and their weighted sum ``loss``, each (B,), of two velocities (B, C, h, w)."""
+        terms = velocity_terms(prediction, velocity)
+        return terms | {"loss": terms["mse"] + self.cosine_weight * terms["cosine"]}
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:

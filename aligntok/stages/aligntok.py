@@ -62,7 +62,7 @@ class PerceptualAlignment(TokenizerStage):
         lora_rank: int | None = None,
     ) -> None:
         super().__init__(tokenizer, loss, optimization, kl_weight)
-        check_schedule("semantic.weight", semantic.weight)
+        check_schedule("weight of semantic", semantic.weight)
         self.semantic = semantic
         self.anchor = Frozen(nn.Sequential(deepcopy(tokenizer.encoder), deepcopy(tokenizer.adapter)))
         if lora_rank is not None:

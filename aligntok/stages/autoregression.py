@@ -70,18 +70,17 @@ class AutoregressiveGeneration(GeneratorStage):
         try:
             self.sampler.check(self.network)
         except UserError as error:
-            raise UserError(f"model.sampler: {error}") from error
+            raise UserError(f"sampler: {error}") from error
         if self.tokenizer is None:
             return
         spec = self.tokenizer.spec
         if spec.kind != "discrete":
-            raise UserError(f"model.tokenizer is {spec.kind}, but an autoregressive generator needs a discrete one")
+            raise UserError(f"tokenizer is {spec.kind}, but an autoregressive generator needs a discrete one")
         for name in SIZES:
             ours, theirs = getattr(self.network, name), getattr(spec, name)
             if ours != theirs:
                 raise UserError(
-                    f"model.network.{name} {ours} differs from the {name} of model.tokenizer {theirs}: set the first"
-                    " to the second"
+                    f"network.{name} {ours} differs from the {name} of tokenizer {theirs}: set the first to the second"
                 )
 
     def check_data(self, data: HasCache) -> None:
@@ -94,7 +93,7 @@ class AutoregressiveGeneration(GeneratorStage):
         tokens, count = batch.get("tokens"), self.network.codebook_size
         if tokens is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
             wrong = tokens[(tokens < 0) | (tokens >= count)][0]
-            raise UserError(f"token {wrong} in a batch, but model.network.codebook_size {count} means 0 .. {count - 1}")
+            raise UserError(f"token {wrong} in a batch, but network.codebook_size {count} means 0 .. {count - 1}")
         return batch
 
     # Training
@@ -114,7 +113,7 @@ class AutoregressiveGeneration(GeneratorStage):
         if "tokens" in batch:
             return batch["tokens"]  # type: ignore[no-any-return]
         if self.tokenizer is None:
-            raise UserError("the data holds images, not tokens: set model.tokenizer, or give data.train a token cache")
+            raise UserError("the data holds images, not tokens: set tokenizer, or train on a token cache")
         return self.tokenizer.encode(batch["image"])
 
     def logits(self, tokens: Tensor, label: Tensor) -> Tensor:

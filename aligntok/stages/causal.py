@@ -60,14 +60,12 @@ class CausalTokenization(TokenizerStage):
         """Raise a ``UserError`` where tokenizer and losses do not fit each other."""
         decoder, spec = self.tokenizer.decoder, self.tokenizer.spec
         if self.tokenizer.quantizer is None:
-            raise UserError(
-                "CausalTokenization needs model.tokenizer.quantizer, e.g. aligntok.networks.VectorQuantizer"
-            )
+            raise UserError("CausalTokenization needs tokenizer.quantizer, e.g. aligntok.networks.VectorQuantizer")
         has_head = getattr(decoder, "prefix_head", None) is not None
         if has_head != (self.auxiliary != "none"):
             head = "a prefix_head" if has_head else "no prefix_head"
             raise UserError(
-                f"model.auxiliary {self.auxiliary} does not go with a model.tokenizer.decoder with {head}: give both"
+                f"auxiliary {self.auxiliary} does not go with a tokenizer.decoder with {head}: give both"
                 " (auxiliary mse or perceptual, prefix_head true) or none"
             )
         columns = spec.grid[1]

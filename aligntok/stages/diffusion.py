@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.flow import Euler, Guidance, Sampler, TimeSampling, Velocity, sample_path, velocity_terms
+from aligntok.flow import Euler, FlowMatching, Guidance, Sampler, Velocity, sample_path
 from aligntok.losses.representation import RepresentationAlignment
 from aligntok.networks.dit import DiT
 from aligntok.networks.frozen import Frozen
@@ -34,20 +34,17 @@ class LatentDiffusion(GeneratorStage):
 
     Batches hold ``latent`` (B, C, h, w), normalised, from the cache, or ``image`` (B, 3, H, W), which the tokenizer
     encodes; ``label`` (B,); and, in validation, ``id`` (B,), a number of its own for each image. The loss is the mean
-    squared error of the velocity plus ``cosine_weight`` times one minus its cosine along channels, in fp32.
+    squared error of the velocity plus ``objective.cosine_weight`` times one minus its cosine along channels, in fp32.
 
     Args:
         network: Latent, time, label to velocity.
         tokenizer: Decodes samples, and encodes images where nothing is cached; from a checkpoint:
             ``class_path: aligntok.weights.load_tokenizer``. Null trains on a cache that has none here.
-        time_sampling: How times are drawn in training.
-        uniform_from: From this step on, times are uniform (LightningDiT's long run: late in training).
-        cosine_weight: Of the cosine term, 1 in LightningDiT, 0 in RAE.
+        objective: How times are drawn in training, and the weight of the cosine term.
         label_dropout: Share of labels that become the null class, in [0, 1], for classifier-free guidance.
         representation_alignment: REPA's term, needs images beside the latents; or null.
         sampler: From noise to latent.
-        guidance: Of the sampler.
-        guide: Network of autoguidance, e.g. ``class_path: aligntok.weights.load_network``; or null for the null class.
+        guidance: Of the sampler, by the null class or by a guide network.
         seed: Of the noise of samples; a sample is a function of (seed, id, label).
         optimization: Optimizer, learning rate, weight decay.
 
@@ -59,25 +56,20 @@ class LatentDiffusion(GeneratorStage):
         self,
         network: DiT,
         tokenizer: Tokenizer | None = None,
-        time_sampling: TimeSampling | None = None,
-        uniform_from: int | None = None,
-        cosine_weight: float = 1.0,
+        objective: FlowMatching = FlowMatching(),
         label_dropout: float = 0.1,
         representation_alignment: RepresentationAlignment | None = None,
         sampler: Sampler | None = None,
         guidance: Guidance | None = None,
-        guide: DiT | None = None,
         seed: int = 0,
         optimization: Optimization = Optimization(2e-4),
     ) -> None:
         super().__init__(network, tokenizer, label_dropout, seed, optimization)
-        self.time_sampling = time_sampling or TimeSampling()
-        self.uniform_from = uniform_from
-        self.cosine_weight = cosine_weight
+        self.objective = objective
         self.representation_alignment = representation_alignment
         self.sampler = sampler or Euler(50)
         self.guidance = guidance or Guidance()
-        self.guide = Frozen(guide) if guide is not None else None
+        self.guide = None if self.guidance.guide is None else Frozen(self.guidance.guide)
         self.bins: dict[str, Tensor] = {}
         self.check_parts()
 
@@ -86,24 +78,24 @@ class LatentDiffusion(GeneratorStage):
         super().check_parts()
         network, alignment = self.network, self.representation_alignment
         if self.tokenizer is not None:
-            check_fit("model.network.latent_shape", network, "model.tokenizer", self.tokenizer)
+            check_fit("network.latent_shape", network, "tokenizer", self.tokenizer)
         for key in ("latent_shape", "num_classes"):
             ours = getattr(network, key)
             theirs = ours if self.guide is None else getattr(self.guide.network, key)
             if theirs != ours:
                 raise UserError(
-                    f"model.guide.{key} {theirs} differs from model.network.{key} {ours}: the guide must be a network"
+                    f"guide.{key} {theirs} differs from network.{key} {ours}: the guide must be a network"
                     " for the same latents and classes"
                 )
         if alignment is not None and alignment.width != network.width:
             raise UserError(
-                f"model.representation_alignment.width {alignment.width} differs from model.network.width"
+                f"representation_alignment.width {alignment.width} differs from network.width"
                 f" {network.width}: set the first to the second"
             )
         try:
             self.guided(torch.zeros(0, dtype=torch.int64))
         except UserError as error:
-            raise UserError(f"model.guidance: {error}") from error
+            raise UserError(f"guidance: {error}") from error
 
     def init_from(self, path: str | Path) -> None:
         """Start from the weights of another run, or of a checkpoint that LightningDiT wrote."""
@@ -116,10 +108,10 @@ class LatentDiffusion(GeneratorStage):
 
     def check_data(self, data: HasCache) -> None:
         """Refuse latents of another tokenizer, shape or scale."""
-        data.check_latents(self.network.latent_shape, self.tokenizer, "model.network.latent_shape")
+        data.check_latents(self.network.latent_shape, self.tokenizer, "network.latent_shape")
         if self.tokenizer is not None and not data.has_latents and not self.tokenizer.is_measured:
             raise UserError(
-                "the latents of model.tokenizer were never measured, so they would be learned unscaled: stages 2"
+                "the latents of tokenizer were never measured, so they would be learned unscaled: stages 2"
                 " and 3 measure them, name the checkpoint of one of these"
             )
 
@@ -127,7 +119,7 @@ class LatentDiffusion(GeneratorStage):
         """Return the flow matching loss of one batch."""
         latent = self.latent_of(batch)
         noise = self.normal(batch, "noise", latent.shape[1:]).to(latent)  # (B, C, h, w)
-        t = self.times(self.global_step).of(self.normal(batch, "time")).to(latent)  # (B,)
+        t = self.objective.times(self.global_step).of(self.normal(batch, "time")).to(latent)  # (B,)
         point, velocity = sample_path(noise, latent, t)
         label = self.drop(batch)
         logs: dict[str, Tensor] = {}
@@ -136,8 +128,8 @@ class LatentDiffusion(GeneratorStage):
             prediction = self.network(point, t, label)
         else:
             prediction, extra = self.aligned(point, t, label, batch, logs)
-        terms = velocity_terms(prediction, velocity)
-        loss = (terms["mse"] + self.cosine_weight * terms["cosine"]).mean() + extra
+        terms = self.objective(prediction, velocity)
+        loss = terms["loss"].mean() + extra
         logs |= {name: value.detach().mean() for name, value in terms.items()} | {"loss": loss.detach()}
         self.log_terms(logs, len(latent))
         self.fill_bins("train", t, terms["mse"].detach())
@@ -156,9 +148,7 @@ class LatentDiffusion(GeneratorStage):
         alignment = self.representation_alignment
         assert alignment is not None
         if "image" not in batch:
-            raise UserError(
-                "model.representation_alignment needs images: give data.train images as source, or a cache with images"
-            )
+            raise UserError("representation_alignment needs images: train on images, or on a cache with images")
         prediction, tokens = self.network.forward_with_tokens(point, t, label, alignment.block)
         value = alignment(tokens, batch["image"])
         logs["representation"] = value.detach()
@@ -169,16 +159,8 @@ class LatentDiffusion(GeneratorStage):
         if "latent" in batch:
             return batch["latent"].float()  # type: ignore[no-any-return]
         if self.tokenizer is None:
-            raise UserError(
-                "the data holds images, not latents: set model.tokenizer, or give data.train a latent cache"
-            )
+            raise UserError("the data holds images, not latents: set tokenizer, or train on a latent cache")
         return self.tokenizer.encode(batch["image"]).float()
-
-    def times(self, step: int) -> TimeSampling:
-        """Return how times are drawn at a step."""
-        if self.uniform_from is None or step < self.uniform_from:
-            return self.time_sampling
-        return TimeSampling("uniform", self.time_sampling.shift)
 
     # Validation
 
@@ -188,10 +170,9 @@ class LatentDiffusion(GeneratorStage):
         noise = noise_like_ids(ids, tuple(latent.shape[1:]), self.seed).to(latent)
         t = ((ids + 1).double() * GOLDEN_RATIO % 1).to(latent)
         point, velocity = sample_path(noise, latent, t)
-        terms = velocity_terms(self.network(point, t, batch["label"]), velocity)
+        terms = self.objective(self.network(point, t, batch["label"]), velocity)
         prefix = "test" if self.trainer.testing else "val"
-        loss = terms["mse"] + self.cosine_weight * terms["cosine"]
-        self.log_mean({f"{prefix}/loss": loss.mean(), f"{prefix}/mse": terms["mse"].mean()}, len(latent))
+        self.log_mean({f"{prefix}/{name}": terms[name].mean() for name in ("loss", "mse")}, len(latent))
         self.fill_bins(prefix, t, terms["mse"])
         return {"latent": latent}
 
@@ -236,8 +217,7 @@ class LatentDiffusion(GeneratorStage):
 
     def guided(self, label: Tensor) -> Velocity:
         """Return the guided velocity of labels (B,)."""
-        guide = None if self.guide is None else self.guide.network
-        return self.guidance.velocity(self.network, label, guide)
+        return self.guidance.velocity(self.network, label)
 
     def sampling(self) -> dict[str, Any]:
         """Return sampler and guidance."""

@@ -73,10 +73,10 @@ class GeneratorStage(Stage):
     def check_parts(self) -> None:
         """Raise a ``UserError`` where the parts do not fit each other: now, not at the first samples."""
         if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"model.label_dropout {self.label_dropout} is a share of the labels: give 0 to 1")
+            raise UserError(f"label_dropout {self.label_dropout} is a share of the labels: give 0 to 1")
         if self.label_dropout and self.network.null_label is None:
             raise UserError(
-                f"model.label_dropout {self.label_dropout} needs a null class: set model.network.null_class true, or"
+                f"label_dropout {self.label_dropout} needs a null class: set network.null_class true, or"
                 " label_dropout 0"
             )
 
@@ -95,7 +95,7 @@ class GeneratorStage(Stage):
         super().setup(stage)
         labels, cache = offered_data(self.trainer, HasLabels), offered_data(self.trainer, HasCache)
         if labels is not None and self.network.num_classes is not None:
-            labels.check_labels(self.network.num_classes, "model.network.num_classes")
+            labels.check_labels(self.network.num_classes, "network.num_classes")
         if stage != "predict" and cache is not None:
             self.check_data(cache)
 
@@ -104,7 +104,7 @@ class GeneratorStage(Stage):
         label, count = batch["label"], self.network.num_classes
         if count is not None and len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:
             wrong = label[(label < 0) | (label >= count)][0]
-            raise UserError(f"label {wrong} in a batch, but model.network.num_classes {count} means 0 .. {count - 1}")
+            raise UserError(f"label {wrong} in a batch, but network.num_classes {count} means 0 .. {count - 1}")
         return batch
 
     def drop(self, batch: dict[str, Any]) -> Tensor:
@@ -120,7 +120,7 @@ class GeneratorStage(Stage):
     def decoded(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, H, W) in [0, 1] for each ``id`` and ``label`` (B,), and what they were decoded from."""
         if self.tokenizer is None:
-            raise UserError("samples need a decoder: set model.tokenizer to the tokenizer's checkpoint")
+            raise UserError("samples need a decoder: set tokenizer to the tokenizer's checkpoint")
         code = self.sample(batch["id"], batch["label"])
         return self.tokenizer.decode(code).float(), code
 
@@ -138,6 +138,6 @@ class GeneratorStage(Stage):
         ours = self.tokenizer_fingerprint
         if theirs is not None and ours is not None and theirs != ours:
             raise UserError(
-                f"the generator learned the {self.learns} of tokenizer {theirs}, but model.tokenizer is {ours}: name"
+                f"the generator learned the {self.learns} of tokenizer {theirs}, but tokenizer is {ours}: name"
                 f" the checkpoint that the {self.learns} came from, or one whose decoder alone was refined"
             )

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from aligntok.errors import UserError
+from aligntok.protocols import HasSourceIndices, offered_data
 from aligntok.randomness import normal, uniform
 from aligntok.stages.migration import rename_discriminator, split_groups
 from aligntok.stages.optimization import Optimization, ParameterGroup, clip_, drop_gradients, parameters_by_group
@@ -107,7 +108,7 @@ class Stage(pl.LightningModule):
             )
         if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             raise UserError(
-                "trainer.gradient_clip_algorithm value is not supported: gradients are clipped by their norm, remove it"
+                "gradient_clip_algorithm value is not supported: gradients are clipped by their norm, remove it"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -141,9 +142,12 @@ class Stage(pl.LightningModule):
         self.report_nonfinite(ids)
 
     def report_nonfinite(self, ids: list[Tensor]) -> None:
-        """Write down which images made a step fail, and stop after too many in a row."""
+        """Write down which images of the source made a step fail, and stop after too many in a row."""
         self.nonfinite_steps += 1
-        images = " ".join(str(i) for i in torch.cat(ids).tolist()) if ids else "unknown"
+        numbers, data = torch.cat(ids).tolist() if ids else [], offered_data(self.trainer, HasSourceIndices)
+        if data is not None:
+            numbers = data.source_indices("train", numbers)
+        images = " ".join(map(str, numbers)) or "unknown"
         path = Path(self.trainer.default_root_dir) / "nonfinite_steps.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:

@@ -237,11 +237,13 @@ class TokenizerStage(Stage):
         if set(self.trains) != {"decoder"}:
             trained = [part for part in self.trains if getattr(self.tokenizer, part) is not None]
             raise UserError(
-                f"{name} trains the {' and '.join(trained)}: cached latents leave these out, give data.train images"
+                f"{name} trains the {' and '.join(trained)}: cached latents leave these out, train on images"
             )
-        data.check_latents(self.tokenizer.spec.latent_shape, self.tokenizer, "model.tokenizer")
+        data.check_latents(self.tokenizer.spec.latent_shape, self.tokenizer, "tokenizer")
         if not data.has_images:
-            raise UserError(f"{name} needs the images beside the cached latents: set data.train.init_args.images")
+            raise UserError(
+                f"{name} needs the images beside the cached latents: name them in the cache, LatentShards(images=...)"
+            )
 
     @torch.no_grad()
     def measure_latents(self, images: Iterable[Tensor]) -> None:

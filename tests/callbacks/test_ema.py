@@ -210,3 +210,8 @@ def test_the_stage_is_not_copied(tiny, tmp_path):
 def test_decays_that_make_no_sense(decay):
     with pytest.raises(UserError, match="EMA: decay"):
         EMA(decay)
+
+
+def test_without_warm_up_the_decay_is_constant_and_with_it_late():
+    assert EMA(0.9999).decay_after(80_000) < 0.9999 == EMA(0.9999).decay_after(89_991)
+    assert EMA(0.9999, warmup=False).decay_after(1) == 0.9999

@@ -65,17 +65,18 @@ def test_rows_of_a_sampler_run():
 @pytest.mark.parametrize("autoguided", [False, True])
 def test_samples_at_their_own_times(autoguided):
     network, guide = Network(), Network(strength=0.5)
-    guidance, t = Guidance(scale=4.0, start=0.3), at(0.2, 0.6, 0.9)
-    velocity = guidance.velocity(network, LABEL, guide if autoguided else None)(X, t)
+    guidance, t = Guidance(scale=4.0, start=0.3, guide=guide if autoguided else None), at(0.2, 0.6, 0.9)
+    velocity = guidance.velocity(network, LABEL)(X, t)
+    calls = network.calls.copy(), guide.calls.copy()
     for row in range(3):
-        alone = guidance.velocity(Network(), LABEL[row : row + 1], Network(strength=0.5) if autoguided else None)
+        alone = guidance.velocity(Network(), LABEL[row : row + 1])
         assert_close(velocity[row : row + 1], alone(X[row : row + 1], t[row : row + 1]))
-    assert (network.calls, guide.calls) == (([[1, 2, 3]], [[2, 3]]) if autoguided else ([[1, 2, 3, 10, 10]], []))
+    assert calls == (([[1, 2, 3]], [[2, 3]]) if autoguided else ([[1, 2, 3, 10, 10]], []))
 
 
 def test_scale_1_computes_only_the_conditional():
     for network, guide in ((Network(), None), (Network(null_label=None), None), (Network(), Network())):
-        assert torch.equal(Guidance().velocity(network, LABEL, guide)(X, at(0.5)), conditional(at(0.5)))
+        assert torch.equal(Guidance(guide=guide).velocity(network, LABEL)(X, at(0.5)), conditional(at(0.5)))
         assert network.calls == [[1, 2, 3]]
         assert guide is None or guide.calls == []
 
@@ -97,7 +98,7 @@ def test_channels_outside_the_interval_take_the_conditional():
 
 def test_autoguidance_guides_with_the_same_label():
     network, guide, t = Network(null_label=None), Network(null_label=None, strength=0.5), at(0.5)
-    velocity = Guidance(scale=1.42).velocity(network, LABEL, guide)(X, t)
+    velocity = Guidance(scale=1.42, guide=guide).velocity(network, LABEL)(X, t)
     worse = (0.5 * LABEL + t).view(-1, 1, 1, 1) + X
     assert_close(velocity, worse + 1.42 * (conditional(t) - worse))
     assert network.calls == guide.calls == [[1, 2, 3]]

@@ -350,17 +350,17 @@ def refused(function, *args, **options):
 )
 def test_a_network_for_another_tokenizer_is_refused_by_both_values(tiny, sizes, name, theirs):
     message = refused(tiny.autoregressive, tiny.ar(**sizes))
-    assert f"model.network.{name} differs from the {name.split()[0]} of model.tokenizer {theirs}" in message
+    assert f"network.{name} differs from the {name.split()[0]} of tokenizer {theirs}" in message
 
 
 def test_other_parts_that_do_not_fit(tiny):
-    assert "model.tokenizer is continuous" in refused(tiny.autoregressive, tokenizer=tiny.measured())
-    assert "model.tokenizer is discrete" in refused(tiny.generator, tokenizer=tiny.discrete())
+    assert "tokenizer is continuous" in refused(tiny.autoregressive, tokenizer=tiny.measured())
+    assert "tokenizer is discrete" in refused(tiny.generator, tokenizer=tiny.discrete())
     assert "label_dropout 1.5" in refused(tiny.autoregressive, label_dropout=1.5)
     network = tiny.ar(null_class=False)
     assert "needs a null class" in refused(tiny.autoregressive, network)
     message = refused(tiny.autoregressive, network, label_dropout=0.0, sampler=TokenSampler(2.0))
-    assert message.startswith("model.sampler: ")
+    assert message.startswith("sampler: ")
     assert "33" in refused(tiny.autoregressive, sampler=TokenSampler(top_k=33))
 
 
@@ -372,7 +372,7 @@ def test_a_cache_of_another_codebook_or_size_is_refused_before_the_first_step(ti
     network = tiny.ar(codebook_size=64)
     stage = tiny.autoregressive(network, tokenizer=None)
     message = refused(tiny.trainer(tmp_path, 1).fit, stage, datamodule=cached(cache))
-    assert "codebook_size 32, but model.network.codebook_size is 64" in message
+    assert "codebook_size 32, but network.codebook_size is 64" in message
 
 
 @pytest.mark.parametrize("wrong", [-1, 32])
@@ -380,6 +380,6 @@ def test_tokens_and_labels_out_of_range_are_named(tiny, batch, wrong):
     stage = tiny.autoregressive()
     batch["tokens"][3, 4] = wrong
     message = refused(stage.on_before_batch_transfer, batch, 0)
-    assert f"token {wrong} in a batch, but model.network.codebook_size 32 means 0 .. 31" in message
+    assert f"token {wrong} in a batch, but network.codebook_size 32 means 0 .. 31" in message
     batch["tokens"][3, 4], batch["label"][0] = 0, wrong
     assert f"label {wrong} in a batch" in refused(stage.on_before_batch_transfer, batch, 0)

@@ -159,7 +159,7 @@ def test_parts_that_do_not_fit_the_loss_are_refused(tiny, tokenizer, options, wo
 
 
 def test_a_continuous_tokenizer_is_refused(tiny):
-    with pytest.raises(UserError, match=r"needs model\.tokenizer\.quantizer"):
+    with pytest.raises(UserError, match=r"needs tokenizer\.quantizer"):
         stage_of(tiny, tiny.tokenizer(), auxiliary="none")
 
 

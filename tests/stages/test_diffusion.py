@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from aligntok.callbacks import EMA, SampleGrid, SaveCheckpoint
 from aligntok.data import ClassLabels, LatentDataModule, Shapes
 from aligntok.errors import UserError
-from aligntok.flow import Euler, Guidance, TimeSampling
+from aligntok.flow import Euler, FlowMatching, Guidance, TimeSampling
 from aligntok.losses import RepresentationAlignment
 from aligntok.stages import LatentAlignment, LatentDiffusion, Optimization
 from aligntok.weights import load_network
@@ -129,7 +129,7 @@ def test_two_classes_are_learned_and_sampled_under_somebody_elses_trainer(tiny, 
 def test_frozen_parts_neither_change_nor_are_saved(tiny, tmp_path, cache):
     alignment = RepresentationAlignment(tiny.encoder(5), 16, hidden_width=8, block=1)
     guide = tiny.dit(4)
-    stage = tiny.generator(representation_alignment=alignment, guide=guide, learning_rate=0.1)
+    stage = tiny.generator(representation_alignment=alignment, guidance=Guidance(guide=guide), learning_rate=0.1)
     frozen = (stage.tokenizer, guide, alignment.encoder.network)
     before = [tiny.copies(part) for part in frozen]
     start = tiny.copies(stage)
@@ -177,11 +177,16 @@ def test_times_become_uniform_at_a_step_and_keep_their_shift(tiny, tmp_path, cac
     stage = tiny.generator(uniform_from=2, time_sampling=TimeSampling(shift=0.5))
     torch.manual_seed(0)
     for step, low in ((0, 0.02), (1, 0.02), (2, 0.1), (3, 0.1)):  # shares of t < 1/11, that is of s < 1/6 before shift
-        share = (stage.times(step)(50_000, "cpu") < 1 / 19).float().mean()
+        share = (stage.objective.times(step)(50_000, "cpu") < 1 / 19).float().mean()
         assert abs(share - {0.02: 0.0142, 0.1: 0.1}[low]) < 0.01
     asked = []
-    times = stage.times
-    stage.times = lambda step: asked.append(step) or times(step)
+
+    class Asked(FlowMatching):
+        def times(self, step):
+            asked.append(step)
+            return super().times(step)
+
+    stage.objective = Asked()
     tiny.trainer(tmp_path, 3, accumulate_grad_batches=2).fit(stage, datamodule=tiny.cached(cache))
     assert asked == [0, 0, 1, 1, 2, 2]
 
@@ -277,7 +282,7 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, cache, accumulate):
 @pytest.mark.parametrize("guide", [False, True])
 def test_a_sample_is_a_function_of_seed_id_and_label(tiny, guide):
     network = tiny.dit(2) if guide else None
-    stage = tiny.generator(sampler=Euler(6, shift=0.5), guidance=Guidance(3.0, start=0.2), guide=network)
+    stage = tiny.generator(sampler=Euler(6, shift=0.5), guidance=Guidance(3.0, start=0.2, guide=network))
     ids = torch.arange(64)
     label = ids % 12
     whole = stage.sample(ids, label)
@@ -288,8 +293,8 @@ def test_a_sample_is_a_function_of_seed_id_and_label(tiny, guide):
     for other in (
         stage.sample(ids + 64, label),
         stage.sample(ids, (label + 1) % 12),
-        tiny.generator(sampler=stage.sampler, guidance=stage.guidance, guide=network, seed=1).sample(ids, label),
-        tiny.generator(sampler=stage.sampler, guide=network).sample(ids, label),
+        tiny.generator(sampler=stage.sampler, guidance=stage.guidance, seed=1).sample(ids, label),
+        tiny.generator(sampler=stage.sampler, guidance=Guidance(guide=network)).sample(ids, label),
         stage.sample(ids, label, Euler(2)),
     ):
         assert (other - whole).flatten(1).abs().max(1).values.min() > 1e-3
@@ -422,23 +427,23 @@ def message(function, *args, **options):
     [
         (
             {"network": {"latent_shape": (8, 4, 4)}},
-            ["model.network.latent_shape [8, 4, 4]", "model.tokenizer [4, 4, 4]"],
+            ["network.latent_shape [8, 4, 4]", "tokenizer [4, 4, 4]"],
         ),
         (
             {"network": {"latent_shape": (4, 8, 4)}},
-            ["model.network.latent_shape [4, 8, 4]", "model.tokenizer [4, 4, 4]"],
+            ["network.latent_shape [4, 8, 4]", "tokenizer [4, 4, 4]"],
         ),
-        ({"network": {"null_class": False}}, ["model.label_dropout 0.1", "model.network.null_class true"]),
-        ({"label_dropout": 1.5}, ["model.label_dropout 1.5"]),
-        ({"label_dropout": -0.1}, ["model.label_dropout -0.1"]),
+        ({"network": {"null_class": False}}, ["label_dropout 0.1", "network.null_class true"]),
+        ({"label_dropout": 1.5}, ["label_dropout 1.5"]),
+        ({"label_dropout": -0.1}, ["label_dropout -0.1"]),
         (
             {"network": {"null_class": False}, "label_dropout": 0, "guidance": {"scale": 2.0}},
-            ["model.guidance", "scale=2.0", "no null class", "guide"],
+            ["guidance", "scale=2.0", "no null class", "guide"],
         ),
-        ({"guidance": {"channels": 5}}, ["model.guidance", "channels=5", "4 channels"]),
-        ({"guide": {"latent_shape": (4, 2, 2)}}, ["model.guide.latent_shape (4, 2, 2)", "latent_shape (4, 4, 4)"]),
-        ({"guide": {"num_classes": 3}}, ["model.guide.num_classes 3", "model.network.num_classes 12"]),
-        ({"representation_alignment": 8}, ["representation_alignment.width 8", "model.network.width 16"]),
+        ({"guidance": {"channels": 5}}, ["guidance", "channels=5", "4 channels"]),
+        ({"guide": {"latent_shape": (4, 2, 2)}}, ["guide.latent_shape (4, 2, 2)", "latent_shape (4, 4, 4)"]),
+        ({"guide": {"num_classes": 3}}, ["guide.num_classes 3", "network.num_classes 12"]),
+        ({"representation_alignment": 8}, ["representation_alignment.width 8", "network.width 16"]),
     ],
 )
 def test_parts_that_do_not_fit(tiny, options, words):
@@ -446,6 +451,8 @@ def test_parts_that_do_not_fit(tiny, options, words):
     makers = {"network": tiny.dit, "guide": tiny.dit, "guidance": Guidance}
     for key in makers.keys() & options.keys():
         options[key] = makers[key](**options[key])
+    if "guide" in options:
+        options["guidance"] = Guidance(guide=options.pop("guide"))
     if "representation_alignment" in options:
         width = options["representation_alignment"]
         options["representation_alignment"] = RepresentationAlignment(tiny.encoder(), width, hidden_width=8, block=1)
@@ -455,7 +462,7 @@ def test_parts_that_do_not_fit(tiny, options, words):
 
 def test_a_guide_stands_in_for_the_null_class(tiny):
     network = tiny.dit(null_class=False)
-    stage = tiny.generator(network=network, label_dropout=0, guidance=Guidance(2.0), guide=tiny.dit(1, width=32))
+    stage = tiny.generator(network=network, label_dropout=0, guidance=Guidance(2.0, guide=tiny.dit(1, width=32)))
     assert stage.sample(torch.arange(2), torch.arange(2)).isfinite().all()
 
 
@@ -465,7 +472,7 @@ def test_a_discrete_tokenizer_is_refused(tiny, monkeypatch):
     tokenizer = tiny.measured()
     spec = replace(tokenizer.spec, kind="discrete")
     monkeypatch.setattr(type(tokenizer), "spec", property(lambda self: spec))
-    assert "model.tokenizer is discrete" in message(tiny.generator, tokenizer=tokenizer)
+    assert "tokenizer is discrete" in message(tiny.generator, tokenizer=tokenizer)
 
 
 def test_classes_that_the_network_does_not_have_are_named_before_the_first_step(tiny, tmp_path, cache):
@@ -477,7 +484,7 @@ def test_classes_that_the_network_does_not_have_are_named_before_the_first_step(
         ("predict", tiny.cached(cache, predict=ClassLabels(20, 12))),
     ):
         text = message(getattr(tiny.trainer(tmp_path, 1), verb), stage, datamodule=data)
-        assert "has 12 classes, but model.network.num_classes is 11" in text
+        assert "has 12 classes, but network.num_classes is 11" in text
 
 
 @pytest.mark.parametrize("label", [-1, 12, 13])
@@ -508,7 +515,7 @@ def test_a_cache_of_another_tokenizer_or_shape_is_refused(tiny, tmp_path, cache)
         datamodule=tiny.cached(cache),
     )
     assert "[4, 4, 4]" in text
-    assert "model.network.latent_shape is [4, 2, 2]" in text
+    assert "network.latent_shape is [4, 2, 2]" in text
 
 
 def test_going_on_with_another_tokenizer_is_refused_but_not_with_another_decoder(tiny, tmp_path, cache):
@@ -551,10 +558,10 @@ def test_what_the_data_lack_is_named(tiny, tmp_path, cache):
     text = message(fit, tiny.generator(tokenizer=tiny.tokenizer()), datamodule=tiny.data())
     assert "never measured" in text
     text = message(fit, tiny.generator(tokenizer=None), datamodule=tiny.data())
-    assert "set model.tokenizer" in text
+    assert "set tokenizer" in text
     data = tiny.cached(cache, predict=ClassLabels(2, 12))
     text = message(tiny.trainer(tmp_path, 1).predict, tiny.generator(tokenizer=None), datamodule=data)
-    assert "set model.tokenizer" in text
+    assert "set tokenizer" in text
     assert "num_steps=0" in message(Euler, 0)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from aligntok.callbacks import SaveCheckpoint
+from aligntok.data import LatentDataModule
+from aligntok.data.shapes import Shapes
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
 
@@ -55,6 +57,15 @@ def test_a_single_step_is_skipped_and_written_down(tiny, tmp_path):
     assert rows(tmp_path) == [(2, record.ids[2])]
     assert record.trainer.global_step == 5
     assert record.stage.nonfinite_steps == 0
+
+
+def test_images_are_named_by_their_places_in_the_source_of_which_some_are_held_out(tiny, tmp_path):
+    data = LatentDataModule(Shapes(40, 16), 16, 8, holdout=0.25, crop="center", flip=False)
+    record = Record()
+    stage = tiny.stage(LatentAlignment, perceptual=tiny.NaNAt(1))
+    tiny.trainer(tmp_path, 2, [record]).fit(stage, datamodule=data)
+    (step, images), part = rows(tmp_path)[0], data.sources["train"]
+    assert images == [int(part.indices[i]) for i in record.ids[step]] != record.ids[step]
 
 
 def test_with_accumulation_the_whole_step_is_skipped(tiny, tmp_path):
