@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from aligntok.callbacks import CodebookHealth, SaveCheckpoint
 from aligntok.data import LatentDataModule, Shapes
@@ -84,13 +85,22 @@ def others(tiny):
     }
 
 
+def smooth(adversarial):
+    """Return the loss without its discriminator's kinks, at which rounding decides on a whole gradient."""
+    layers = adversarial.discriminator.main
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.LeakyReLU):
+            layers[index] = nn.GELU()
+    return adversarial
+
+
 def main(output):
     tiny = load_tiny()
     results = {name: fitted(tiny, output / name, stage) for name, stage in others(tiny).items()}
-    gan = {"perceptual": tiny.judge(), "adversarial": tiny.gan(weight=0.5, adaptive=False)}
+    gan = {"perceptual": tiny.judge(), "adversarial": smooth(tiny.gan(weight=0.5, adaptive=False))}
     results["stage1"] = train(tiny, output / "stage1", LatentAlignment, **gan)
     late = tiny.gan(weight={2: 0.0, 3: 0.5}, adaptive=True, discriminator_start=2)  # idle, then alone, then both
-    results["stage2"] = train(tiny, output / "stage2", PerceptualAlignment, adversarial=late)
+    results["stage2"] = train(tiny, output / "stage2", PerceptualAlignment, adversarial=smooth(late))
 
     causal = {"tokenizer": tiny.causal(decay=0.5), "auxiliary": "mse", "pixel_loss": "mse"}
     # a higher rate turns differences of rounding into another code for a vector
