@@ -10,7 +10,7 @@ import torch
 
 from aligntok.data.batches import Batch, BatchSource
 from aligntok.data.sources import Indices
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 
 
 class ClassLabels(BatchSource):
@@ -40,8 +40,7 @@ class ClassLabels(BatchSource):
         classes: list[int] | None = None,
         seed: int = 0,
     ) -> None:
-        if num_samples < 1 or num_classes < 1:
-            raise UserError(f"num_samples {num_samples}, num_classes {num_classes}: give at least 1 of each")
+        check_positive(num_samples=num_samples, num_classes=num_classes)
         chosen = list(range(num_classes)) if classes is None else classes
         wrong = [label for label in chosen if not 0 <= label < num_classes]
         if wrong or not chosen:

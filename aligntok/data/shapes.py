@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 
 Array = npt.NDArray[np.floating[Any]]  # float32, which mypy cannot follow through arithmetic
 
@@ -45,8 +45,7 @@ class Shapes(Dataset[tuple[Image.Image, int]]):
         self, num_images: int = 6000, image_size: int | tuple[int, int] = 32, seed: int = 0, plain: bool = False
     ) -> None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if num_images < 1:
-            raise UserError(f"num_images={num_images}: give at least 1")
+        check_positive(num_images=num_images)
         if min(height, width) < MIN_SIZE:
             raise UserError(f"image_size={image_size}: give at least {MIN_SIZE} pixels a side")
         if seed < 0:

@@ -1,8 +1,8 @@
 // One token of an autoregressive transformer on a CPU, for ROWS sequences and weights of type WEIGHT.
 //
-// Few rows meet every weight, so that a step lasts as long as the weights take to come from memory. In torch the memory
-// rests between two operations, of which a step has some 700. Here one parallel region holds the whole step, and while
-// some rows of a weight are used, the next ones are fetched.
+// A step of a few sequences is bound by memory: it lasts as long as reading all weights once. In torch it is some 700
+// operations, and memory is idle between two of them. Here the whole step is one parallel region, and the next rows of a
+// weight are prefetched while the present ones are multiplied.
 //
 // Compiled by native.py, whose structures are those below. The network is AutoregressiveTransformer.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aligntok.decoding import native
 from aligntok.decoding.cached import CachedTransformer
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.randomness import gumbel_noise, keys_like_ids
 
@@ -24,7 +24,12 @@ class TokenSampler:
 
     The logits are guided without a classifier: ``null + scale * (class - null)``, with the power-cosine scale at step i
     of N, ``1 + (guidance_scale - 1) * (1 - cos(pi * (i / N)^guidance_power)) / 2``. While that is 1 the null class
-    is not computed. It joins one step before it matters; one pass makes its keys and values of the tokens before that.
+    is not computed: its keys and values of all earlier tokens are made in one pass, just before the guidance begins.
+
+    >>> network = AutoregressiveTransformer(8, (2, 2), 1, num_classes=3, width=16, depth=1, num_heads=2)
+    >>> sampler = TokenSampler(guidance_scale=2.0, top_k=4)
+    >>> sampler(network, torch.tensor([0, 2]), ids=torch.arange(2), seed=0).shape
+    torch.Size([2, 5])
 
     Args:
         guidance_scale: 1 is no guidance. AliTok uses 16 (B), 6 (L) and 13 (XL).
@@ -60,8 +65,7 @@ class TokenSampler:
                 raise UserError(f"{key}={value}: give a number of at least 0; guidance_scale=1 is no guidance")
         if not 0 <= temperature < math.inf:
             raise UserError(f"temperature={temperature}: give a number of at least 0; 0 takes the most likely token")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k={top_k}: give at least 1, or null to draw from all tokens")
+        check_positive(top_k=top_k)
         if not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p}: give a share above 0 and up to 1; 1 draws from all tokens")
         if dtype not in ("float32", "bfloat16", "float16"):

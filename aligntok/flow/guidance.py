@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 from aligntok.flow.samplers import Velocity
 
 
@@ -61,8 +61,7 @@ class Guidance:
             raise UserError(f"scale={scale}: give a number of at least 0; 1 is no guidance")
         if not 0 <= start < end <= 1:
             raise UserError(f"start={start}, end={end}: give 0 <= start < end <= 1; t = 0 is noise, t = 1 is data")
-        if channels is not None and channels < 1:
-            raise UserError(f"channels={channels}: give at least 1, or null to guide all")
+        check_positive(channels=channels)
         self.scale, self.start, self.end, self.channels = scale, start, end, channels
         self._guide: Any = guide  # its weights say more than its name: it is no plain setting
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aligntok.errors import UserError
 
-COSINE_FLOOR = 0.1  # see velocity_terms
+COSINE_EPS = 0.1  # see velocity_terms
 
 
 def sample_path(noise: Tensor, latent: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,9 +37,9 @@ def sample_path(noise: Tensor, latent: Tensor, t: Tensor) -> tuple[Tensor, Tenso
 def velocity_terms(prediction: Tensor, velocity: Tensor) -> dict[str, Tensor]:
     """Return how far a predicted velocity is from the true one, in float32 whatever the precision of the network.
 
-    The published code takes the cosine with the usual floor of 1e-8 under each norm. The last layer starts at zero, so
+    The published code takes the cosine with the usual eps of 1e-8 for each norm. The last layer starts at zero, so
     its first gradient is then 1e8 per position, and Adam's second moment needs hundreds of steps to forget it. Here
-    vectors shorter than COSINE_FLOOR (a true one is about sqrt(2 C) long) are scaled by it: the gradient stays below
+    vectors shorter than COSINE_EPS (a true one is about sqrt(2 C) long) are scaled by it: the gradient stays below
     10.
 
     Args:
@@ -54,7 +54,7 @@ def velocity_terms(prediction: Tensor, velocity: Tensor) -> dict[str, Tensor]:
         (arXiv:2510.11690) on ``mse`` alone.
     """
     prediction, velocity = prediction.float(), velocity.float()
-    cosine = 1 - F.cosine_similarity(prediction, velocity, dim=1, eps=COSINE_FLOOR)
+    cosine = 1 - F.cosine_similarity(prediction, velocity, dim=1, eps=COSINE_EPS)
     return {"mse": (prediction - velocity).square().flatten(1).mean(1), "cosine": cosine.flatten(1).mean(1)}
 
 

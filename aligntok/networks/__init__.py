@@ -2,8 +2,7 @@
 
 from aligntok.networks.adapters import GaussianAdapter, LinearAdapter, MLPAdapter
 from aligntok.networks.ar import AutoregressiveTransformer
-from aligntok.networks.conv_decoder import ConvDecoder
-from aligntok.networks.conv_encoder import ConvEncoder
+from aligntok.networks.conv import ConvDecoder, ConvEncoder
 from aligntok.networks.discriminators import BlurDiscriminator, PatchDiscriminator
 from aligntok.networks.dit import DiT, WideHead
 from aligntok.networks.encoders import VisionEncoder

@@ -28,6 +28,10 @@ HIDDEN_MULTIPLE = 256  # of the MLP's hidden width, arXiv:2406.06525
 class AutoregressiveTransformer(ClassConditional):
     """Predict each token of an image from its class and the earlier tokens: first the prefix, then the grid.
 
+    >>> network = AutoregressiveTransformer(8, (2, 2), 1, num_classes=3, width=16, depth=1, num_heads=2)
+    >>> network(torch.randint(8, (2, 5)), label=torch.tensor([0, 2])).shape  # of the next token after 0 .. 5
+    torch.Size([2, 6, 8])
+
     AliTok's sizes are in ``configs/size/ar_*.yaml``. One table embeds what the sequence holds: the codes, one row
     without use, the classes, and the null class; an unconditional network starts every sequence with the null class.
 
@@ -96,18 +100,17 @@ class AutoregressiveTransformer(ClassConditional):
 
         Args:
             tokens: The first n tokens of the sequence, (B, n) int64, n from 0 to N.
-            label: Classes, (B,) int64, ``null_label`` for none; None in an unconditional network.
+            label: Classes, (B,) int64, ``null_label`` for none; None in an unconditional network. Their range is not
+                looked at: see ``check_labels``.
 
         Returns:
             Logits (B, n + 1, codebook_size); position p predicts token p, the last one the token after the given ones.
 
         Raises:
-            UserError: More than N tokens; a token or a label out of range, where they are on the CPU (elsewhere that
-                would wait for the device).
+            UserError: More than N tokens; a token out of range, on the CPU (elsewhere that would wait for the device).
         """
         self._check_tokens(tokens)
-        if tokens.device.type == "cpu":
-            self.check_labels(label)
+        assert (label is None) == (self.num_classes is None)
         ids = torch.cat((self.start_ids(label, len(tokens))[:, None].to(tokens.device), tokens), dim=1)
         x = self.dropout(self.embed(ids))  # (B, n + 1, width)
         rotary = self.rotary[: ids.shape[1]]

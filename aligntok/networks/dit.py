@@ -43,6 +43,10 @@ class WideHead:
 class DiT(ClassConditional):
     """Predict the velocity of a latent at a time of the way from noise (t = 0) to data (t = 1).
 
+    >>> network = DiT(latent_shape=(4, 2, 2), num_classes=3, width=16, depth=1, num_heads=2)
+    >>> network(torch.randn(5, 4, 2, 2), t=torch.rand(5), label=torch.arange(5) % 3).shape
+    torch.Size([5, 4, 2, 2])
+
     LightningDiT's sizes are in ``configs/size/dit_*.yaml``. With a wide head the blocks of `width` only make the
     condition, one per token, of the head's blocks, which read the latent anew. RAE's own network differs from that in
     two details that we leave out: random Fourier features of the time, and a second SiLU on the condition.
@@ -127,14 +131,13 @@ class DiT(ClassConditional):
         Args:
             latent: Points on the way from noise to normalised latents, (B, C, h, w).
             t: Their times in [0, 1], (B,).
-            label: Classes, (B,) int64; ``null_label`` for none.
+            label: Classes, (B,) int64; ``null_label`` for none. Their range is not looked at: see ``check_labels``.
 
         Returns:
             Velocity (B, C, h, w).
 
         Raises:
-            UserError: A latent of another shape; a label out of range, where labels are on the CPU (elsewhere that
-                would wait for the device: see ``check_labels``).
+            UserError: A latent of another shape.
         """
         return self.forward_with_tokens(latent, t, label, block=len(self.blocks))[0]
 
@@ -153,7 +156,11 @@ class DiT(ClassConditional):
         Raises:
             UserError: As in ``forward``; no such block.
         """
-        self._check_input(latent, label)
+        if latent.ndim != 4 or latent.shape[1:] != self.latent_shape:
+            raise UserError(
+                f"latent has shape {tuple(latent.shape)}, the network needs (B, *{self.latent_shape}): set latent_shape"
+                " to what the tokenizer gives"
+            )
         if not 1 <= block <= len(self.blocks):
             raise UserError(f"block={block}: give a block from 1 to depth={len(self.blocks)}")
         (h, w), p = self.grid, self.patch_size
@@ -170,15 +177,6 @@ class DiT(ClassConditional):
             x = run_blocks(self.wide_blocks, x, condition, self.wide_rotary, recompute=recompute)
         velocity = rearrange(self.head(x, condition), "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
         return velocity, tokens
-
-    def _check_input(self, latent: Tensor, label: Tensor) -> None:
-        if latent.ndim != 4 or latent.shape[1:] != self.latent_shape:
-            raise UserError(
-                f"latent has shape {tuple(latent.shape)}, the network needs (B, *{self.latent_shape}): set latent_shape"
-                " to what the tokenizer gives"
-            )
-        if label.device.type == "cpu":
-            self.check_labels(label)
 
     def _rotary(self, head_dim: int) -> Tensor:
         return rotary_table(grid_coordinates(*self.grid), head_dim)

@@ -17,7 +17,7 @@ from aligntok.errors import UserError, check_positive
 from aligntok.networks.positions import rotate
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *inputs: Any, recompute: bool = False) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *inputs: Any, recompute: bool = False, **options: Any) -> Tensor:
     """Apply blocks one after another, each to what the one before gives.
 
     >>> run_blocks([nn.ReLU(), nn.Flatten()], torch.tensor([[[-1.0, 2.0]]])).tolist()
@@ -27,13 +27,14 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *inputs: Any, recompute: 
         blocks: Each maps `x` and the inputs to the next `x`.
         x: Any shape.
         *inputs: The same for all blocks.
+        **options: Likewise, by keyword.
         recompute: Gradient checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
     for block in blocks:
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, *inputs, use_reentrant=False)
+            x = checkpoint(block, x, *inputs, use_reentrant=False, **options)
         else:
-            x = block(x, *inputs)
+            x = block(x, *inputs, **options)
     return x
 
 

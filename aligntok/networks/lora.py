@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 
 UP, DOWN = "lora_up", "lora_down"
 
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus a trained update of low rank, zero at the start.
+
+    >>> [name for name, value in LoRALinear(nn.Linear(4, 4), rank=1).named_parameters() if value.requires_grad]
+    ['bias', 'lora_down', 'lora_up']
 
     Args:
         layer: The layer to update; its weights are shared and frozen.
@@ -44,12 +47,9 @@ def add_lora(network: nn.Module, rank: int) -> None:
     Raises:
         UserError: A rank below 1, or a network without linear layers: nothing of it would learn.
     """
-    if rank < 1:
-        raise UserError(f"lora_rank {rank}: give at least 1, or null to train the encoder itself")
+    check_positive(rank=rank)
     if not any(type(module) is nn.Linear for module in network.modules()):
-        raise UserError(
-            "lora_rank has no effect: the encoder has no linear layers (a convolutional one?); set it to null"
-        )
+        raise UserError("rank has no effect: the encoder has no linear layers (a convolutional one?); set it to null")
     network.requires_grad_(False)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

@@ -12,7 +12,11 @@ from aligntok.networks.transformer import Transformer, init_weights, learned
 
 
 class QueryEncoder(nn.Module):
-    """Patches of the image and learned queries pass a vision transformer together; what became of the queries goes on.
+    """A vision transformer over the image's patches and learned queries; the outputs at the queries are the tokens.
+
+    >>> encoder = QueryEncoder(image_size=16, patch_size=8, width=8, depth=1, num_heads=2, num_prefix=1)
+    >>> encoder(torch.rand(2, 3, 16, 16)).shape  # 1 + 2 * 2 tokens
+    torch.Size([2, 8, 1, 5])
 
     The queries are `num_prefix` for the prefix, then one per patch in raster order, N in all. Nothing but training ties
     a query to its patch, unless it starts from its patch (`from_patches`). AliTok's sizes: width 768, depth 12,
@@ -93,13 +97,13 @@ class QueryEncoder(nn.Module):
                 " set the same image_size for data and encoder"
             )
         seen = image if self.backbone is None else self.backbone(image)
-        patches = self.embed(seen).flatten(2).transpose(1, 2)
-        queries = self.queries.expand(len(image), -1, -1)
+        patches = self.embed(seen).flatten(2).transpose(1, 2)  # (B, h * w, width)
+        queries = self.queries.expand(len(image), -1, -1)  # (B, N, width)
         if self.from_patches:
             queries = queries + F.pad(patches, (0, 0, self.num_prefix, 0))
         x = self.transformer(torch.cat((patches + self.positions, queries), dim=1), self.mask)
-        features: Tensor = self.norm_out(x[:, patches.shape[1] :])
-        return features.transpose(1, 2).unsqueeze(2)
+        features: Tensor = self.norm_out(x[:, patches.shape[1] :])  # (B, N, width)
+        return features.transpose(1, 2).unsqueeze(2)  # (B, width, 1, N)
 
 
 def causal_mask(h: int, w: int, num_prefix: int) -> Tensor:

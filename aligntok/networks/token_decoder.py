@@ -17,6 +17,10 @@ STAGES_OWN = ("buffer_tokens", "positions", "prefix_head.")  # need not be the s
 class TokenDecoder(nn.Module):
     """Decode N quantized vectors, prefix first, then the grid in raster order, into an image.
 
+    >>> decoder = TokenDecoder(4, image_size=16, patch_size=8, width=8, depth=1, num_heads=2, num_prefix=1)
+    >>> decoder(torch.randn(2, 4, 1, 5)).shape  # 1 + 2 * 2 vectors
+    torch.Size([2, 3, 16, 16])
+
     Learned buffer tokens are put in front. With `causal`, the first stage's decoder, a patch depends on its own vector
     and on earlier ones only, which teaches the encoder to write tokens that depend forwards. AliTok's sizes: width
     1024, depth 24, num_heads 16; causal with num_buffer 1 in stage 1, not causal with 32 or 64 in stage 2.
@@ -55,13 +59,10 @@ class TokenDecoder(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for key, value, least in (
-            ("num_prefix", num_prefix, int(prefix_head)),
-            ("num_buffer", num_buffer, int(causal)),
-        ):
-            if value < least:
-                reason = f" with {'prefix_head' if key == 'num_prefix' else 'causal'}" if least else ""
-                raise UserError(f"decoder.{key}={value}: give at least {least}{reason}")
+        if num_prefix < prefix_head:
+            raise UserError(f"num_prefix={num_prefix}: give at least 0, or 1 with prefix_head")
+        if num_buffer < causal:
+            raise UserError(f"num_buffer={num_buffer}: give at least 0, or 1 if causal")
         self.latent_dim, self.downsampling, self.causal = latent_dim, patch_size, causal
         self.grid, self.num_prefix = grid_of(image_size, patch_size), num_prefix
         self.sequence_length = num_prefix + self.grid[0] * self.grid[1]
@@ -109,7 +110,7 @@ class TokenDecoder(nn.Module):
             UserError: As ``forward``, or the decoder has no prefix head.
         """
         if self.prefix_head is None:
-            raise UserError("the loss of the prefix needs a head for it: set decoder.prefix_head true")
+            raise UserError("the loss of the prefix needs a head for it: set prefix_head=True")
         outputs = self._outputs(latent)
         prefix, patches = outputs[:, : self.num_prefix], outputs[:, self.num_prefix :]
         return self.head(patches, *self.grid), self.prefix_head(prefix, 1, self.num_prefix)
@@ -140,16 +141,16 @@ class TokenDecoder(nn.Module):
                 f" {self.num_prefix} + {h}x{w} = {self.sequence_length} vectors for images of {h * p}x{w * p} pixels:"
                 " set latent_dim, image_size, patch_size and num_prefix to what the encoder gives"
             )
-        x: Tensor = self.proj_in(latent.flatten(2).transpose(1, 2))
+        x: Tensor = self.proj_in(latent.flatten(2).transpose(1, 2))  # (B, N, width)
         if self.buffer_tokens is not None:
             x = torch.cat((self.buffer_tokens.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
-        x = self.transformer(x + self.positions, causal=self.causal)
+        x = self.transformer(x + self.positions, causal=self.causal)  # (B, num_buffer + N, width)
         outputs: Tensor = self.norm_out(x[:, -self.sequence_length :])
         return outputs
 
 
 class PatchHead(nn.Module):
-    """A linear layer to the pixels of a patch, and one from colour to colour.
+    """A linear layer to the pixels of a patch, then a 1x1 convolution over RGB.
 
     Args:
         width: Channels of a token.

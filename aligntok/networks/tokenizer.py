@@ -18,9 +18,14 @@ from aligntok.networks.quantizers import VectorQuantizer
 class TokenizerSpec:
     """What a generator must know of a tokenizer.
 
+    >>> spec = TokenizerSpec("discrete", (8, 1, 21), image_size=(64, 64), downsampling=16, codebook_size=512)
+    >>> spec.grid, spec.sequence_length, spec.num_prefix
+    ((4, 4), 21, 5)
+
     Attributes:
         kind: ``continuous`` (latents) or ``discrete`` (tokens).
-        latent_shape: (C, h, w) of one latent; (C, 1, N) where an encoder writes a sequence of N.
+        latent_shape: (C, h, w) of one latent; (C, 1, N) for a sequence of N, so that adapters, quantizers, statistics,
+            caches and fingerprints are the same for grids and sequences.
         image_size: (H, W) of one image in pixels.
         downsampling: Image pixels per cell of the grid, f.
         codebook_size: Number of codes of a discrete tokenizer; none for a continuous one.

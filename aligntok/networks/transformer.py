@@ -18,6 +18,9 @@ INIT_STD = 0.02  # AliTok, arXiv:2506.05289
 class Transformer(nn.Module):
     """Norm and blocks with LayerNorm (eps 1e-5), biases everywhere, exact GELU.
 
+    >>> Transformer(width=8, depth=1, num_heads=2)(torch.randn(2, 5, 8), causal=True).shape
+    torch.Size([2, 5, 8])
+
     Attention runs in the dtype of its input with a softmax in float32, as ``scaled_dot_product_attention`` does it:
     the published code computes all of it in float32, which is the same without autocast.
 
@@ -56,8 +59,8 @@ class Transformer(nn.Module):
         Returns:
             (B, N, width), not normalised.
         """
-        x = self.norm(x)
-        return run_blocks(self.blocks, x, mask, causal, recompute=self.gradient_checkpointing)  # (B, N, width)
+        options = {"attn_mask": mask, "is_causal": causal}
+        return run_blocks(self.blocks, self.norm(x), recompute=self.gradient_checkpointing, **options)  # (B, N, width)
 
 
 def init_weights(module: nn.Module) -> None:

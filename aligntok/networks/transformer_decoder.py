@@ -19,6 +19,11 @@ INIT_STD = 0.02  # ViT-MAE's initializer_range
 class TransformerDecoder(nn.Module):
     """Decode a latent (B, latent_dim, h, w) into an image (B, 3, H, W) with h = H / patch_size, w = W / patch_size.
 
+    >>> import torch
+    >>> decoder = TransformerDecoder(latent_dim=4, image_size=(8, 16), patch_size=4, width=8, depth=1, num_heads=2)
+    >>> decoder(torch.randn(2, 4, 2, 4)).shape
+    torch.Size([2, 3, 8, 16])
+
     RAE's sizes are width/depth/num_heads 768/12/12 (B), 1024/24/16 (L), 1152/28/16 with `mlp_ratio=3.5556` (XL).
 
     Args:
@@ -96,7 +101,7 @@ class TransformerDecoder(nn.Module):
                 f"images of {h * self.downsampling}x{w * self.downsampling} pixels: set latent_dim, image_size and "
                 "patch_size to what the encoder gives"
             )
-        x: Tensor = self.proj_in(rearrange(latent, "b c h w -> b (h w) c")) + self.positions
+        x: Tensor = self.proj_in(rearrange(latent, "b c h w -> b (h w) c")) + self.positions  # (B, h * w, width)
         x = run_blocks(self.blocks, x, recompute=self.gradient_checkpointing)  # (B, h * w, width)
         patches: Tensor = self.head(self.norm(x))  # (B, h * w, patch_size^2 * 3)
         h, w = self.grid

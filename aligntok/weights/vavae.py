@@ -12,8 +12,7 @@ from torch import Tensor
 
 from aligntok.errors import UserError
 from aligntok.networks.adapters import GaussianAdapter
-from aligntok.networks.conv_decoder import ConvDecoder
-from aligntok.networks.conv_encoder import ConvEncoder
+from aligntok.networks.conv import ConvDecoder, ConvEncoder
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.weights.checkpoint import load_strictly, read_file
 

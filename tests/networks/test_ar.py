@@ -251,5 +251,11 @@ def test_bad_arguments(changes, message):
     ],
 )
 def test_bad_inputs(changes, tokens, label, message):
+    network, labels = small(**changes), None if label is None else torch.tensor(label)
+
+    def run():
+        network.check_labels(labels)  # as whoever samples does
+        network(torch.tensor(tokens), labels)
+
     with pytest.raises(UserError, match=message):
-        small(**changes)(torch.tensor(tokens), None if label is None else torch.tensor(label))
+        run()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aligntok.errors import UserError
-from aligntok.networks.conv_decoder import ConvDecoder
+from aligntok.networks.conv import ConvDecoder
 
 VAVAE_F16D32 = {"latent_dim": 32, "width": 128, "multipliers": (1, 1, 2, 2, 4), "num_blocks": 3}
 SMALL = {"latent_dim": 4, "width": 8, "multipliers": (1, 2, 2), "num_blocks": 2, "num_groups": 4}

@@ -61,5 +61,5 @@ def test_in_stage_2_updates_adapter_and_decoder_learn_and_nothing_else(tiny, tmp
 def test_what_would_have_no_effect_is_refused(tiny):
     with pytest.raises(UserError, match="no linear layers"):
         add_lora(VisionEncoder("tf_efficientnet_lite0", 32, 16, weights=None), 2)
-    with pytest.raises(UserError, match="lora_rank 0"):
+    with pytest.raises(UserError, match="rank=0"):
         add_lora(tiny.encoder(), 0)

@@ -145,9 +145,9 @@ def test_what_cannot_carry_over_fails_to_load(changes, message):
     [
         ({"image_size": 20}, "not divisible"),
         ({"num_prefix": -1}, "num_prefix=-1: give at least 0"),
-        ({"num_prefix": 0, "prefix_head": True}, "num_prefix=0: give at least 1 with prefix_head"),
+        ({"num_prefix": 0, "prefix_head": True}, "num_prefix=0: give at least 0, or 1 with prefix_head"),
         ({"num_buffer": -1}, "num_buffer=-1: give at least 0"),
-        ({"num_buffer": 0, "causal": True}, "num_buffer=0: give at least 1 with causal"),
+        ({"num_buffer": 0, "causal": True}, "num_buffer=0: give at least 0, or 1 if causal"),
         ({"num_heads": 5}, "multiple of num_heads=5"),
     ],
 )
