@@ -90,7 +90,7 @@ def test_the_prefix_gives_a_row_of_patches_through_its_own_head():
     changed_image, changed_prefix = net.with_prefix(latent)
     assert torch.equal(changed_image, image)
     assert not torch.allclose(changed_prefix, prefix)
-    with pytest.raises(UserError, match=r"set decoder\.prefix_head true"):
+    with pytest.raises(UserError, match=r"set prefix_head=True"):
         decoder().with_prefix(latent)
 
 
