@@ -50,7 +50,7 @@ def test_fingerprint_is_of_the_labels():
     ("options", "words"),
     [
         ({"num_samples": 0}, "num_samples=0: give at least 1"),
-        ({"num_classes": 0}, "num_samples 8, num_classes 0"),
+        ({"num_classes": 0}, "num_classes=0: give at least 1"),
         ({"classes": [1, 5, -1]}, r"classes \[5, -1\]: give labels in 0 \.\. 4"),
         ({"classes": []}, r"classes \[\]"),
     ],
