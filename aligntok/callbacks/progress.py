@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
-from torch import nn
 
 from aligntok.files import write_text
 from aligntok.progress import SECONDS_BETWEEN_LINES, pace, print_line
@@ -31,35 +30,30 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 10) -> None:
         self.terminal = sys.stdout.isatty()
         super().__init__(refresh_rate=refresh_rate if self.terminal else 0)
-        self.printed = 0.0
-        self.step_seconds = self.wait_seconds = 0.0
-        self.images_per_batch = 0
+        self.printed = self.started = self.step_seconds = self.wait_seconds = self.rate = 0.0
         self.ended: float | None = None
-        self.started = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note when the batch was there."""
         self.started = time.perf_counter()
         super().on_train_batch_start(trainer, *args)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, out: Any, batch: Any, i: int) -> None:
         """Average the time of a step, from the end of one batch to the end of the next."""
         now = time.perf_counter()
-        self.images_per_batch = len(next(iter(batch.values()))) * trainer.world_size if isinstance(batch, dict) else 0
         if self.ended is not None:
-            decay = SMOOTHING if self.step_seconds else 0.0
-            self.step_seconds = decay * self.step_seconds + (1 - decay) * (now - self.ended)
-            self.wait_seconds = decay * self.wait_seconds + (1 - decay) * (self.started - self.ended)
-            rate, wait = self.images_per_batch / self.step_seconds, self.wait_seconds / self.step_seconds
-            pl_module.log_dict({"train/images_per_s": rate, "train/data_wait": wait})
+            new = 1 - SMOOTHING if self.step_seconds else 1.0
+            self.step_seconds += new * (now - self.ended - self.step_seconds)
+            self.wait_seconds += new * (self.started - self.ended - self.wait_seconds)
+            num_images = len(next(iter(batch.values()))) * trainer.world_size if isinstance(batch, dict) else 0
+            self.rate, wait = num_images / self.step_seconds, self.wait_seconds / self.step_seconds
+            module.log_dict({"train/images_per_s": self.rate, "train/data_wait": wait})
         self.ended = now
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, *args)
-        done = steps_left(trainer) == 0
-        if not self.terminal and trainer.is_global_zero and (now - self.printed > SECONDS_BETWEEN_LINES or done):
+        super().on_train_batch_end(trainer, module, out, batch, i)
+        due = now - self.printed > SECONDS_BETWEEN_LINES or steps_left(trainer) == 0
+        if due and not self.terminal and trainer.is_global_zero:
             self.printed = now
-            print_line(self.get_metrics(trainer, pl_module))
+            print_line(self.get_metrics(trainer, module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the time of a validation out of the step time."""
@@ -68,15 +62,10 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return what stands behind the bar."""
-        metrics: dict[str, Any] = {"step": trainer.global_step}
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is not None:
-            metrics["loss"] = f"{float(loss):.4f}"
-        if self.step_seconds:
-            left = steps_left(trainer)
-            seconds = None if left is None else left * trainer.accumulate_grad_batches * self.step_seconds
-            metrics |= pace(self.images_per_batch / self.step_seconds, seconds)
-        return metrics
+        loss, left = trainer.callback_metrics.get("train/loss"), steps_left(trainer)
+        metrics = {"step": trainer.global_step, **({} if loss is None else {"loss": f"{float(loss):.4f}"})}
+        seconds = None if left is None else left * trainer.accumulate_grad_batches * self.step_seconds
+        return {**metrics, **(pace(self.rate, seconds) if self.step_seconds else {})}
 
 
 class RunRecord(pl.Callback):
@@ -87,28 +76,22 @@ class RunRecord(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.began = 0.0
+        self.seconds = self.began = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print one block."""
         self.began = time.perf_counter()
         if trainer.is_global_zero:
-            print(summary(trainer, pl_module), flush=True)
+            print("\n".join(f"  {k + ':':<20}{v}" for k, v in summary(trainer, pl_module).items()), flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record."""
         self.seconds += time.perf_counter() - self.began
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return
-        record = {
-            "stage": type(pl_module).__name__,
-            "steps": trainer.global_step,
-            "seconds": round(self.seconds, 1),
-            "parameters": {part: list(counts) for part, counts in parameters_of(pl_module).items()},
-            "metrics": {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())},
-        }
-        write_text(Path(trainer.default_root_dir) / "run.json", json.dumps(record, indent=1))
+        metrics = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
+        record = {"stage": type(pl_module).__name__, "steps": trainer.global_step, "seconds": round(self.seconds, 1)}
+        record |= {"parameters": parameters_of(pl_module), "metrics": metrics}
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            write_text(Path(trainer.default_root_dir) / "run.json", json.dumps(record, indent=1))
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the training time over resumes."""
@@ -119,57 +102,40 @@ class RunRecord(pl.Callback):
         self.seconds = state_dict["seconds"]
 
 
-def summary(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Return the block that a run prints before its first step."""
-    lines = [("stage", type(module).__name__)]
+def summary(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
+    """Return what a run prints before its first step."""
+    lines, left, ranks = {"stage": type(module).__name__}, steps_left(trainer), trainer.world_size
     data = offered_data(trainer, HasNumImages)
     if data is not None:
-        count, batch = data.num_images("train"), data.global_batch_size
-        lines.append(
-            ("data", f"{count:,} training images, {data.num_images('val'):,} validation, {len(data.classes)} classes")
-        )
-        parts = f"{trainer.world_size} x {data.accumulation} x {data.batch_size}"
-        lines.append(("global batch", f"{batch} = devices x accumulated x batch = {parts}"))
-        lines.append(("steps", f"{count // batch} per epoch" + end_of(trainer, batch)))
+        count, val, batch = data.num_images("train"), data.num_images("val"), data.global_batch_size
+        lines["data"] = f"{count:,} training images, {val:,} validation, {len(data.classes)} classes"
+        parts = f"{ranks} x {data.accumulation} x {data.batch_size}"
+        lines["global batch"] = f"{batch} = devices x accumulated x batch = {parts}"
+        start, end = trainer.global_step, trainer.global_step + (left or 0)
+        begun = f", from step {start:,}" if start else ""
+        ends = "" if left is None else f"{begun}, ends at step {end:,} after {end * batch:,} images"
+        lines["steps"] = f"{count // batch} per epoch{ends}"
     for part, (trained, frozen) in parameters_of(module).items():
-        lines.append((part, f"{trained:,} trained, {frozen:,} frozen parameters"))
+        lines[part] = f"{trained:,} trained, {frozen:,} frozen parameters"
     device = torch.cuda.get_device_name() if module.device.type == "cuda" else module.device.type
-    lines.append(("device", f"{trainer.world_size} x {device}, precision {trainer.precision}"))
-    lines.append(("output", str(trainer.default_root_dir)))
-    return "\n".join(f"  {name + ':':<20}{text}" for name, text in lines)
-
-
-def end_of(trainer: pl.Trainer, batch: int) -> str:
-    """Return at what step and after how many images the run ends."""
-    left = steps_left(trainer)
-    if left is None:
-        return ""
-    end = trainer.global_step + left
-    start = f", from step {trainer.global_step:,}" if trainer.global_step else ""
-    return f"{start}, ends at step {end:,} after {end * batch:,} images"
+    return {**lines, "device": f"{ranks} x {device}, precision {trainer.precision}", "output": trainer.default_root_dir}
 
 
 def steps_left(trainer: pl.Trainer) -> int | None:
     """Return the optimizer steps to go, or ``None`` for a run without an end."""
-    if trainer.max_steps >= 0:
-        return max(0, trainer.max_steps - trainer.global_step)
-    if trainer.max_epochs and trainer.max_epochs > 0:
-        per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
-        return max(0, trainer.max_epochs * per_epoch - trainer.global_step)
-    return None
+    end = trainer.max_steps
+    if end < 0 and trainer.max_epochs and trainer.max_epochs > 0:
+        end = trainer.max_epochs * (int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+    return max(0, end - trainer.global_step) if end >= 0 else None
 
 
-def parameters_of(module: pl.LightningModule) -> dict[str, tuple[int, int]]:
-    """Return trained and frozen parameters of each part of the module, a tokenizer's parts one by one."""
-    counts = {}
-    for name, child in module.named_children():
-        inner = list(child.named_children()) if name == "tokenizer" else [(name, child)]
-        for part, network in inner:
-            counts[part] = count_parameters(network)
-    return {part: pair for part, pair in counts.items() if sum(pair)}
-
-
-def count_parameters(network: nn.Module) -> tuple[int, int]:
-    """Return the number of trained and of frozen parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, trained in sizes if not trained)
+def parameters_of(module: pl.LightningModule) -> dict[str, list[int]]:
+    """Return how many parameters of each part are trained, and frozen; a tokenizer's parts one by one."""
+    parts = dict(module.named_children())
+    parts |= dict(parts.pop("tokenizer").named_children()) if "tokenizer" in parts else {}
+    counted = {part: [(p.numel(), p.requires_grad) for p in network.parameters()] for part, network in parts.items()}
+    return {
+        part: [sum(n for n, on in pairs if on == kind) for kind in (True, False)]
+        for part, pairs in counted.items()
+        if pairs
+    }
