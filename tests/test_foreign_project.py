@@ -1,6 +1,7 @@
 """Somebody else's Lightning project, in 30 lines: our tokenizer, semantic loss and FID callback."""
 
 import copy
+import re
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_the_chain_with_their_encoder_loss_stage_and_data(tmp_path, monkeypatch)
     assert torch.equal(load_tokenizer(second).encoder.patches.weight, encoders[2])  # and the next one held its average
     assert torch.load(second, weights_only=True)["aligntok_stage"] == "Decorrelation"
     assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
+
+
+def test_the_page_on_extending_shows_this_project():
+    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    project = [path.read_text() for path in (Path(__file__).parent / "foreign").glob("*.*")]
+    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        assert any(block in text for text in project), block
 
 
 def columns(path):

@@ -13,16 +13,16 @@ from aligntok.stages import PerceptualAlignment
 class PatchEncoder(nn.Module):
     def __init__(self, width: int = 16, image_size: int = 16) -> None:
         super().__init__()
-        self.width, self.image_size, self.downsampling = width, image_size, 4
+        self.width, self.image_size, self.downsampling = width, image_size, 4  # what the other parts ask for
         self.patches = nn.Conv2d(3, width, kernel_size=4, stride=4)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.patches(image).tanh()
+    def forward(self, image: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1]
+        return self.patches(image).tanh()  # (B, width, H / 4, W / 4)
 
 
 class Edges(nn.Module):
-    def forward(self, image: Tensor, reference: Tensor) -> Tensor:
-        return (image.diff(dim=-1) - reference.diff(dim=-1)).abs().mean()
+    def forward(self, image: Tensor, reference: Tensor) -> Tensor:  # both (B, 3, H, W)
+        return (image.diff(dim=-1) - reference.diff(dim=-1)).abs().mean()  # ()
 
 
 class Decorrelation(PerceptualAlignment):
