@@ -22,7 +22,7 @@ from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
 from aligntok.errors import UserError
 from aligntok.files import write_text
-from aligntok.layers import read_configs, split_configs, to_text, with_class
+from aligntok.layers import DATA, read_configs, split_configs, to_text, with_class
 from aligntok.messages import HelpFormatter, ShortErrors, building, missing_reference
 from aligntok.programs.repair import refuse_writers
 from aligntok.stages import Stage
@@ -34,7 +34,6 @@ VERBS = {
     "test": "Measure a checkpoint on the test images (data.test, by default the validation images).",
     "predict": "Run a stage's predict_step over data.predict with a checkpoint.",
 }
-DATA = "aligntok.data.LatentDataModule"  # the class of `data:` where it names none
 
 
 class RunCLI(LightningCLI):

@@ -37,10 +37,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], shared: 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError in torch.save
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise UserError(
             f"cannot write {path} ({error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]});"
-            " what was there before is untouched. Free some space, then resume with --ckpt_path last"
+            " what was there before is untouched. Free some space, then go on with it (fit: --ckpt_path last)"
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ CONFIG_FOLDERS = (
     Path(__file__).parent.parent / "configs",
 )  # installed, or a checkout
 LAYERS = "layers"
+DATA = "aligntok.data.LatentDataModule"  # the class of `data:` where it names none
 
 
 def read_configs(*names: str) -> Config:

@@ -218,9 +218,9 @@ class LateQuantizer(VectorQuantizer):
         super().__init__(*args, **kwargs)
         self.warmup = warmup
 
-    def forward(self, latent: Tensor) -> Quantized:
+    def forward(self, latent: Tensor, ids: Tensor | None = None) -> Quantized:
         if not self.training or not self.warmup:
-            return super().forward(latent)
+            return super().forward(latent, ids)
         self.warmup -= 1
         tokens, nothing = latent[:, 0].flatten(1).long(), latent.new_zeros(())
         return Quantized(latent, tokens, nothing, nothing)

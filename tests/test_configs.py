@@ -219,6 +219,14 @@ def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     names = ["000000_class207.png", "000001_class360.png", "000002_class207.png"]
     assert sorted(path.name for path in Path("runs/samples/png").iterdir()) == names
     assert Path("runs/samples/samples_3x32x32x3.npz").is_file()
+    assert yaml.safe_load(Path("runs/samples/sample.yaml").read_text())["precision"] == "bf16-mixed"  # the recipe's
+    assert program("sample", "dit.yaml", *samples[:2], *samples[4:], "--ckpt_path", str(checkpoint)) == 0
+    assert len(list(Path("runs/dit/samples/png").iterdir())) == 3  # not among the files of the run
+    drawn = ["--num_samples", "3", "--precision", "bf16-mixed", "--accelerator", "cpu", "--ckpt_path", str(checkpoint)]
+    assert main(["sample", *drawn, "--output", "alone", "--classes", "[207,360]"]) == 0  # the checkpoint says the rest
+    assert [(Path("alone/png") / name).read_bytes() for name in names] == [
+        (Path("runs/samples/png") / name).read_bytes() for name in names
+    ]
 
     torch.save({"ema": to_lightningdit(load_network(checkpoint))}, "theirs.pt")
     assert (

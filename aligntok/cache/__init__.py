@@ -1,6 +1,7 @@
 """The files of a cache: safetensors shards, and a manifest beside them."""
 
 from aligntok.cache.manifest import CROPS, Manifest, Record, open_shards
+from aligntok.cache.reader import CacheReader, verify
 from aligntok.cache.shards import (
     LABELS,
     LATENT_LAYOUT,
@@ -9,7 +10,6 @@ from aligntok.cache.shards import (
     TOKEN_LAYOUT,
     TOKENS,
     Layout,
-    Rows,
     Shard,
     shard_name,
 )
@@ -24,15 +24,16 @@ __all__ = [
     "MIRRORED",
     "TOKENS",
     "TOKEN_LAYOUT",
+    "CacheReader",
     "CacheWriter",
     "Layout",
     "Manifest",
     "Record",
-    "Rows",
     "Shard",
     "channel_statistics",
     "code_counts",
     "latent_statistics",
     "open_shards",
     "shard_name",
+    "verify",
 ]

@@ -16,7 +16,9 @@ import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -115,16 +117,26 @@ class Shard:
         """Views of an image."""
         return 1 + (MIRRORED in self.offsets) if self.layout is LATENT_LAYOUT else self.shape[1]
 
-    def map(self) -> list[Rows]:
-        """Return the rows of each view in mapped memory; those of the image as it is come before mirrored ones."""
-        size = math.prod(self.row_shape) * self.dtype.itemsize
+    @cached_property
+    def memory(self) -> mmap.mmap:
+        """The mapped file."""
         with self.path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def views(self) -> list[View]:
+        """The rows of each view; those of the image as it is come before mirrored ones."""
+        count, size = self.shape[0], math.prod(self.row_shape) * self.dtype.itemsize
         if self.layout is LATENT_LAYOUT:
-            keys = [key for key in (LATENTS, MIRRORED) if key in self.offsets]
-            return [Rows(memory, self.offsets[key], self.shape[0], size, size) for key in keys]
-        first, views = self.offsets[self.layout.name], self.num_views
-        return [Rows(memory, first + view * size, self.shape[0], size, views * size) for view in range(views)]
+            starts, stride = [self.offsets[key] for key in (LATENTS, MIRRORED) if key in self.offsets], size
+        else:
+            starts, stride = (
+                [self.offsets[TOKENS] + view * size for view in range(self.num_views)],
+                size * self.num_views,
+            )
+        return [
+            View(self.memory, np.ndarray((count, size), np.uint8, self.memory, at, (stride, 1)), at) for at in starts
+        ]
 
     def labels(self) -> Indices:
         """Read the labels, (N,)."""
@@ -135,29 +147,21 @@ class Shard:
         return torch.from_numpy(np.concatenate(rows)).view(self.dtype).view(len(rows), *self.row_shape)
 
 
-class Rows:
-    """One view of all images of a shard in mapped memory: ``rows.bytes[i]`` are the bytes of image i.
+class View(NamedTuple):
+    """One view of all images of a shard: ``rows[i]`` (N, size) are the bytes of image i, which begin at ``start``."""
 
-    Args:
-        memory: The mapped file.
-        offset: Where they begin.
-        count: How many.
-        size: Bytes of one.
-        stride: Bytes from one to the next.
-    """
+    memory: mmap.mmap
+    rows: Bytes
+    start: int
 
-    def __init__(self, memory: mmap.mmap, offset: int, count: int, size: int, stride: int) -> None:
-        self.memory, self.offset, self.size, self.stride = memory, offset, size, stride
-        self.bytes: Bytes = np.ndarray((count, size), np.uint8, memory, offset, (stride, 1))
-
-    def announce(self, row: int) -> None:
+    def prefetch(self, row: int) -> None:
         """Let the disk read a row, without waiting for it.
 
         Rows of a batch lie anywhere: touched one after the other, each would be waited for, with its surroundings.
         """
-        start = self.offset + row * self.stride
+        start = self.start + row * self.rows.strides[0]
         aligned = start - start % mmap.PAGESIZE
-        self.memory.madvise(mmap.MADV_WILLNEED, aligned, start + self.size - aligned)
+        self.memory.madvise(mmap.MADV_WILLNEED, aligned, start + self.rows.shape[1] - aligned)
 
 
 def shard_name(number: int, layout: Layout = LATENT_LAYOUT) -> str:

@@ -101,7 +101,7 @@ class CacheWriter:
         Raises:
             UserError: Values that are not finite, or the disk is full.
         """
-        tensors = {key: value for key, value in rows.items() if key != "id"}
+        tensors = {key: value.contiguous() for key, value in rows.items() if key != "id"}
         if not all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()):
             raise UserError(f"{self.layout.name} of the images {ids.start} to {ids.stop - 1} are not finite")
         path, missing = self.path(ids), sorted(set(ids) - set(rows["id"].tolist()))

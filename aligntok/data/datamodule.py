@@ -223,7 +223,8 @@ class LatentDataModule(pl.LightningDataModule):
             if "train" not in self.sources:
                 train, val, test = self.given
                 if val is None:
-                    train, val = split_holdout(train, self.holdout)
+                    images = (train.opened.image_ids, train.num_images) if isinstance(train, Shards) else ()
+                    train, val = split_holdout(train, self.holdout, *images)
                 self.sources = {"train": train, "val": val, "test": val if test is None else test}
                 for split in self.sources:
                     self.open(split)

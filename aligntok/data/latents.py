@@ -57,7 +57,7 @@ class LatentShards(Shards):
 
     def batch(self, ids: Indices, views: Indices) -> Batch:
         """Return ``latent`` (B, C, h, w), normalised, ``label`` (B,) and, if there are images, ``image`` in bytes."""
-        latent, label = self.rows(ids, views)
+        latent, label = self.opened.read(ids, views)
         if self.normalisation is not None:
             mean, std = self.normalisation
             latent = latent.float().sub_(mean).div_(std)

@@ -190,20 +190,33 @@ def source_indices(source: Dataset[Any], ids: Sequence[int]) -> list[int]:
     return list(ids)
 
 
-def split_holdout(source: Dataset[Item], share: float) -> tuple[Subset, Subset]:
+def split_holdout(
+    source: Dataset[Item], share: float, image_ids: Indices | None = None, count: int | None = None
+) -> tuple[Subset, Subset]:
     """Split a source into one for training and a held-out ``share``, the same split each time.
+
+    A smaller share is part of a greater one.
+
+    Args:
+        source: The images, or a cache.
+        share: Of the images, to hold out.
+        image_ids: Of a cache, the image of each row: its images are split as their source was.
+        count: Images of that source, those included that have no row.
 
     Raises:
         UserError: The share leaves one of the two empty.
     """
-    count = length(source)
-    held = round(count * share)
-    if not 0 < held < count:
-        raise UserError(
-            f"data.holdout {share} of {count} images leaves {held} for validation: name data.val, or change the share"
-        )
+    image_ids = np.arange(length(source)) if image_ids is None else image_ids
+    count = len(image_ids) if count is None else count
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
-    return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
+    is_held = np.isin(image_ids, order[: round(count * share)])
+    held = int(is_held.sum())
+    if not 0 < held < len(is_held):
+        raise UserError(
+            f"data.holdout {share} of {len(is_held)} images leaves {held} for validation: name data.val, or change"
+            " the share"
+        )
+    return Subset(source, np.flatnonzero(~is_held)), Subset(source, np.flatnonzero(is_held))
 
 
 def reduced(source: Dataset[Item], min_size: int) -> Dataset[Item]:

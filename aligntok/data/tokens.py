@@ -36,7 +36,7 @@ class TokenShards(Shards):
 
     def batch(self, ids: Indices, views: Indices) -> Batch:
         """Return ``tokens`` (B, L) int64 and ``label`` (B,)."""
-        tokens, label = self.rows(ids, views)
+        tokens, label = self.opened.read(ids, views)
         return {"tokens": tokens.to(torch.int64), "label": label}
 
     @property

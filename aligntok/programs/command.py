@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric import Fabric
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from aligntok.errors import UserError
 from aligntok.files import write_text
-from aligntok.layers import read_configs, split_configs
+from aligntok.layers import DATA, read_configs, split_configs, with_class
 from aligntok.messages import HelpFormatter, ShortErrors
 from aligntok.programs.fabric import make_fabric, on_first_rank
 
@@ -25,19 +31,44 @@ def make_parser(verb: str, output: str, description: str) -> ShortErrors:
     return parser
 
 
-def read(parser: ShortErrors, arguments: list[str], keys: set[str]) -> Namespace:
+def read(
+    parser: ShortErrors,
+    arguments: list[str],
+    keys: set[str],
+    others: set[str],
+    model: Callable[[str], Any] | None = None,
+) -> Namespace:
     """Return the options: first the layers of YAML, in their order, then what the command line says.
 
     Args:
         parser: Knows the options.
         arguments: Words after the verb.
-        keys: Of the program beside those that all have; other keys of a layer, such as a recipe's trainer, are left
-            out.
+        keys: That this program alone has.
+        others: That a training recipe may have too. Further keys of it, such as ``trainer``, are left out. Its
+            precision is taken where nothing else is said, and what is written goes into a folder within the run's.
+        model: Gives the recipe of the model of ``--ckpt_path`` where the layers have none.
     """
-    layers, others = split_configs(arguments)
-    known = {"output", *FABRIC, *keys}
-    config = {key: value for key, value in read_configs(*layers).items() if key in known}
-    return parser.parse_args([*(["--config", yaml.safe_dump(config)] if config else []), *others])
+    layers, words = split_configs(arguments)
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
+    config = read_configs(*layers)
+    if isinstance(config.get("data"), dict):
+        config["data"] = with_class(config["data"], DATA)
+    recipe = OmegaConf.create(config)
+    known = config.keys() & {"output", *FABRIC, *keys, *others}
+    try:
+        values = {key: recipe[key] for key in known}  # with what they say by reference to other keys
+        config = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in values.items()}
+    except OmegaConfBaseException as error:
+        raise UserError(f"--config {layers[-1]}: {str(error).splitlines()[0]}") from error
+    precision = OmegaConf.select(recipe, "trainer.precision")
+    if precision is not None:
+        config.setdefault("precision", precision)
+    if "output" in config and not known & keys:
+        config["output"] = str(Path(config["output"]) / Path(parser.get_default("output")).name)
+    checkpoint = dict(pairwise(rest)).get("--ckpt_path", config.get("ckpt_path"))
+    if model is not None and "model" not in config and checkpoint is not None:
+        config["model"] = model(checkpoint)
+    return parser.parse_args([*(["--config", yaml.safe_dump(config)] if config else []), *rest])
 
 
 def start(parser: ShortErrors, verb: str, options: Namespace) -> Fabric:

@@ -261,10 +261,9 @@ def self_check(
     places = [(k, i - int(starts[k])) for i in chosen for k in [int(np.searchsorted(starts, i, "right")) - 1]]
     batch = dataset.collate(dataset.__getitems__([int(records[k].image_ids[row]) for k, row in places]))
     assert batch is not None
-    maps = [shard.map() for shard in shards]
     pictures, found = [], []
     for view, image in enumerate(views.of(to_floats(batch["image"], fabric), spec.image_size)):
-        stored = torch.cat([shards[k].tensor([maps[k][view].bytes[row]]) for k, row in places]).to(fabric.device)
+        stored = torch.cat([shards[k].tensor([shards[k].views[view].rows[row]]) for k, row in places]).to(fabric.device)
         with fabric.autocast():
             decoded = tokenizer.decode(stored.float() if stored.is_floating_point() else stored.long()).float()
             fresh = tokenizer.decode(tokenizer.encode(image)).float()
@@ -306,7 +305,7 @@ def encode_command(arguments: list[str]) -> None:
     parser.add_argument("--tokenizer", type=Tokenizer, required=True, help="Checkpoint of a run, or a class path.")
     parser.add_function_arguments(encode, skip={"tokenizer", "folder", "fabric"})
     keys = ("images", "views", "dtype", "shard_size", "batch_size", "num_workers", "min_psnr")
-    options = read(parser, named_checkpoint(arguments), {"tokenizer", *keys})
+    options = read(parser, named_checkpoint(arguments), {*keys}, {"tokenizer"})
     fabric = start(parser, "encode", options)
     with building():
         given = parser.instantiate_classes(options)

@@ -24,8 +24,7 @@ from aligntok.files import hash_tensors, write_atomically, write_text
 from aligntok.messages import building
 from aligntok.programs.command import make_parser, read, start
 from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of
-from aligntok.stages.generator import GeneratorStage
-from aligntok.weights.checkpoint import read_checkpoint
+from aligntok.stages.generator import GeneratorStage, generator_recipe
 
 DESCRIPTION = """\
 Draw samples of a generator into a folder. The same command goes on where it was cut off.
@@ -33,8 +32,8 @@ Draw samples of a generator into a folder. The same command goes on where it was
   aligntok sample --config dit.yaml --config sample.yaml --ckpt_path runs/dit/checkpoints/last.ckpt
   aligntok sample --config dit.yaml --config sample.yaml --ckpt_path CHECKPOINT --num_samples 64 --classes [207,360]
 
-Of a training recipe its `model` is taken, so that sampler and guidance can be changed:
---model.sampler.init_args.num_steps 50."""
+Of a training recipe its `model` is taken; without one, what the checkpoint says of itself. Sampler and guidance can be
+changed: --model.sampler.init_args.num_steps 50."""
 
 RECORD = "samples.json"
 
@@ -184,17 +183,6 @@ def what_decides(generator: Any, labels: Indices, fabric: Fabric) -> dict[str, A
     }
 
 
-def load_weights(generator: GeneratorStage, path: str, ema: float | None = None) -> None:
-    """Load a checkpoint of the generator's run into it: the first average, that of decay ``ema``, or 0 for none.
-
-    Raises:
-        UserError: It is of another stage, other sizes or another tokenizer, or has no such average.
-    """
-    checkpoint = read_checkpoint(path, ema=ema)
-    generator.on_load_checkpoint(checkpoint)
-    generator.load_state_dict(checkpoint["state_dict"])
-
-
 def sample_command(arguments: list[str]) -> None:
     """Run ``aligntok sample`` with the words that follow it.
 
@@ -211,7 +199,7 @@ def sample_command(arguments: list[str]) -> None:
     parser.add_function_arguments(sample, skip={"generator", "labels", "folder", "fabric"})
     labels = ("num_samples", "policy", "classes", "seed")
     keys = ("block_size", "batch_size", "npz")
-    options = read(parser, arguments, {"model", "ckpt_path", "ema", "init_from", *labels, *keys})
+    options = read(parser, arguments, {*labels, *keys}, {"model", "ckpt_path", "ema", "init_from"}, generator_recipe)
     if options.ckpt_path is None and options.init_from is None:
         raise UserError("aligntok sample needs the weights: --ckpt_path CHECKPOINT, or else --init_from FILE")
     if options.ckpt_path is None and options.ema is not None:
@@ -222,7 +210,7 @@ def sample_command(arguments: list[str]) -> None:
     if options.ckpt_path is None:
         generator.init_from(options.init_from)
     else:
-        load_weights(generator, options.ckpt_path, options.ema)
+        generator.load(options.ckpt_path, options.ema)
     num_classes = generator.network.num_classes or 1
     wanted = ClassLabels(num_classes=num_classes, **{key: options[key] for key in labels})
     sample(generator, wanted.labels, options.output, fabric, **{key: options[key] for key in keys})

@@ -4,7 +4,7 @@ from aligntok.stages.aligntok import DecoderRefinement, LatentAlignment, Percept
 from aligntok.stages.autoregression import AutoregressiveGeneration
 from aligntok.stages.causal import CausalTokenization
 from aligntok.stages.diffusion import LatentDiffusion
-from aligntok.stages.generator import GeneratorStage
+from aligntok.stages.generator import GeneratorStage, load_generator
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.pretraining import EncoderPretraining, load_classifier, load_features
 from aligntok.stages.stage import Stage
@@ -24,4 +24,5 @@ __all__ = [
     "TokenizerStage",
     "load_classifier",
     "load_features",
+    "load_generator",
 ]

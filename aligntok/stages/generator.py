@@ -16,7 +16,7 @@ from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache, HasLabels, offered_data
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import load_strictly
+from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint
 
 
 class GeneratorStage(Stage):
@@ -141,3 +141,37 @@ class GeneratorStage(Stage):
                 f"the generator learned the {self.learns} of tokenizer {theirs}, but tokenizer is {ours}: name"
                 f" the checkpoint that the {self.learns} came from, or one whose decoder alone was refined"
             )
+
+    def load(self, path: str | Path, ema: float | None = None) -> None:
+        """Take the weights of a run of this stage: the first average, that of decay ``ema``, or 0 for none.
+
+        Raises:
+            UserError: It is of another stage, other sizes or another tokenizer, or has no such average.
+        """
+        checkpoint = read_checkpoint(path, ema=ema)
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+
+
+def load_generator(path: str | Path, ema: float | None = None) -> GeneratorStage:
+    """Rebuild a generator from a checkpoint of its run alone, with tokenizer, sampler and guidance, in eval mode.
+
+    Args:
+        path: A checkpoint that ``aligntok fit`` wrote; the tokenizer's, which it names, must still be there.
+        ema: Decay of the average to take, 0 for the raw weights; by default the first average.
+
+    Raises:
+        UserError: The file is no such checkpoint, or has no such average.
+    """
+    generator = build(generator_recipe(path), GeneratorStage)
+    generator.load(path, ema)
+    return generator.eval()
+
+
+def generator_recipe(path: str | Path) -> dict[str, Any]:
+    """Return class path and arguments of the generator whose run wrote a checkpoint."""
+    arguments = {key: value for key, value in read_checkpoint(path).get("hyper_parameters", {}).items()}
+    class_path = arguments.pop("_class_path", None)  # so called by Lightning's command line
+    if class_path is None:
+        raise UserError(f"{path} does not say how its generator is built: name the run's recipe with --config")
+    return {"class_path": class_path, "init_args": {k: v for k, v in arguments.items() if k != "_instantiator"}}

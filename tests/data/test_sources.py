@@ -247,3 +247,14 @@ def test_digits_are_two_disjoint_parts():
     assert image.size == (8, 8)
     assert np.asarray(image).max() == 255
     assert 0 <= label < 10
+
+
+def test_a_cache_is_split_as_its_source_though_images_without_a_row_are_missing():
+    _, val = split_holdout(Digits("train"), 0.1)
+    count = len(Digits("train"))
+    ids = np.setdiff1d(np.arange(count), [0, 3, 5, int(val.indices[0])])
+    train, held = split_holdout(Digits("train"), 0.1, ids, count)
+    assert ids[held.indices].tolist() == val.indices[1:].tolist()
+    assert len(train) + len(held) == len(ids)
+    smaller = split_holdout(Digits("train"), 0.01, ids, count)[1]
+    assert set(smaller.indices) < set(held.indices)  # a generator may hold out less than its tokenizer did

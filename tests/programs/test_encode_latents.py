@@ -1,5 +1,6 @@
 """The cache on disk: what is in it, and that no kill, rank or broken file changes it."""
 
+import errno
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from aligntok.cache import Manifest, shard_name
-from aligntok.data import LatentShards
+from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.sources import crop_id
 from aligntok.errors import UserError
 from aligntok.files import hash_file
@@ -180,6 +181,13 @@ def test_a_batch_stays_within_its_shard_and_progress_is_told(tmp_path, capsys):
     assert "26 latents in 4 shards, PSNR 100.00 dB and 100.00 dB mirrored on 16 images (check.png)" in out
 
 
+def test_latents_in_channels_last_are_written_as_all_others(cache, tmp_path, monkeypatch):
+    shuffle = nn.functional.pixel_unshuffle
+    monkeypatch.setattr(nn.functional, "pixel_unshuffle", lambda *a: shuffle(*a).to(memory_format=torch.channels_last))
+    write(tmp_path)
+    assert shards(tmp_path) == shards(cache)
+
+
 def test_the_tokenizer_learns_on(tmp_path):
     tokenizer = write(tmp_path)
     tokenizer.encode(torch.rand(1, 3, 8, 8)).sum().backward()
@@ -210,6 +218,46 @@ def copy_of(cache, folder):
 
 class Killed(Exception):
     pass
+
+
+@pytest.mark.parametrize("bad", [(), (3, 4)])
+def test_a_generator_is_validated_on_images_that_its_tokenizer_did_not_learn(tmp_path, bad):
+    """Training on images with a hold-out, and on the cache of the same images, unreadable ones among them or not."""
+    source = Pictures(200, bad=bad)
+    write(tmp_path, source, shard_size=100)
+    on_images = LatentDataModule(source, 8, 4, holdout=0.2)
+    on_cache = LatentDataModule(LatentShards(str(tmp_path)), None, 4, holdout=0.2)
+    for data in (on_images, on_cache):
+        data.setup()
+    held = on_images.sources["val"].indices
+    ids = on_cache.sources["val"].source.opened.image_ids
+    assert ids[on_cache.sources["val"].indices].tolist() == [i for i in held if i not in bad]
+    trained = set(ids[on_cache.sources["train"].indices].tolist())
+    assert not trained & set(held.tolist())
+    assert len(trained) + len(on_cache.sources["val"]) == 200 - len(bad)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "latents_rank00_shard001.safetensors", "check.png"])
+def test_a_full_disk_is_one_line_and_the_same_call_goes_on(cache, tmp_path, monkeypatch, name):
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert f"{name} (No space left on device)" in error(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    write(tmp_path)
+    assert contents(tmp_path) == contents(cache)
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        assert "cannot write" in error(folder)
 
 
 @pytest.mark.parametrize("batches", range(10))

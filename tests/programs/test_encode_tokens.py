@@ -304,7 +304,7 @@ def test_the_greatest_code_of_16_bits_survives(tmp_path):
 
 def test_the_other_kind_of_folder_and_a_dtype_are_refused(plain, tmp_path):
     assert "dtype bfloat16 has no effect on tokens" in refused(tmp_path, dtype="bfloat16")
-    with pytest.raises(UserError, match="holds tokens, not latents, which LatentShards serves"):
+    with pytest.raises(UserError, match="holds tokens, not latents"):
         len(LatentShards(str(plain)))
 
 

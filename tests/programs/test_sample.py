@@ -1,5 +1,6 @@
 """Samples as files: the same whatever the batch, going on where they were cut off, never of two kinds in one folder."""
 
+import errno
 import json
 import os
 import subprocess
@@ -173,6 +174,28 @@ def test_what_cannot_be_written(tiny, tmp_path, draw):
         with pytest.raises(UserError, match="0: give at least 1"):
             draw(tmp_path, **{option: 0})
     assert not (tmp_path / "png").exists()
+
+
+@pytest.mark.parametrize("name", ["samples.json", "000009_class9.png", f"samples_{COUNT}x16x16x3.npz"])
+def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, draw, monkeypatch, name):
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(UserError, match=r"cannot write .*\(No space left on device\)"):
+            draw(tmp_path / "full")
+    assert not list((tmp_path / "full").rglob(".*"))
+    draw(tmp_path / "full")
+    draw(tmp_path / "whole")
+    assert files(tmp_path / "full") == files(tmp_path / "whole")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        draw(tmp_path / "file" / "samples")
 
 
 TWO_PROCESSES = """
