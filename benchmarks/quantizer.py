@@ -58,7 +58,8 @@ def measure(way: str, ranks: int, rounds: int) -> tuple[float, float]:
     latent = torch.randn(IMAGES, LATENT_DIM, 1, TOKENS)
     quantizer = VectorQuantizer(CODES, LATENT_DIM)
     codes = quantizer.codebook.detach().clone()
-    dist.all_reduce, dist.get_rank, codebook.is_distributed = among(ranks), lambda: 0, lambda: True
+    dist.all_reduce, dist.get_rank, dist.get_world_size = among(ranks), lambda: 0, lambda: ranks
+    codebook.is_distributed = lambda: True
     small = torch.randn(1, LATENT_DIM, 1, 9)
     VectorQuantizer(9, LATENT_DIM)(small)
     full_matrix(small, codes[:9], 2)  # libraries are loaded

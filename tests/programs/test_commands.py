@@ -8,6 +8,7 @@ import pytest
 
 from aligntok.__main__ import main
 from aligntok.data import LatentShards
+from aligntok.stages import load_generator
 
 DEBUG = ("--config", "run/debug.yaml")
 
@@ -68,6 +69,34 @@ def test_cache_repair_and_training_on_it(checkpoint, capsys):
     assert "no average of decay 0.5; it has 0.999; 0 means the raw weights" in line(capsys)
     for folder, *ema in (("f", "--ema", "0"), ("latents", "--ema=0.999")):  # the latter goes on with what is there
         assert main([*encode, checkpoint, "--output", folder, *ema]) == 0
+
+
+def test_samples_of_a_checkpoint_alone_of_a_recipe_alone_and_of_numbers_said_by_reference(checkpoint):
+    on_cpu = ["--accelerator", "cpu", "--num_samples", "4"]
+    val = ["--images.split", "val", "--accelerator", "cpu", "--min_psnr", "0"]
+    runs = "runs/quickstart"
+    where = ["--config", "quickstart/cache.yaml", "--tokenizer", checkpoint, "--output", f"{runs}/latents"]
+    assert main(["encode", *where, *val]) == 0
+    Path("mine.yaml").write_text(
+        "layers: [quickstart/dit.yaml, run/debug.yaml]\n"
+        f"data: {{val: null, train: {{init_args: {{folder: {runs}/latents}}}}}}\n"
+        "model: {init_args: {seed: '${data.init_args.seed}'}}\n"
+    )
+    assert main(["fit", "--config", "mine.yaml", "--data.seed", "5", "--callbacks", "{}"]) == 0
+    trained = ["--ckpt_path", f"{runs}/dit/checkpoints/last.ckpt"]
+    assert main(["sample", *trained, *on_cpu, "--output", "alone"]) == 0
+    saved = ["--config", f"{runs}/dit/config.yaml"]
+    assert main(["sample", *saved, *trained, *on_cpu]) == 0
+    ours, theirs = (sorted(Path(folder).iterdir()) for folder in ("alone/png", f"{runs}/dit/samples/png"))
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    assert not Path(f"{runs}/dit/png").exists()
+    Path("seed.yaml").write_text("layers: [mine.yaml]\ndata: {seed: 5}\n")
+    assert main(["sample", "--config", "seed.yaml", f"--ckpt_path={trained[1]}", *on_cpu, "--output", "alone"]) == 0
+    Path("seed.yaml").write_text("layers: [mine.yaml]\ndata: {seed: 6}\n")
+    assert main(["sample", "--config", "seed.yaml", *trained, *on_cpu, "--output", "alone"]) == 2  # another seed
+    generator = load_generator(trained[1])
+    assert generator.seed == 5
+    assert not generator.training
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from aligntok.errors import UserError
 from aligntok.flow import Euler, Guidance
 from aligntok.metrics.reference import AdmFile
 from aligntok.programs.fabric import make_fabric
-from aligntok.programs.sample import load_weights
 from aligntok.programs.sample import sample as draw_samples
 
 COUNT = 22
@@ -237,7 +236,7 @@ def test_samples_are_of_the_average_that_is_asked_for(tiny, tmp_path):
 
     def loaded(**options):
         other = generator(tiny)
-        load_weights(other, str(path), **options)
+        other.load(str(path), **options)
         return tiny.copies(other.network)
 
     wanted = {None: tiny.copies(stage.network)}  # `fit` left the first average in the stage
