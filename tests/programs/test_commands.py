@@ -144,13 +144,13 @@ def test_a_folder_of_earlier_versions_is_repaired_by_the_command_that_is_named(c
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["encode"], "required: tokenizer, images"),
+        (["encode"], "tokenizer, images is missing"),
         (["encode", "--tokenizer", "no.ckpt", "--images", "aligntok.data.Digits"], "no checkpoint no.ckpt"),
         (["encode", "--tokenizer", "no.ckpt", "--bogus", "1"], "--bogus"),
         (["encode", "--config", "no.yaml"], "no shipped config"),
         (["sample", "--config", "quickstart/samples.yaml"], "needs the weights"),
         (["sample", "--config", "quickstart/samples.yaml", "--init_from", "a.pt", "--ema", "0"], "leave it out"),
-        (["sample", "--num_samples", "2"], "required: model"),
+        (["sample", "--num_samples", "2"], "model is missing"),
     ],
 )
 def test_what_is_mistyped_is_one_line(args, words, capsys, tmp_path, monkeypatch):
