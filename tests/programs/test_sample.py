@@ -144,7 +144,7 @@ def test_samples_of_two_kinds_are_never_in_one_folder(tiny, tmp_path, draw):
         "sampler": ({"sampler": Euler(4)}, ["num_steps=3", "num_steps=4"]),
         "seed": ({"seed": 5}, ["seed 0", "seed is 5"]),
         "network": ({"network": tiny.dit(1)}, ["network "]),
-        "guide": ({"guide": tiny.dit(2)}, ["guide None"]),
+        "guide": ({"guidance": Guidance(2.0, guide=tiny.dit(2))}, ["guide None"]),
         "tokenizer": ({"tokenizer": refined}, ["tokenizer "]),
     }
     for key, (options, words) in cases.items():

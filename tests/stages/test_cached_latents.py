@@ -138,13 +138,13 @@ def test_a_stage_that_trains_the_encoder_or_adapter_has_no_use_for_a_cache(tiny,
     write(tiny, tmp_path / "cache", measured.tokenizer)
     message = fit_error(tiny, tmp_path, tiny.stage(cls), cached(tmp_path / "cache"))
     assert f"{cls.__name__} trains the" in message
-    assert "data.train" in message
+    assert "train on images" in message
 
 
 def test_latents_without_images_are_refused(tiny, tmp_path, measured):
     write(tiny, tmp_path / "cache", measured.tokenizer)
     message = fit_error(tiny, tmp_path, measured, cached(tmp_path / "cache", images=False))
-    assert "data.train.init_args.images" in message
+    assert "LatentShards(images=" in message
 
 
 def test_a_second_refinement_keeps_the_units_that_generators_know(tiny, tmp_path):
