@@ -1,6 +1,7 @@
 # The words that people and CI use. `make quickstart` and `make test` need nothing but Python >= 3.10; both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 2 --dist loadscope
 RUN := runs/quickstart
 ALITOK := runs/quickstart_alitok
 LAST := checkpoints/last.ckpt
@@ -52,14 +53,14 @@ check: install
 	$(BIN)/lint-imports
 
 test: install
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 # What rounding could tip, with other kernels of the processor and with one thread.
 test-kernels: install
-	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -m "kernels and not slow and not gpu"
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -m "kernels and not slow and not gpu"
-	ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -m "kernels and not slow and not gpu"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "kernels and not slow and not gpu"
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "kernels and not slow and not gpu"
+	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "kernels and not slow and not gpu"
+	ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "kernels and not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "kernels and not slow and not gpu"
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not gpu"

@@ -192,7 +192,7 @@ def build(recipe: dict[str, Any], kind: type[Module]) -> Module:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("module", type=kind)
-    return cast(Module, parser.instantiate_classes(parser.parse_object({"module": current_names(recipe)})).module)
+    return cast(Module, parser.instantiate(parser.parse_object({"module": current_names(recipe)})).module)
 
 
 def current_names(recipe: Any) -> Any:

@@ -192,7 +192,7 @@ def test_adaptive_refuses_a_velocity_that_is_not_finite(value):
 def test_yaml_builds_them(base, value, expected):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--part", type=base)
-    built = parser.instantiate_classes(parser.parse_object({"part": value})).part
+    built = parser.instantiate(parser.parse_object({"part": value})).part
     assert type(built) is expected
     for name, given in value["init_args"].items():
         assert getattr(built, name) == given
