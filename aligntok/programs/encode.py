@@ -308,7 +308,7 @@ def encode_command(arguments: list[str]) -> None:
     options = read(parser, named_checkpoint(arguments), {*keys}, {"tokenizer"})
     fabric = start(parser, "encode", options)
     with building():
-        given = parser.instantiate_classes(options)
+        given = parser.instantiate(options)
     encode(given.tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in keys})
 
 

@@ -206,7 +206,7 @@ def sample_command(arguments: list[str]) -> None:
         raise UserError("--ema picks an average of --ckpt_path CHECKPOINT, and --init_from has none: leave it out")
     fabric = start(parser, "sample", options)
     with building():
-        generator: GeneratorStage = parser.instantiate_classes(options).model
+        generator: GeneratorStage = parser.instantiate(options).model
     if options.ckpt_path is None:
         generator.init_from(options.init_from)
     else:

@@ -31,6 +31,8 @@ from aligntok.metrics import EncoderFeatures, FeatureStatistics, GenerationMetri
 from aligntok.metrics.collected import Collected
 from aligntok.stages import EncoderPretraining
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")  # runs without validation
+
 WORKER = """
 import json, os, sys
 from tests_conftest import Tiny
@@ -149,7 +151,8 @@ def test_grid_draws_three_rows(tiny, tmp_path):
     trainer.fit(tiny.stage(), measured_data(8))
     pictures = sorted((tmp_path / "images").glob("*.png"))
     assert [path.name for path in pictures] == ["step_0000001.png", "step_0000002.png"]
-    assert Image.open(pictures[-1]).size == (5 * 66 + 2, 3 * 66 + 2)
+    with Image.open(pictures[-1]) as picture:
+        assert picture.size == (5 * 66 + 2, 3 * 66 + 2)
 
 
 def test_latent_colours_span_the_range_and_survive_two_channels():

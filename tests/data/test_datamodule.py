@@ -23,6 +23,8 @@ from aligntok.data import Digits, ImageFolder, LatentDataModule, Shapes
 from aligntok.data.images import center_crop, read_image
 from aligntok.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:You requested to overfit")  # a test does so
+
 SIZE = 8
 
 

@@ -26,6 +26,8 @@ from aligntok.files import hash_file
 from aligntok.networks import Tokenizer
 from aligntok.randomness import choices
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no `validation_step`")  # modules of these tests only train
+
 SHAPE = (3, 4, 2)  # not square
 COUNTS = (7, 7, 7, 5)  # rows of the shards
 TOTAL = sum(COUNTS)

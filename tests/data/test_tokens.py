@@ -19,6 +19,8 @@ from aligntok.errors import UserError
 from aligntok.files import hash_file
 from aligntok.randomness import choices
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no `validation_step`")  # modules of these tests only train
+
 COUNTS = (7, 7, 7, 5)  # rows of the shards
 TOTAL, LENGTH, CODES = sum(COUNTS), 10, 40_000  # 2 prefix tokens and a grid of 4 x 2; beyond 15 bits
 SIZES = {"codebook_size": CODES, "grid": (4, 2), "num_prefix": 2, "sequence_length": LENGTH}

@@ -141,7 +141,7 @@ def test_logit_distance_is_the_mean_square_between_torchvisions_logits(small_con
 
     value = distance(image, other)
     torch.testing.assert_close(value, (logits(image) - logits(other)).square().mean(), rtol=1e-4, atol=1e-6)
-    assert float(value) > 1e-3
+    assert value.item() > 1e-3
     value.backward()
     assert image.grad.abs().sum() > 0
     assert other.grad is None

@@ -274,8 +274,8 @@ def test_the_picture_and_the_line_at_the_end(ten, tmp_path, capsys):
     assert "tokens of 11 images in 3 shards, PSNR " in out
     assert " mirrored on 11 images (check.png)" in out
     assert f"of {len(PALETTE)} codes used, perplexity " in out
-    picture = Image.open(ten / "check.png")  # 20 px are shown as 60, with 2 between: 11 columns, 4 rows
-    assert picture.size == (2 + 11 * 62, 2 + 4 * 62)
+    with Image.open(ten / "check.png") as picture:  # 20 px are shown as 60, with 2 between: 11 columns, 4 rows
+        assert picture.size == (2 + 11 * 62, 2 + 4 * 62)
 
 
 def test_a_floor_that_is_not_reached(tmp_path):

@@ -23,6 +23,11 @@ from aligntok.stages import LatentAlignment, LatentDiffusion, Optimization
 from aligntok.weights import load_network
 from aligntok.weights.lightningdit import to_lightningdit
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You are trying to `self.log"),  # steps are called without a trainer
+    pytest.mark.filterwarnings("ignore:.*overridden `on_before_batch_transfer`"),  # stage and data both have a say
+]
+
 WORKER = Path(__file__).parent / "generation_worker.py"
 
 

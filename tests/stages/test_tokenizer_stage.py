@@ -7,6 +7,8 @@ from aligntok.errors import UserError
 from aligntok.networks import ConvDecoder, GaussianAdapter, LinearAdapter, Tokenizer, VisionEncoder
 from aligntok.stages import DecoderRefinement, EncoderPretraining, LatentAlignment, PerceptualAlignment
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")  # runs without validation
+
 
 def test_stage_2_moves_the_encoder(tiny, tmp_path):
     stage = tiny.stage(PerceptualAlignment)
