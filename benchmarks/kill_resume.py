@@ -196,13 +196,13 @@ def prepare(folder: Path, threads: int) -> Path:
         "trainer": {
             "max_steps": STEPS,
             "val_check_interval": 15,
-            "callbacks": [
-                {"class_path": "aligntok.callbacks.SaveCheckpoint", "init_args": {"every_n_steps": SAVE_EVERY}},
-                {"class_path": "aligntok.callbacks.EMA", "init_args": {"decay": 0.9}},
-                {"class_path": "aligntok.callbacks.ReconstructionQuality"},
-                {"class_path": "aligntok.callbacks.ReconstructionGrid", "init_args": {"every_n_steps": 7}},
-                {"class_path": "kill_resume.StepFile"},
-            ],
+        },
+        "callbacks": {
+            "checkpoint": {"init_args": {"every_n_steps": SAVE_EVERY}},
+            "ema": {"init_args": {"decay": 0.9}},
+            "reconstruction_grid": {"init_args": {"every_n_steps": 7}},
+            "probe": None,
+            "steps": {"class_path": "kill_resume.StepFile"},
         },
         "init_from": str(folder / "stage1" / "checkpoints" / "last.ckpt"),
     }

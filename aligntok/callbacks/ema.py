@@ -82,7 +82,17 @@ class EMA(pl.Callback):
     # Training and validation
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew."""
+        """Begin anew.
+
+        Raises:
+            UserError: There is another ``EMA``: each would take the other's average for the raw weights.
+        """
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, EMA) for callback in others) > 1:
+            raise UserError(
+                "EMA stands twice among the callbacks (in YAML perhaps in `callbacks` and in `trainer.callbacks`): keep"
+                " one, it takes several decays"
+            )
         self.forget()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

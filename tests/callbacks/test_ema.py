@@ -199,6 +199,12 @@ def test_a_checkpoint_saved_after_the_run_holds_both(tiny, tmp_path):
         tiny.assert_same(states[0][key], states[1][key], key)
 
 
+def test_a_second_average_is_refused(tiny, tmp_path):
+    trainer = tiny.trainer(tmp_path, 1, [EMA(0.9), EMA(0.99)])
+    with pytest.raises(UserError, match="EMA stands twice"):
+        trainer.fit(tiny.stage(), datamodule=tiny.data())
+
+
 def test_the_stage_is_not_copied(tiny, tmp_path):
     """What the command line builds holds, by its optimizer, the trainer and the launcher's processes and locks."""
     stage = tiny.stage(LatentAlignment)

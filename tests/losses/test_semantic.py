@@ -31,9 +31,9 @@ def test_zero_at_the_start_of_stage_2_and_not_later(tiny, tmp_path, distance, be
     stage.measure_latents([image])
     weight, value = semantic(stage, image)
     assert weight == 1.0
-    assert abs(float(value)) < 1e-6
+    assert abs(value.item()) < 1e-6
     tiny.trainer(tmp_path, 3).fit(stage, datamodule=tiny.data())
-    assert float(semantic(stage.eval(), image)[1]) > 1e-5
+    assert semantic(stage.eval(), image)[1].item() > 1e-5
 
 
 @pytest.mark.parametrize("distance", ["l2", "cosine"])

@@ -26,6 +26,7 @@ from aligntok.weights.lightningdit import to_lightningdit
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log"),  # steps are called without a trainer
     pytest.mark.filterwarnings("ignore:.*overridden `on_before_batch_transfer`"),  # stage and data both have a say
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),  # runs without validation
 ]
 
 WORKER = Path(__file__).parent / "generation_worker.py"
