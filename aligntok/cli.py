@@ -170,7 +170,7 @@ class SaveConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         path = folder / "config.yaml"
         if trainer.is_global_zero and not self.already_saved:
-            text = self.parser.dump(self.config, skip_none=False)
+            text = self.parser.dump(self.config, skip_unset=False)
             if path.is_file() and path.read_text() != text:
                 path.rename(folder / f"config.{len(list(folder.glob('config.*.yaml'))) + 1}.yaml")
             write_text(path, text)

@@ -74,6 +74,6 @@ def read(
 def start(parser: ShortErrors, verb: str, options: Namespace) -> Fabric:
     """Start the processes, and keep the options in the output folder, as ``encode.yaml`` or ``sample.yaml``."""
     fabric = make_fabric(**{key: options[key] for key in FABRIC})
-    text = parser.dump(options, skip_none=False)
+    text = parser.dump(options, skip_unset=False)
     on_first_rank(fabric, lambda: write_text(Path(options.output) / f"{verb}.yaml", text))
     return fabric
