@@ -123,7 +123,7 @@ def test_callbacks_have_names(capsys, in_folder):
     for key in ("ema.decay", "ema.init_args.decay"):
         ours = printed_config(capsys, "--config", "mine.yaml", f"--callbacks.{key}", "0.9", "--callbacks.quality=null")
         changed = ours["callbacks"]
-        assert changed["ema"] == {"class_path": "aligntok.callbacks.EMA", "init_args": {"decay": 0.9}}
+        assert changed["ema"] == {"class_path": "aligntok.callbacks.EMA", "init_args": {"decay": 0.9, "warmup": True}}
         assert changed["probe"] is changed["quality"] is None
         assert changed["early"]["init_args"]["monitor"] == "val/psnr"
         assert changed["checkpoint"] == named["checkpoint"]

@@ -62,7 +62,7 @@ def test_errors_name_the_key(schedule, message):
         ("learning_rate", lambda tiny: tiny.gan(learning_rate={})),
         ("weight", lambda tiny: tiny.gan(weight={})),
         ("weight of lpips", lambda tiny: ReconstructionLoss(perceptual={"lpips": PerceptualTerm(tiny.judge(), {})})),
-        ("semantic.weight", lambda tiny: tiny.stage(PerceptualAlignment, semantic_weight={})),
+        ("weight of semantic", lambda tiny: tiny.stage(PerceptualAlignment, semantic_weight={})),
     ],
 )
 def test_the_parts_of_a_stage_check_their_schedules(tiny, name, part):

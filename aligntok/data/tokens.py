@@ -56,7 +56,7 @@ class TokenShards(Shards):
             found = getattr(self.spec, name)
             if found != expected:
                 raise UserError(
-                    f"{data_key} {self.folder} holds tokens of {name} {found}, but model.network.{name} is {expected}:"
+                    f"{data_key} {self.folder} holds tokens of {name} {found}, but network.{name} is {expected}:"
                     " change one of the two"
                 )
         if tokenizer is not None:

@@ -216,7 +216,7 @@ def test_tokens_of_the_network_are_accepted(cache):
 )
 def test_tokens_of_other_sizes_are_refused_by_both_values_and_keys(cache, name, value):
     message = refused(opened(cache).check_tokens, {**SIZES, name: value}, None)
-    for words in ("data.train", str(cache), f"{name} {SIZES[name]}", f"model.network.{name} is {value}"):
+    for words in ("data.train", str(cache), f"{name} {SIZES[name]}", f"network.{name} is {value}"):
         assert words in message
 
 

@@ -66,7 +66,7 @@ def test_it_is_in_units_of_the_latents_spread(tiny):
         weight = tokenizer.encoder.backbone.blocks[0].mlp.fc2.weight
         weight.data += 0.1 * torch.randn_like(weight)
         values.append(semantic(stage, image)[1])
-    assert float(values[0]) > 1e-4
+    assert values[0].item() > 1e-4
     torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=0)
 
 
