@@ -16,3 +16,14 @@ def check_positive(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise UserError(f"{name}={size}: give at least 1")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise a ``UserError`` with this message unless the condition holds.
+
+    >>> check(4 % 3 == 0, "width=4 is not divisible by num_heads=3")
+    Traceback (most recent call last):
+    aligntok.errors.UserError: width=4 is not divisible by num_heads=3
+    """
+    if not condition:
+        raise UserError(message)
