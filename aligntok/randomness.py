@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MULTIPLIERS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)  # of Philox-4x32; SC 2011, section 3.3
-NARROW_MULTIPLIER = 0xD256D193  # of Philox-2x32
+# Of Philox-2x32 and -4x32, by the words of their keys, and what is added to the key after a round; SC 2011, section 3.3
+MULTIPLIERS, WEYL = {1: (0xD256D193,), 2: (0xD2511F53, 0xCD9E8D57)}, (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7  # the fewest that pass all tests of randomness, SC 2011, table 2
 LOW_32_BITS = 2**32 - 1
 
@@ -64,15 +64,13 @@ def normal(ids: Tensor, seed: int, step: int, stream: str, shape: Sequence[int] 
 
 def choices(count: int, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return a fair choice among 0 .. ``count`` - 1, below 2^31, for each (seed, epoch, id), (B,)."""
-    chosen: NDArray[np.int64] = (
-        philox_4x32((0, epochs & LOW_32_BITS, *_halves(ids)), _key(seed, "view"))[0] * count >> 32
-    )
-    return chosen
+    word: NDArray[np.int64] = philox((0, epochs & LOW_32_BITS, *_halves(ids)), _key(seed, "view"))[0]
+    return word * count >> 32
 
 
 def hashed(ids: Tensor) -> Tensor:
     """Return a random number in 0 .. 2^63 - 1 for each id, (B,) int64: the smallest k are a uniform choice of k ids."""
-    high, low, *_ = philox_4x32((0, 0, *_halves(ids)), _key(0, "choice"))
+    high, low, *_ = philox((0, 0, *_halves(ids)), _key(0, "choice"))
     number: Tensor = high << 31 | low >> 1
     return number
 
@@ -88,18 +86,10 @@ def image_generator(seed: int, epoch: int, id: int) -> np.random.Generator:
 
 
 def noise_like_ids(ids: Tensor, shape: Sequence[int], seed: int) -> Tensor:
-    """Return the standard normal noise that samples are drawn from, each a function of ``(seed, id)``; on the CPU.
+    """Return the standard normal noise (B, *shape) float32 that samples are drawn from, on the device of ``ids`` (B,).
 
-    So sample 4711 is the same image at any batch size and on any device. Each row has its own stream of NumPy's Philox,
-    whose 128-bit key is ``seed * 2^64 + id``, both modulo 2^64: no two ids share a stream.
-
-    Args:
-        ids: (B,) int64.
-        shape: Of one sample, (C, h, w).
-        seed: Any whole number.
-
-    Returns:
-        (B, *shape) float32, on the device of ``ids``.
+    So sample 4711 is the same image at any batch size and on any device: each row is drawn on the CPU from its own
+    stream of NumPy's Philox, whose 128-bit key is ``seed * 2^64 + id``, both modulo 2^64.
     """
     noise = np.empty((len(ids), *shape), dtype=np.float32)
     for row, stream in zip(noise, _streams(ids, seed), strict=True):
@@ -108,40 +98,29 @@ def noise_like_ids(ids: Tensor, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def keys_like_ids(ids: Tensor, seed: int) -> Tensor:
-    """Return 64 bits for each id, a function of ``(seed, id)`` alone, for ``gumbel_noise``.
-
-    Args:
-        ids: (B,) int64.
-        seed: Any whole number.
-
-    Returns:
-        (B, 2) int64 in 0 .. 2^32 - 1, on the device of ``ids``.
-    """
+    """Return two random words (B, 2) for each id (B,), a function of ``(seed, id)`` alone, for ``gumbel_noise``."""
     bits = [stream.random_raw() for stream in _streams(ids, seed)]
     pairs = [(word >> 32, word & LOW_32_BITS) for word in bits]
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(ids.device)
 
 
 def gumbel_noise(keys: Tensor, step: int, count: int) -> Tensor:
-    """Return Gumbel noise, a function of key, step and index alone, drawn where the keys are.
+    """Return Gumbel noise (B, count) float32, a function of key, step and index alone, drawn where the keys are.
 
     The index of the largest ``logits + gumbel_noise`` is a draw from the softmax of the logits, and one that hardly
     depends on how they were rounded: a uniform number compared with the cumulative distribution is tipped more often.
 
     Args:
         keys: From ``keys_like_ids``, (B, 2).
-        step: Of the sequence; ``(step + 1) * count`` is at most 2^33.
-        count: Numbers.
-
-    Returns:
-        (B, count) float32.
+        step: Position in the sequence; ``(step + 1) * count`` is at most 2^33.
+        count: Numbers of one row.
 
     Reference:
         Maddison et al., A* Sampling, arXiv:1411.0030.
     """
     half = (count + 1) // 2  # each counter gives two words
-    counters = torch.arange(step * half, (step + 1) * half, device=keys.device)
-    words = torch.cat(philox_2x32(counters.expand(len(keys), -1), keys[:, :1], keys[:, 1:]), dim=1)[:, :count]
+    counters = torch.arange(step * half, (step + 1) * half, device=keys.device).expand(len(keys), -1)
+    words = torch.cat(philox((counters, keys[:, :1]), (keys[:, 1:],)), dim=1)[:, :count]
     values = ((words >> 9).float() + 0.5) * 2**-23  # 23 bits: exact, and neither 0 nor 1
     return -(-(-values).log1p()).log()
 
@@ -149,35 +128,34 @@ def gumbel_noise(keys: Tensor, step: int, count: int) -> Tensor:
 # The generator itself. Words are int64 in 0 .. 2^32 - 1: torch multiplies no unsigned numbers.
 
 
-def philox_4x32(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Return four random words for a counter of four words (tensors, arrays or whole numbers, broadcast) and a key."""
-    a, b, c, d = counter
-    for i in range(ROUNDS):
-        left, right = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # 64 bits, whatever their sign
-        a, c = (right >> 32) ^ b, (left >> 32) ^ d
-        a ^= key[0] + i * WEYL[0] & LOW_32_BITS
-        c ^= key[1] + i * WEYL[1] & LOW_32_BITS
-        a &= LOW_32_BITS
-        c &= LOW_32_BITS
-        b, d = right, left  # of which the lower halves are meant
-    return a, b & LOW_32_BITS, c, d & LOW_32_BITS
+def philox(counter: Sequence[Any], key: Sequence[Any]) -> list[Any]:
+    """Return as many random words as the counter has, two or four; the key has half as many.
 
-
-def philox_2x32(left: Tensor, right: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two random words for a counter of two words and a key that differs from row to row."""
+    Words are tensors, arrays or whole numbers, and are broadcast: the key may be one for all, or one for each row.
+    """
+    left, right = counter[::2], counter[1::2]
+    multipliers = MULTIPLIERS[len(key)]
     for _ in range(ROUNDS):
-        product = left * NARROW_MULTIPLIER
-        left, right = (product >> 32 & LOW_32_BITS) ^ key ^ right, product & LOW_32_BITS
-        key = key + WEYL[0] & LOW_32_BITS
-    return left, right
+        products = [word * multipliers[i] for i, word in enumerate(left)][::-1]  # 64 bits, whatever their sign
+        left = [_mixed(*words) for words in zip(products, right, key, strict=True)]
+        right = products  # of which the lower halves are meant
+        key = [word + WEYL[i] & LOW_32_BITS for i, word in enumerate(key)]
+    return [word for pair in zip(left, right, strict=True) for word in (pair[0], pair[1] & LOW_32_BITS)]
 
 
-def _words(ids: Tensor, seed: int, step: int, stream: str, count: int) -> tuple[Tensor, ...]:
+def _mixed(product: Any, word: Any, key: Any) -> Any:
+    """Return the upper half of a product, exclusive or a word, exclusive or a key; tensors in place, for speed."""
+    mixed = (product >> 32) ^ word
+    mixed ^= key
+    mixed &= LOW_32_BITS
+    return mixed
+
+
+def _words(ids: Tensor, seed: int, step: int, stream: str, count: int) -> list[Tensor]:
     """Return four tensors (B, count) of words; the counter is (index, step, id)."""
     index = torch.arange(count, device=ids.device)
     low, high = _halves(ids[:, None])
-    words: tuple[Tensor, ...] = philox_4x32((index, step % 2**32, low, high), _key(seed, stream))
-    return words
+    return philox((index, step % 2**32, low, high), _key(seed, stream))
 
 
 def _halves(ids: Any) -> tuple[Any, Any]:
@@ -187,8 +165,7 @@ def _halves(ids: Any) -> tuple[Any, Any]:
 
 def _key(seed: int, stream: str) -> tuple[int, int]:
     """Return the key of a seed and the name of a stream."""
-    low, high = _halves(seed + (zlib.crc32(stream.encode()) << 32))
-    return low, high
+    return _halves(seed + (zlib.crc32(stream.encode()) << 32))
 
 
 def _streams(ids: Tensor, seed: int) -> list[np.random.Philox]:
