@@ -6,31 +6,37 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import UserError, check, check_positive
 from aligntok.flow.samplers import Velocity
 
 
 class VelocityNetwork(Protocol):
-    """What guidance needs of a network, ``aligntok.networks.DiT`` for one."""
+    """What guidance needs of a network, ``aligntok.networks.DiT`` for one.
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
+    Attributes:
+        latent_shape: (C, h, w).
+        null_label: Label of "no class"; None in a network that was not trained with one.
+    """
 
-    @property
-    def null_label(self) -> int | None:
-        """Label of "no class"; None in a network that was not trained with one."""
+    latent_shape: tuple[int, int, int]
+    null_label: int | None
 
     def __call__(self, latent: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Return the velocity (B, C, h, w) of latents (B, C, h, w) at times (B,) for labels (B,)."""
 
 
 class Guidance:
-    """Push the velocity of a class away from a worse one: ``guide + scale * (conditional - guide)``.
+    """Push the velocity of a class away from a worse one: ``worse + scale * (conditional - worse)``.
 
     The worse one is the null class of the same network (classifier-free guidance), or a guide network, smaller or
     trained less, with the same label (autoguidance). LightningDiT's published numbers are at ``channels=3`` with scale
     6.7 to 10; with all channels the best scale is far lower.
+
+    >>> from aligntok.networks import DiT
+    >>> network = DiT((4, 2, 2), num_classes=3, width=16, depth=1, num_heads=2)
+    >>> velocity = Guidance(scale=4.0, start=0.1).velocity(network, label=torch.tensor([0, 2]))
+    >>> velocity(torch.randn(2, 4, 2, 2), torch.full((2,), 0.5)).shape
+    torch.Size([2, 4, 2, 2])
 
     Args:
         scale: 1 is no guidance, 0 the guide alone.
@@ -38,11 +44,6 @@ class Guidance:
         end: Time from which they are no longer guided; 1 guides to the last step.
         channels: Guide the first channels only, this many; None guides all.
         guide: Network of autoguidance, e.g. ``class_path: aligntok.weights.load_network``, in place of the null class.
-
-    >>> guidance = Guidance(scale=4.0, start=0.1)  # from t = 0.1 on, away from the null class
-
-    Raises:
-        UserError: If an argument is out of range.
 
     Reference:
         Ho and Salimans, arXiv:2207.12598; interval: Kynkäänniemi et al., arXiv:2404.07724; autoguidance: Karras et al.,
@@ -57,13 +58,12 @@ class Guidance:
         channels: int | None = None,
         guide: nn.Module | None = None,
     ) -> None:
-        if not 0 <= scale < math.inf:
-            raise UserError(f"scale={scale}: give a number of at least 0; 1 is no guidance")
-        if not 0 <= start < end <= 1:
-            raise UserError(f"start={start}, end={end}: give 0 <= start < end <= 1; t = 0 is noise, t = 1 is data")
+        check(0 <= scale < math.inf, f"scale={scale}: give a number of at least 0; 1 is no guidance")
+        interval = f"start={start}, end={end}: give 0 <= start < end <= 1; t = 0 is noise, t = 1 is data"
+        check(0 <= start < end <= 1, interval)
         check_positive(channels=channels)
         self.scale, self.start, self.end, self.channels = scale, start, end, channels
-        self._guide: Any = guide  # its weights say more than its name: it is no plain setting
+        self._guide: Any = guide  # a record of the settings skips it: its weights say more than its name
 
     @property
     def guide(self) -> Any:
@@ -83,10 +83,9 @@ class Guidance:
         Raises:
             UserError: If there is neither a null class nor a guide network, or `channels` exceeds the latent's.
         """
-        if self.channels is not None and self.channels > network.latent_shape[0]:
-            raise UserError(f"channels={self.channels}: the latent has {network.latent_shape[0]} channels")
-        null_label, guide_network = network.null_label, self.guide
-        if self.scale != 1 and guide_network is None and null_label is None:
+        channels, null_label = network.latent_shape[0], network.null_label
+        check((self.channels or 0) <= channels, f"channels={self.channels}: the latent has {channels} channels")
+        if self.scale != 1 and self.guide is None and null_label is None:
             raise UserError(
                 f"scale={self.scale}: the network has no null class to guide with: give a guide network, set scale to "
                 "1, or train with null_class=true"
@@ -96,17 +95,17 @@ class Guidance:
             inside = self._inside(t)
             if len(inside) == 0:
                 return network(x, t, label)
-            if guide_network is None:
+            if self.guide is None:
                 assert null_label is not None
                 null = torch.full_like(label[inside], null_label)
                 both = network(torch.cat([x, x[inside]]), torch.cat([t, t[inside]]), torch.cat([label, null]))
-                conditional, guide = both.to(x.dtype).tensor_split([len(x)])
+                conditional, worse = both.to(x.dtype).tensor_split([len(x)])
             else:
                 conditional = network(x, t, label).to(x.dtype)
-                guide = guide_network(x[inside], t[inside], label[inside]).to(x.dtype)
+                worse = self.guide(x[inside], t[inside], label[inside]).to(x.dtype)
+            guided_rows = worse + self.scale * (conditional[inside] - worse)
             result = conditional.clone()
-            guided_part = guide + self.scale * (conditional[inside] - guide)
-            result[inside, : self.channels] = guided_part[:, : self.channels]
+            result[inside, : self.channels] = guided_rows[:, : self.channels]
             return result
 
         return guided

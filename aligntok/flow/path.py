@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 
 COSINE_EPS = 0.1  # see velocity_terms
 
@@ -37,10 +37,9 @@ def sample_path(noise: Tensor, latent: Tensor, t: Tensor) -> tuple[Tensor, Tenso
 def velocity_terms(prediction: Tensor, velocity: Tensor) -> dict[str, Tensor]:
     """Return how far a predicted velocity is from the true one, in float32 whatever the precision of the network.
 
-    The published code takes the cosine with the usual eps of 1e-8 for each norm. The last layer starts at zero, so
-    its first gradient is then 1e8 per position, and Adam's second moment needs hundreds of steps to forget it. Here
-    vectors shorter than COSINE_EPS (a true one is about sqrt(2 C) long) are scaled by it: the gradient stays below
-    10.
+    The published code takes the cosine with eps 1e-8: at the zero of the last layer's start its gradient is 1e8 per
+    position, and Adam needs hundreds of steps to forget it. With COSINE_EPS the gradient stays below 10 (a true
+    velocity is about sqrt(2 C) long).
 
     Args:
         prediction: (B, C, h, w), any float dtype.
@@ -50,8 +49,7 @@ def velocity_terms(prediction: Tensor, velocity: Tensor) -> dict[str, Tensor]:
         ``mse``: mean square over (C, h, w); ``cosine``: 1 - cosine similarity along C, mean over (h, w). Both (B,).
 
     Reference:
-        Yao et al., Reconstruction vs. Generation (LightningDiT), arXiv:2501.01423, trains on the sum of both, RAE
-        (arXiv:2510.11690) on ``mse`` alone.
+        Yao et al., LightningDiT, arXiv:2501.01423, trains on the sum of both, RAE (arXiv:2510.11690) on ``mse`` alone.
     """
     prediction, velocity = prediction.float(), velocity.float()
     cosine = 1 - F.cosine_similarity(prediction, velocity, dim=1, eps=COSINE_EPS)
@@ -63,31 +61,28 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
     0 and 1 stay where they are, and ``shift_time(., 1 / shift)`` is the inverse.
 
+    >>> shift_time(torch.tensor([0.0, 0.5, 1.0]), 0.25)
+    tensor([0.0000, 0.2000, 1.0000])
+
     Args:
         t: Times in [0, 1], any shape.
         shift: Above 0; 1 changes nothing. LightningDiT samples with 0.3.
 
-    Raises:
-        UserError: If `shift` is not a positive number.
-
     Reference:
         Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv:2403.03206, section 5.3.2.
     """
-    if not 0 < shift < math.inf:
-        raise UserError(f"shift={shift}: give a number above 0; 1 leaves the times as they are")
+    check(0 < shift < math.inf, f"shift={shift}: give a number above 0; 1 leaves the times as they are")
     return shift * t / (shift * t + (1 - t))  # the same formula, and exactly 1 at 1
 
 
 def dimension_shift(latent_shape: Sequence[int], base: int = 4096) -> float:
-    """Return the shift that a latent with more numbers than ``base`` asks for, in training and in sampling.
+    """Return the ``shift_time`` of latents (C, h, w) of more than `base` numbers, in training and in sampling.
 
-    The same t destroys less of a larger latent. RAE writes s = sqrt(dim / base) and u' = s u / (1 + (s - 1) u) for
-    u = 1 - t, which is noise at 1. With t' = 1 - u' that is t' = t / (s - (s - 1) t), our ``shift_time`` with
-    ``shift = 1 / s = sqrt(base / dim)``: 0.144 for RAE's 768 x 16 x 16, 0.707 for 32 x 16 x 16.
+    The same t destroys less of a larger latent. RAE's time u = 1 - t is noise at 1, and u' = s u / (1 + (s - 1) u) with
+    s = sqrt(dim / base) is our shift by 1 / s: 0.144 for RAE's 768 x 16 x 16.
 
-    Args:
-        latent_shape: (C, h, w).
-        base: Numbers of a latent that needs no shift.
+    >>> dimension_shift((32, 16, 16))
+    0.7071067811865476
 
     Reference:
         Zheng et al., RAE, arXiv:2510.11690, section 4.
@@ -96,35 +91,25 @@ def dimension_shift(latent_shape: Sequence[int], base: int = 4096) -> float:
 
 
 class TimeSampling:
-    """Draw training times.
+    """Turn standard normal numbers (B,) into training times in [0, 1], (B,).
 
-    >>> TimeSampling("uniform", shift=0.5)(4, "cpu").shape
-    torch.Size([4])
+    >>> TimeSampling("uniform", shift=0.25)(torch.zeros(2))
+    tensor([0.2000, 0.2000])
 
     Args:
-        distribution: ``logit_normal`` is sigmoid(N(0, 1)) (LightningDiT, RAE; arXiv:2403.03206, section 3.1).
-        shift: Applied to what was drawn, see ``shift_time``; RAE trains with ``dimension_shift``, LightningDiT with 1.
-
-    Raises:
-        UserError: If an argument is none of these.
+        distribution: Of the times; ``logit_normal`` is sigmoid(N(0, 1)) (LightningDiT, RAE; arXiv:2403.03206,
+            section 3.1).
+        shift: Applied to them, see ``shift_time``; RAE trains with ``dimension_shift``, LightningDiT with 1.
     """
 
     def __init__(self, distribution: Literal["uniform", "logit_normal"] = "logit_normal", shift: float = 1.0) -> None:
-        if distribution not in ("uniform", "logit_normal"):
-            raise UserError(f"distribution={distribution!r}: give 'uniform' or 'logit_normal'")
+        known = ("uniform", "logit_normal")
+        check(distribution in known, f"distribution={distribution!r}: give 'uniform' or 'logit_normal'")
         shift_time(torch.zeros(()), shift)  # refuses a bad shift
         self.distribution, self.shift = distribution, shift
 
-    def __call__(self, count: int, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
-        """Return ``count`` times in [0, 1], (count,) float32; the generator, if any, lives on ``device``."""
-        if self.distribution == "uniform":
-            t = torch.rand(count, device=device, generator=generator)
-        else:
-            t = torch.randn(count, device=device, generator=generator).sigmoid()
-        return shift_time(t, self.shift)
-
-    def of(self, normal: Tensor) -> Tensor:
-        """Return the times in [0, 1] that standard normal numbers (B,) stand for: as good a draw as ``__call__``'s."""
+    def __call__(self, normal: Tensor) -> Tensor:
+        """Return the times."""
         t = normal.sigmoid() if self.distribution == "logit_normal" else torch.special.ndtr(normal)
         return shift_time(t, self.shift)
 

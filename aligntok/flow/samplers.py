@@ -7,24 +7,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.flow.path import per_sample, shift_time
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (B, C, h, w), t (B,) -> velocity (B, C, h, w)
 
 
 class Sampler(ABC):
-    """Carry noise at t = 0 to a latent at t = 1 along a velocity.
+    """Carry noise at t = 0 to a latent at t = 1 along a velocity; a sample does not depend on the others of its batch.
 
-    A sample depends on its own row of the noise and of the velocity alone, not on the others of its batch.
+    >>> class OneStep(Sampler):
+    ...     def integrate(self, velocity, x):
+    ...         return x + velocity(x, x.new_zeros(len(x)))
+    >>> OneStep()(lambda x, t: 3 - x, torch.randn(1, 1, 1, 1)).item()
+    3.0
     """
 
     @torch.no_grad()
     def __call__(self, velocity: Velocity, noise: Tensor) -> Tensor:
-        """Return latents at t = 1 from standard normal noise, both (B, C, h, w).
+        """Return latents at t = 1 from standard normal noise, both (B, C, h, w), without gradients.
 
-        They are float32 (float64 from such noise) whatever the precision of the network, and so is the state all the
-        way: under autocast a velocity may be bfloat16. No gradient is kept.
+        They are float32 (float64 from such noise), and so is the state all the way, whatever the dtype of the velocity:
+        under autocast it may be bfloat16.
         """
         x = noise.to(torch.promote_types(noise.dtype, torch.float32))
         return self.integrate(lambda x, t: velocity(x, t).to(x.dtype), x)
@@ -41,14 +45,11 @@ class FixedSteps(Sampler):
         num_steps: Updates of the state, at least 1, on ``num_steps + 1`` times. LightningDiT's "250 steps" are 250
             times, so 249 here, and RAE's "50" are 49.
         shift: Of the even grid on [0, 1], see ``shift_time``.
-
-    Raises:
-        UserError: If `num_steps` is not a whole number of at least 1, or `shift` not above 0.
     """
 
     def __init__(self, num_steps: int, shift: float = 1.0) -> None:
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise UserError(f"num_steps={num_steps}: give a whole number of at least 1")
+        whole = isinstance(num_steps, int) and num_steps >= 1
+        check(whole, f"num_steps={num_steps}: give a whole number of at least 1")
         self.num_steps, self.shift = num_steps, shift
         even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64, device="cpu")  # also under another default
         self.times: list[float] = shift_time(even, shift).tolist()
@@ -97,16 +98,10 @@ class Heun(FixedSteps):
 class Adaptive(Sampler):
     """Steps as long as the tolerance allows (dopri5), each sample with its own.
 
-    Each sample has its own time and step, so `velocity` sees a different time in each row, and an image does not change
-    with its neighbours; samples that are done wait for the last one. Steps are powers of two: otherwise the rounding of
-    the network, which may differ between batch sizes, would change all steps a little and the image by about the
-    tolerance. That costs up to a third more evaluations. Where rounding is coarse (bfloat16) it may still change a
-    step. torchode also has a step per sample, but none that rounding leaves alone, hence our own.
-
-    >>> Adaptive()(lambda x, t: -x, torch.ones(1, 1, 1, 1)).allclose(torch.tensor(math.exp(-1)), atol=1e-3)
-    True
-
-    No such method sees a jump of the velocity in time for sure: with a guidance interval sample with Euler or Heun.
+    `velocity` sees a different time in each row; samples that are done wait for the last one. Steps are powers of two,
+    which costs up to a third more evaluations: otherwise the rounding of the network, which may differ between batch
+    sizes, would change every step a little, as in torchode. In bfloat16 it may still change one. No adaptive method is
+    sure to see a jump of the velocity in time: with a guidance interval, sample with Euler or Heun.
 
     >>> grow = Adaptive()(lambda x, t: x, torch.ones(1, 1, 1, 1))
     >>> f"{grow.item():.3f}"  # e
@@ -138,8 +133,7 @@ class Adaptive(Sampler):
     SHRINK, GROW = -2, 3  # most that a step changes at once, in powers of two
 
     def __init__(self, atol: float = 1e-6, rtol: float = 1e-3) -> None:
-        if not (0 < atol < math.inf and 0 < rtol < math.inf):
-            raise UserError(f"atol={atol}, rtol={rtol}: give numbers above 0")
+        check(0 < atol < math.inf and 0 < rtol < math.inf, f"atol={atol}, rtol={rtol}: give numbers above 0")
         self.atol, self.rtol = atol, rtol
 
     def integrate(self, velocity: Velocity, x: Tensor) -> Tensor:
@@ -171,7 +165,5 @@ class Adaptive(Sampler):
 
 def _combine(weights: Sequence[float], slopes: list[Tensor]) -> Tensor:
     """Return the weighted sum of the slopes."""
-    total = weights[0] * slopes[0]
-    for weight, slope in zip(weights[1:], slopes[1:], strict=True):
-        total = total + weight * slope
-    return total
+    terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True)]
+    return sum(terms[1:], start=terms[0])

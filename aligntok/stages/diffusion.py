@@ -119,7 +119,7 @@ class LatentDiffusion(GeneratorStage):
         """Return the flow matching loss of one batch."""
         latent = self.latent_of(batch)
         noise = self.normal(batch, "noise", latent.shape[1:]).to(latent)  # (B, C, h, w)
-        t = self.objective.times(self.global_step).of(self.normal(batch, "time")).to(latent)  # (B,)
+        t = self.objective.times(self.global_step)(self.normal(batch, "time")).to(latent)  # (B,)
         point, velocity = sample_path(noise, latent, t)
         label = self.drop(batch)
         logs: dict[str, Tensor] = {}
