@@ -12,7 +12,7 @@ from aligntok.networks import (
     Tokenizer,
     VectorQuantizer,
 )
-from aligntok.weights import alitok, alitok_generator, load_tokenizer, read_checkpoint
+from aligntok.weights import alitok, load_tokenizer, read_checkpoint
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def published(tmp_path):
     torch.save(state, tmp_path / "AliTok.pth")
     network = AutoregressiveTransformer(32, (16, 16), 17, 12, width=64, depth=1, num_heads=16, hidden=192)
     torch.nn.init.normal_(network.head.weight)
-    torch.save(alitok_generator.to_alitok(network), tmp_path / "AliTok_B.bin")
+    torch.save(alitok.to_alitok(network), tmp_path / "AliTok_B.bin")
     return tokenizer, network.eval()
 
 

@@ -10,14 +10,12 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
 from aligntok.files import write_atomically, write_text
 from aligntok.networks import AutoregressiveTransformer, LinearAdapter, QueryEncoder, TokenDecoder, Tokenizer
 from aligntok.networks import VectorQuantizer as Quantizer
 from aligntok.programs.parser import Parser
-from aligntok.weights.alitok import is_alitok, load_alitok
-from aligntok.weights.alitok_generator import is_alitok_generator, load_alitok_generator
-from aligntok.weights.exported import write_exported
+from aligntok.weights.alitok import load_alitok
+from aligntok.weights.checkpoint import write_exported
 
 DESCRIPTION = """\
 Turn the published weights of AliTok (ali-vilab/alitok) into a checkpoint of ours and a config that runs it.
@@ -61,18 +59,16 @@ def import_command(arguments: list[str]) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="as published")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("weights/alitok"))
     options = parser.parse_args(arguments)
-    if is_alitok(options.file):
-        written = import_tokenizer(options.file, options.output)
-    elif is_alitok_generator(options.file):
-        written = import_generator(options.file, options.output)
+    module = load_alitok(options.file)
+    if isinstance(module, Tokenizer):
+        written = import_tokenizer(module, options.output)
     else:
-        raise UserError(f"{options.file} has neither the names of AliTok's tokenizer nor of its generators")
+        written = import_generator(module, options.output)
     print(written, flush=True)
 
 
-def import_tokenizer(file: Path, output: Path) -> Path:
+def import_tokenizer(tokenizer: Tokenizer, output: Path) -> Path:
     """Write the tokenizer and its config; return the config."""
-    tokenizer = load_alitok(file)
     recipe = recipe_of_tokenizer(tokenizer)
     config = {
         "layers": ["base.yaml", "data/imagenet.yaml"],
@@ -83,9 +79,8 @@ def import_tokenizer(file: Path, output: Path) -> Path:
     return write(output, TOKENIZER, "DecoderRefinement", TOKENIZER, tokenizer, recipe, config)
 
 
-def import_generator(file: Path, output: Path) -> Path:
+def import_generator(network: AutoregressiveTransformer, output: Path) -> Path:
     """Write the generator and its config; return the config."""
-    network = load_alitok_generator(file)
     size, scale, power = GUIDANCE.get(network.width, ("ar", 1.0, 1.0))
     recipe = recipe_of_network(network)
     tokenizer = {"init_args": {"path": str(output / f"{TOKENIZER}.safetensors")}}

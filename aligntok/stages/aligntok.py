@@ -23,7 +23,8 @@ from aligntok.schedule import check_schedule, value_at
 from aligntok.stages.chain import Chain
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.tokenizer_stage import TokenizerStage
-from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of
+from aligntok.weights.checkpoint import load_strictly, part_of
+from aligntok.weights.migration import STAGE_KEY
 
 
 class LatentAlignment(TokenizerStage):

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from aligntok.weights.checkpoint import STAGE_KEY
+from aligntok.weights.migration import CHAIN_KEY
 
-KEY = "tokenizer_chain"  # of a checkpoint
 PARTS = ("encoder", "adapter", "quantizer", "decoder")
 
 
 @dataclass
 class Chain:
     """How a tokenizer came to be.
+
+    >>> checkpoint = {}
+    >>> Chain(["adapter", "decoder"], measured=False, causal=False).save(checkpoint)
+    >>> "encoder" in Chain.of(checkpoint).learned
+    False
 
     Attributes:
         learned: Its parts that have learned, in this run or one before it.
@@ -27,13 +31,9 @@ class Chain:
 
     @staticmethod
     def of(checkpoint: dict[str, Any]) -> Chain:
-        """Return what a checkpoint says; files of earlier versions say no more than the name of their stage."""
-        if KEY in checkpoint:
-            return Chain(**checkpoint[KEY])
-        stage = checkpoint.get(STAGE_KEY)
-        learned = [part for part in PARTS if part != "encoder" or stage != "LatentAlignment"]
-        return Chain(learned, stage == "DecoderRefinement", stage == "CausalTokenization")
+        """Return what a checkpoint says."""
+        return Chain(**checkpoint[CHAIN_KEY])
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write it into a checkpoint."""
-        checkpoint[KEY] = asdict(self)
+        checkpoint[CHAIN_KEY] = asdict(self)

@@ -18,9 +18,9 @@ from torch import Tensor
 from aligntok.errors import UserError
 from aligntok.protocols import HasSourceIndices, offered_data
 from aligntok.randomness import normal, uniform
-from aligntok.stages.migration import rename_discriminator, split_groups
 from aligntok.stages.optimization import Optimization, ParameterGroup, clip_, drop_gradients, parameters_by_group
-from aligntok.weights.checkpoint import STAGE_KEY, check_fits, part_of, read_checkpoint
+from aligntok.weights.checkpoint import check_fits, part_of, read_checkpoint
+from aligntok.weights.migration import STAGE_KEY, migrate, split_groups
 
 
 class Stage(pl.LightningModule):
@@ -213,8 +213,12 @@ class Stage(pl.LightningModule):
                 f"--ckpt_path is of stage {stage}, this run is {type(self).__name__}: --ckpt_path goes on with the same"
                 " stage, --init_from starts the next one"
             )
-        rename_discriminator(checkpoint)
+        migrate(checkpoint)
         if "optimizer_states" in checkpoint:
-            split_groups(checkpoint, self.optimization, self.parameter_groups())
+            groups = self.parameter_groups()
+            names = {name: list(group.parameters) for name, group in groups.items()}
+            split_groups(
+                checkpoint, names, {name: self.optimization.halves(name, group) for name, group in groups.items()}
+            )
         check_fits(self.state_dict(), checkpoint["state_dict"], "--ckpt_path", "Use the config of that run")
         self.resumed = True

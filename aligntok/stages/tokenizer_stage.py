@@ -26,7 +26,8 @@ from aligntok.protocols import HasCache, HasCalibration, offered_data
 from aligntok.stages.chain import PARTS, Chain
 from aligntok.stages.optimization import Optimization, ParameterGroup
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import STAGE_KEY, load_strictly, part_of
+from aligntok.weights.checkpoint import load_strictly, part_of
+from aligntok.weights.migration import STAGE_KEY
 
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al., arXiv:1711.00937, section 3.2
 

@@ -1,26 +1,29 @@
-"""AliTok's published tokenizers: their names are mapped to ours and back, nothing is left out on either side.
+"""AliTok's published tokenizers and generators: names are mapped to ours and back, nothing is left out on either side.
 
-arXiv:2506.05289; the weights are those of the paper's first version, of its second stage, or of its first.
+arXiv:2506.05289; the weights are those of the paper's first version: tokenizers of the second stage or of the first,
+generators of sizes B, L and XL.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.networks.adapters import LinearAdapter
+from aligntok.networks.ar import AutoregressiveTransformer
+from aligntok.networks.positions import class_first_rotary
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.query_encoder import QueryEncoder
 from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.weights.checkpoint import check_fits, read_file
+from aligntok.weights.checkpoint import check_fits
+from aligntok.weights.official import copy_official_, read_official, to_official
 
-OFFICIAL_NAMES = {  # ours to theirs, applied one after the other
+TOKENIZER_NAMES = {  # ours to theirs, see ``official_names``
     "adapter.project.": "encoder.conv_out.",
     "encoder.embed.": "encoder.patch_embed.",
     "encoder.positions": "encoder.positional_embedding",
@@ -44,34 +47,41 @@ OFFICIAL_NAMES = {  # ours to theirs, applied one after the other
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
-OURS_ALONE = ("latent_mean", "latent_std")  # 0 and 1 for tokens
+GENERATOR_NAMES = {
+    "embed.": "embeddings.",
+    ".norm_attention.": ".norm1.",
+    ".norm_mlp.": ".norm2.",
+    ".attention.": ".attn.",
+    ".mlp.proj_in.": ".mlp.w1. .mlp.w3.",  # one matrix here, gate and value there
+    ".mlp.proj_out.": ".mlp.w2.",
+    "head.": "output.",
+}
+PARTS = {"encoder": QueryEncoder, "adapter": LinearAdapter, "quantizer": VectorQuantizer, "decoder": TokenDecoder}
 QUERIES, POSITIONS = "latent_tokens", "encoder.latent_token_positional_embedding"  # a sum there, one table here
 CODES, USAGE = "quantize.embedding.weight", "quantize.embed_prob"
+HEAD, PREFIX_HEAD = "decoder.ffn.0.weight", "decoder.ffn_aux.0.weight"  # 1x1 convolutions there
 HEAD_DIM = 64  # of encoder and decoder
+GRID, NUM_PREFIX = (16, 16), 17  # of the generators' tokens: the only layout that was published; no weight tells it
 
 
-def load_alitok(path: str | Path) -> Tokenizer:
-    """Load an AliTok tokenizer of either stage, in eval mode.
-
-    Raises:
-        UserError: There is no such file, it is no AliTok tokenizer, or it holds pickled code.
-    """
-    return tokenizer_from_alitok(weights_in(read_file(path)), str(path))
-
-
-def is_alitok(path: str | Path) -> bool:
-    """Whether a file is a checkpoint with the names of AliTok's tokenizer.
+def load_alitok(path: str | Path) -> Tokenizer | AutoregressiveTransformer:
+    """Load a published tokenizer, of either stage, or the network of a generator, in eval mode.
 
     Raises:
-        UserError: There is no such file, it is no checkpoint, or it holds pickled code.
+        UserError: There is no such file, it is neither, or it holds pickled code.
     """
-    return weights_in(read_file(path)).keys() >= {QUERIES, CODES}
+    return from_alitok(read_official(path), str(path))
 
 
-def tokenizer_from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> Tokenizer:
-    """Build the tokenizer of an official state dict, of the sizes found in it, in eval mode.
+def from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> Tokenizer | AutoregressiveTransformer:
+    """Build the network of an official state dict, of the sizes found in it, in eval mode.
 
-    A file with the prefix's head is of the first stage: its decoder is causal. Images are square.
+    A tokenizer with the prefix's head is of the first stage: its decoder is causal. Images are square. A generator
+    writes 17 + 16 * 16 tokens.
+
+    >>> network = AutoregressiveTransformer(8, GRID, NUM_PREFIX, 2, width=16, depth=1, num_heads=1, hidden=32)
+    >>> from_alitok(to_alitok(network)).num_classes
+    2
 
     Args:
         state: The official state dict.
@@ -80,93 +90,81 @@ def tokenizer_from_alitok(state: dict[str, Tensor], what: str = "the state dict"
     Raises:
         UserError: A key is missing, unknown or of another shape.
     """
-    with torch.device("meta"):  # no drawing of weights that will be replaced
-        tokenizer = _empty_tokenizer(state, what)
-    official = to_alitok(tokenizer)
+    try:
+        with torch.device("meta"):  # no drawing of weights that will be replaced
+            module = _empty_tokenizer(state) if CODES in state else _empty_generator(state)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{what} has neither the names of AliTok's tokenizer nor of its generators (it lacks {error})"
+        ) from error
+    expected = to_alitok(module)
     if USAGE not in state:  # written only where codes were clustered
-        del official[USAGE]
-    check_fits(official, state, what, "Give AliTok's own file of tokenizer weights")
-    tokenizer.to_empty(device="cpu")
-    ours = {
-        key: state[official_name(key)].reshape(value.shape)
-        for key, value in tokenizer.state_dict().items()
-        if official_name(key) in state
-    }
-    ours["encoder.queries"] = state[QUERIES] + state[POSITIONS]
-    ours.setdefault("quantizer.usage", torch.zeros(len(state[CODES])))
-    constants = {
-        "latent_mean": torch.zeros_like(tokenizer.latent_mean),
-        "latent_std": torch.ones_like(tokenizer.latent_std),
-    }
-    tokenizer.load_state_dict(ours | constants)
-    tokenizer.quantizer.reset_counts()
-    return tokenizer.eval()
+        expected.pop(USAGE, None)
+    check_fits(expected, state, what, "Give AliTok's own file")
+    module.to_empty(device="cpu")
+    if isinstance(module, AutoregressiveTransformer):
+        copy_official_(module, state, GENERATOR_NAMES)
+        module.rotary = class_first_rotary(GRID, NUM_PREFIX, module.width // module.num_heads)  # in no file
+        return module.eval()
+    scale = {"latent_mean": torch.zeros(module.adapter.latent_dim), "latent_std": torch.ones(module.adapter.latent_dim)}
+    usage = {USAGE: torch.zeros(len(state[CODES]))}
+    copy_official_(module, scale | usage | state | {POSITIONS: state[QUERIES] + state[POSITIONS]}, TOKENIZER_NAMES)
+    module.quantizer.reset_counts()
+    return module.eval()
 
 
-def to_alitok(tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Return a tokenizer's state dict under AliTok's names and in its shapes.
+def to_alitok(module: Tokenizer | AutoregressiveTransformer) -> dict[str, Tensor]:
+    """Return the state dict of a tokenizer or of a generator's network under AliTok's names and in its shapes.
 
     Raises:
         UserError: The tokenizer is not made of AliTok's parts.
     """
-    parts = {"encoder": QueryEncoder, "adapter": LinearAdapter, "quantizer": VectorQuantizer, "decoder": TokenDecoder}
-    for key, kind in parts.items():
-        if not isinstance(getattr(tokenizer, key), kind):
-            raise UserError(f"{key} {type(getattr(tokenizer, key)).__name__} is not AliTok's, which is {kind.__name__}")
-    state = {official_name(key): value for key, value in tokenizer.state_dict().items() if key not in OURS_ALONE}
+    if isinstance(module, AutoregressiveTransformer):
+        return to_official(module.state_dict(), GENERATOR_NAMES)
+    for key, kind in PARTS.items():
+        part = getattr(module, key)
+        check(isinstance(part, kind), f"{key} {type(part).__name__} is not AliTok's, which is {kind.__name__}")
+    state = to_official(module.state_dict(), TOKENIZER_NAMES)
+    del state["latent_mean"], state["latent_std"]  # 0 and 1 for tokens
     state[QUERIES] = torch.zeros_like(state[POSITIONS])
-    for head in ("decoder.ffn.0.weight", "decoder.ffn_aux.0.weight"):
-        if head in state:
-            state[head] = state[head][:, :, None, None]  # a 1x1 convolution there
-    return state
+    return {key: value[:, :, None, None] if key in (HEAD, PREFIX_HEAD) else value for key, value in state.items()}
 
 
-def official_name(key: str) -> str:
-    """Return AliTok's name of one of our parameters."""
-    for ours, theirs in OFFICIAL_NAMES.items():
-        key = key.replace(ours, theirs)
-    return key
-
-
-def _empty_tokenizer(state: dict[str, Tensor], what: str) -> Tokenizer:
+def _empty_tokenizer(state: dict[str, Tensor]) -> Tokenizer:
     """Build a tokenizer of the sizes found in an official state dict."""
-    try:
-        width, _, patch_size, _ = state["encoder.patch_embed.weight"].shape
-        num_patches, num_queries = len(state["encoder.positional_embedding"]), len(state[QUERIES])
-        decoder_width, latent_dim = state["decoder.decoder_embed.weight"].shape
-        num_buffer, num_codes = len(state["decoder.class_embedding"]), len(state[CODES])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{what} is no tokenizer of AliTok: it lacks {error}") from error
-    first_stage = "decoder.ffn_aux.0.weight" in state
+    width, _, patch_size, _ = state["encoder.patch_embed.weight"].shape
+    num_patches, num_queries = len(state["encoder.positional_embedding"]), len(state[QUERIES])
+    decoder_width, latent_dim = state["decoder.decoder_embed.weight"].shape
+    num_buffer, num_codes, first_stage = len(state["decoder.class_embedding"]), len(state[CODES]), PREFIX_HEAD in state
+    depth, decoder_depth = (
+        sum(key.startswith(f"{part}.transformer.") and key.endswith(".ln_1.weight") for key in state)
+        for part in ("encoder", "decoder")
+    )
     image_size, num_prefix = math.isqrt(num_patches) * patch_size, num_queries - num_patches
-    encoder = QueryEncoder(image_size, patch_size, width, _depth(state, "encoder"), width // HEAD_DIM, num_prefix)
     decoder = TokenDecoder(
         latent_dim,
         image_size,
         patch_size,
         decoder_width,
-        _depth(state, "decoder"),
+        decoder_depth,
         decoder_width // HEAD_DIM,
         num_prefix,
         num_buffer,
         causal=first_stage,
         prefix_head=first_stage,
     )
+    encoder = QueryEncoder(image_size, patch_size, width, depth, width // HEAD_DIM, num_prefix)
     quantizer = VectorQuantizer(num_codes, latent_dim, update="clustering" if first_stage else "gradient")
     return Tokenizer(encoder, LinearAdapter(width, latent_dim), decoder, quantizer)
 
 
-def _depth(state: dict[str, Tensor], part: str) -> int:
-    """Return the number of blocks of a part."""
-    return sum(key.startswith(f"{part}.transformer.") and key.endswith(".ln_1.weight") for key in state)
-
-
-def weights_in(content: Any) -> dict[str, Tensor]:
-    """Return the state dict in a file: ``ema``, ``model``, ``state_dict``, or the file itself; without ``module.``."""
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict):
-        return {}
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+def _empty_generator(state: dict[str, Tensor]) -> AutoregressiveTransformer:
+    """Build a generator's network of the sizes found in an official state dict."""
+    num_rows, width = state["embeddings.weight"].shape
+    codebook_size, hidden = len(state["output.bias"]), len(state["blocks.0.mlp.w1.weight"])
+    num_heads = width // len(state["blocks.0.attn.q_norm.weight"])
+    depth = sum(key.endswith(".norm1.weight") for key in state)
+    num_classes = num_rows - codebook_size - 2  # one row is unused, one the null class
+    return AutoregressiveTransformer(
+        codebook_size, GRID, NUM_PREFIX, num_classes, width, depth, num_heads, hidden=hidden
+    )

@@ -1,22 +1,30 @@
-"""Reading and writing checkpoints: no file is executed, nothing half-written replaces a good file."""
+"""Reading checkpoints, and rebuilding what is in them: no code in a file is run.
+
+An exported checkpoint is one without a run: weights and recipe in a safetensors file, read wherever a checkpoint is.
+Its tensors have the names of a run's ``state_dict``; its header says which stage they are of and how its parts are
+built.
+"""
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.networks.dit import DiT
 from aligntok.networks.lora import merge_lora
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.weights.exported import SUFFIX, read_exported
+from aligntok.weights.migration import STAGE_KEY, migrate
 
-STAGE_KEY = "aligntok_stage"
+SUFFIX, HEADER, FORMAT = ".safetensors", "aligntok", 1  # of exported checkpoints
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -24,7 +32,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", ema: float | No
     """Load a training checkpoint, or an exported one (``.safetensors``), with tensors and plain values only.
 
     Args:
-        path: The file.
+        path: The file; one of an earlier version is returned as today's would be.
         map_location: Where the tensors go.
         ema: Which weights become ``state_dict``: the average of this decay, or 0 for the raw weights. By default the
             average of the run's first decay, or the raw weights of a run without one.
@@ -32,13 +40,11 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", ema: float | No
     Raises:
         UserError: There is no such file, it is no checkpoint, it holds pickled code, or no average of this decay.
     """
-    if Path(path).suffix == SUFFIX:
-        state, stage, parts = read_exported(Path(path), map_location)
-        checkpoint: Any = {"state_dict": state, STAGE_KEY: stage, "hyper_parameters": parts}
-    else:
-        checkpoint = read_file(path, map_location)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is no training checkpoint: it has no state_dict")
+    exported = Path(path).suffix == SUFFIX
+    checkpoint = read_exported(Path(path), map_location) if exported else read_file(path, map_location)
+    known = isinstance(checkpoint, dict) and "state_dict" in checkpoint
+    check(known, f"{path} is no training checkpoint: it has no state_dict")
+    migrate(checkpoint)
     return checkpoint if ema is None else checkpoint | {"state_dict": average_of(checkpoint, ema, path)}
 
 
@@ -54,9 +60,8 @@ def average_of(checkpoint: dict[str, Any], ema: float, path: str | Path) -> dict
     decays = checkpoint.get("averaging_state", {}).get("decays", [])  # Lightning's own averaging does not tell them
     if ema == 0:
         return state | raw
-    if ema not in decays:
-        held = ", ".join(str(decay) for decay in decays) or "no average whose decay it names"
-        raise UserError(f"{path} has no average of decay {ema}; it has {held}; 0 means the raw weights")
+    held = ", ".join(str(decay) for decay in decays) or "no average whose decay it names"
+    check(ema in decays, f"{path} has no average of decay {ema}; it has {held}; 0 means the raw weights")
     return state | others.get(str(ema), {})
 
 
@@ -73,12 +78,9 @@ def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
         UserError: There is no such file, torch cannot read it, or it holds pickled code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"there is no checkpoint {path}" + (": it is a folder, name the file in it" if path.is_dir() else "")
-        )
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
+    check(not path.is_dir(), f"there is no checkpoint {path}: it is a folder, name the file in it")
+    check(path.is_file(), f"there is no checkpoint {path}")
+    check(zipfile.is_zipfile(path), f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -92,14 +94,41 @@ def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
         ) from error
 
 
+def read_exported(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Return what a run's checkpoint would hold: state dict, name of the stage, recipes of the stage's parts.
+
+    Raises:
+        UserError: There is no such file, it is broken, or none of ours.
+    """
+    try:
+        with safe_open(path, "pt", device=str(map_location)) as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no safetensors file, or only a part of one ({error})") from error
+    ours = isinstance(header, dict) and header.get("format") == FORMAT
+    check(ours, f"{path} holds weights, but no recipe: give a checkpoint of a run, or what `aligntok import` wrote")
+    return {"state_dict": state, STAGE_KEY: header["stage"], "hyper_parameters": header["parts"]}
+
+
+def write_exported(path: Path, state: dict[str, Tensor], stage: str, parts: dict[str, Any]) -> None:
+    """Write such a file.
+
+    Args:
+        path: Ends in ``.safetensors``.
+        state: Names as in a run's ``state_dict``.
+        stage: Name of its class.
+        parts: Class path and arguments of each part, as in YAML.
+    """
+    header = {"format": FORMAT, "stage": stage, "parts": parts}
+    save_file({key: value.contiguous() for key, value in state.items()}, path, {HEADER: json.dumps(header)})
+
+
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the entries under ``prefix.`` without it."""
     return {key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")}
-
-
-def tokenizer_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tokenizer's weights in a checkpoint (the EMA, where the run kept one), LoRA updates merged."""
-    return merge_lora(part_of(checkpoint["state_dict"], "tokenizer"))
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -133,8 +162,11 @@ def load_tokenizer(path: str | Path, ema: float | None = None) -> Tokenizer:
 
     Needs neither the YAML of the run nor the encoder's own file, and runs no Lightning.
 
+    >>> tokenizer = load_tokenizer("runs/stage3/checkpoints/last.ckpt")  # doctest: +SKIP
+    >>> tokenizer.decode(tokenizer.encode(image))  # doctest: +SKIP
+
     Args:
-        path: A checkpoint that ``aligntok fit`` wrote.
+        path: A checkpoint that ``aligntok fit`` wrote; of a generator's, the tokenizer that it was trained on.
         ema: Decay of the average to take, 0 for the raw weights; by default the first average.
 
     Raises:
@@ -144,30 +176,27 @@ def load_tokenizer(path: str | Path, ema: float | None = None) -> Tokenizer:
     recipe = recipe_of(checkpoint, "tokenizer", path)
     if "encoder" not in recipe["init_args"]:  # a generator's checkpoint: it names the tokenizer's
         return build(recipe, Tokenizer)
-    tokenizer = build(without_encoder_weights(recipe), Tokenizer)
-    load_strictly(tokenizer, tokenizer_state(checkpoint), str(path))
-    return tokenizer.eval()
+    return _rebuilt(checkpoint, "tokenizer", Tokenizer, path)
 
 
 def load_network(path: str | Path, ema: float | None = None) -> DiT:
-    """Rebuild the network of a generator's checkpoint, with its EMA weights where the run kept an EMA, in eval mode.
+    """Rebuild the network of a generator's checkpoint; arguments and errors are those of ``load_tokenizer``.
 
-    Args:
-        path: A checkpoint that ``aligntok fit`` wrote.
-        ema: Decay of the average to take, 0 for the raw weights; by default the first average.
-
-    Raises:
-        UserError: The file is no such checkpoint, or has no such average.
+    >>> guide = load_network("runs/dit_s/checkpoints/last.ckpt")  # doctest: +SKIP
     """
-    checkpoint = read_checkpoint(path, ema=ema)
-    network = build(recipe_of(checkpoint, "network", path), DiT)
-    load_strictly(network, part_of(checkpoint["state_dict"], "network"), str(path))
-    return network.eval()
+    return _rebuilt(read_checkpoint(path, ema=ema), "network", DiT, path)
+
+
+def _rebuilt(checkpoint: dict[str, Any], part: str, kind: type[Module], path: str | Path) -> Module:
+    """Return a part of a checkpoint's stage with its weights, LoRA updates merged, in eval mode."""
+    module = build(without_encoder_weights(recipe_of(checkpoint, part, path)), kind)
+    load_strictly(module, merge_lora(part_of(checkpoint["state_dict"], part)), str(path))
+    return module.eval()
 
 
 def recipe_of(checkpoint: dict[str, Any], part: str, path: str | Path) -> dict[str, Any]:
     """Return the class path and arguments that a part of the checkpoint's stage was built with."""
-    recipe = checkpoint.get("hyper_parameters", {}).get(part)
+    recipe: dict[str, Any] | None = checkpoint.get("hyper_parameters", {}).get(part)
     if not isinstance(recipe, dict):
         raise UserError(
             f"{path} holds no recipe of the {part} (stage {checkpoint.get(STAGE_KEY)}): give a checkpoint of a run with"
@@ -177,7 +206,7 @@ def recipe_of(checkpoint: dict[str, Any], part: str, path: str | Path) -> dict[s
 
 
 def without_encoder_weights(recipe: Any) -> Any:
-    """Return the recipe of a tokenizer whose encoder does not load its own weights, because others will come."""
+    """Return a recipe whose encoder does not load its own weights, because others will come."""
     if not isinstance(recipe, dict):
         return recipe
     plain = {key: without_encoder_weights(value) for key, value in recipe.items()}
@@ -187,19 +216,14 @@ def without_encoder_weights(recipe: Any) -> Any:
 
 
 def build(recipe: dict[str, Any], kind: type[Module]) -> Module:
-    """Build a module from its class paths; only subclasses of the annotated types are accepted."""
+    """Build a module from its class paths; only subclasses of the annotated types are accepted.
+
+    >>> adapter = {"class_path": "aligntok.networks.LinearAdapter", "init_args": {"width": 8, "latent_dim": 4}}
+    >>> build(adapter, nn.Module)(torch.rand(1, 8, 2, 2)).shape
+    torch.Size([1, 4, 2, 2])
+    """
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("module", type=kind)
-    return cast(Module, parser.instantiate(parser.parse_object({"module": current_names(recipe)})).module)
-
-
-def current_names(recipe: Any) -> Any:
-    """Return a recipe with the arguments' names of today: older checkpoints say ``checkpoint_activations``."""
-    if isinstance(recipe, list):
-        return [current_names(value) for value in recipe]
-    if not isinstance(recipe, dict):
-        return recipe
-    names = {"checkpoint_activations": "gradient_checkpointing"}
-    return {names.get(key, key): current_names(value) for key, value in recipe.items()}
+    return cast(Module, parser.instantiate(parser.parse_object({"module": recipe})).module)

@@ -6,15 +6,15 @@ Yao et al., arXiv:2501.01423. Its training writes a file with ``model``, ``ema``
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.networks.dit import DiT
-from aligntok.weights.checkpoint import check_fits, read_file
+from aligntok.weights.checkpoint import check_fits
+from aligntok.weights.official import copy_official_, read_official, to_official
 
-OFFICIAL_NAMES = {  # ours to theirs, applied one after the other
+OFFICIAL_NAMES = {  # ours to theirs, see ``official_names``
     "embed_latent.": "x_embedder.proj.",
     "embed_time.proj_in.": "t_embedder.mlp.0.",
     "embed_time.proj_out.": "t_embedder.mlp.2.",
@@ -39,27 +39,28 @@ def load_lightningdit(path: str | Path, network: DiT) -> None:
 
     Of LightningDiT's options ours are the released ones, SwiGLU, RoPE, RMSNorm and shift, with or without qk-norm.
 
+    >>> import tempfile, torch
+    >>> network, path = DiT((4, 2, 2), 10, width=8, depth=1, num_heads=1), tempfile.mkdtemp() + "/dit.pt"
+    >>> torch.save({"ema": to_lightningdit(network)}, path)
+    >>> load_lightningdit(path, network)
+
     Raises:
         UserError: There is no such file, it is no checkpoint of LightningDiT or holds pickled code, or it does not fit.
     """
-    network.load_state_dict(lightningdit_state(_weights(read_file(path)), network, str(path)))
+    from_lightningdit(read_official(path), network, str(path))
 
 
 def is_lightningdit(path: str | Path) -> bool:
-    """Whether a file is a checkpoint with LightningDiT's names.
-
-    Raises:
-        UserError: There is no such file, it is no checkpoint, or it holds pickled code.
-    """
-    return PATCHES in _weights(read_file(path))
+    """Whether a file, which must be a checkpoint, has LightningDiT's names."""
+    return PATCHES in read_official(path)
 
 
-def lightningdit_state(state: dict[str, Tensor], network: DiT, what: str = "the state dict") -> dict[str, Tensor]:
-    """Return LightningDiT's weights under our names.
+def from_lightningdit(state: dict[str, Tensor], network: DiT, what: str = "the state dict") -> None:
+    """Copy LightningDiT's weights into a network.
 
     Args:
         state: The official state dict, its constant tables included.
-        network: The network they are for.
+        network: Of the same sizes.
         what: The file, for the message.
 
     Raises:
@@ -70,9 +71,10 @@ def lightningdit_state(state: dict[str, Tensor], network: DiT, what: str = "the 
     check_fits(official, state, what, remedy)
     for key in TABLES:
         worst = (state[key].to(official[key]) - official[key]).abs().max().item()
-        if not worst < TABLE_TOLERANCE:
-            raise UserError(f"{what} has another {key} than this network (they differ by up to {worst:.2g}). {remedy}")
-    return {key: state[official_name(key)].reshape(value.shape) for key, value in network.state_dict().items()}
+        check(
+            worst < TABLE_TOLERANCE, f"{what} has another {key} than this network (off by up to {worst:.2g}). {remedy}"
+        )
+    copy_official_(network, state, OFFICIAL_NAMES)
 
 
 def to_lightningdit(network: DiT) -> dict[str, Tensor]:
@@ -81,28 +83,8 @@ def to_lightningdit(network: DiT) -> dict[str, Tensor]:
     Raises:
         UserError: The network has a wide head, which LightningDiT has not.
     """
-    if network.wide_head is not None:
-        raise UserError("a network with wide_head cannot be one of LightningDiT's: set wide_head null")
-    state = {official_name(key): value for key, value in network.state_dict().items()}
-    patch = (network.latent_shape[0], network.patch_size, network.patch_size)
-    state[PATCHES] = state[PATCHES].unflatten(1, patch)
+    check(network.wide_head is None, "a network with wide_head cannot be one of LightningDiT's: set wide_head null")
+    state = to_official(network.state_dict(), OFFICIAL_NAMES)
+    state[PATCHES] = state[PATCHES].reshape(-1, network.latent_shape[0], network.patch_size, network.patch_size)
     cos, sin = network.rotary.repeat_interleave(2, dim=1).unbind(-1)  # theirs has one entry per channel of a pair
     return {**state, **dict(zip(TABLES, (network.positions[None], cos, sin), strict=True))}
-
-
-def official_name(key: str) -> str:
-    """Return LightningDiT's name of one of our parameters."""
-    for ours, theirs in OFFICIAL_NAMES.items():
-        key = key.replace(ours, theirs)
-    return key
-
-
-def _weights(content: Any) -> dict[str, Tensor]:
-    """Return the state dict in a file: ``ema``, ``model``, or the file itself; without DDP's ``module.``."""
-    for key in ("ema", "model"):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-            break
-    if not isinstance(content, dict):
-        return {}
-    return {str(key).removeprefix("module."): value for key, value in content.items()}

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.conv import ConvDecoder, ConvEncoder
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.weights.checkpoint import load_strictly, read_file
+from aligntok.weights.official import read_official
 
 LATENT_DIM, WIDTH, MULTIPLIERS = 32, 128, (1, 1, 2, 2, 4)  # f16d32
-IN_TRAINING = ("loss.", "linear_proj.", "foundation_model.")  # parts that the tokenizer does not need
+TRAINING_PARTS = ("loss", "linear_proj", "foundation_model")  # which the tokenizer does not need
 
 
 def load_vavae(path: str | Path, statistics: str | Path | None = None, image_size: int = 256) -> Tokenizer:
@@ -35,17 +35,15 @@ def load_vavae(path: str | Path, statistics: str | Path | None = None, image_siz
     Raises:
         UserError: A file is missing, holds pickled code, or something else than VA-VAE f16d32.
     """
-    content = read_file(path)
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
     encoder = ConvEncoder(LATENT_DIM, WIDTH, MULTIPLIERS, num_blocks=2, image_size=image_size)
     decoder = ConvDecoder(LATENT_DIM, WIDTH, MULTIPLIERS, num_blocks=3)
     tokenizer = Tokenizer(encoder, GaussianAdapter(2 * LATENT_DIM, LATENT_DIM), decoder)
     buffers = {"latent_mean": tokenizer.latent_mean, "latent_std": tokenizer.latent_std}
-    load_strictly(tokenizer, vavae_state(state) | buffers, str(path))
+    load_strictly(tokenizer, vavae_state(read_official(path)) | buffers, str(path))
     if statistics is not None:
         moments = read_file(statistics)
-        if not isinstance(moments, dict) or not {"mean", "std"} <= moments.keys():
-            raise UserError(f"{statistics} is no latents_stats.pt: it lacks mean or std")
+        complete = isinstance(moments, dict) and {"mean", "std"} <= moments.keys()
+        check(complete, f"{statistics} is no latents_stats.pt: it lacks mean or std")
         tokenizer.set_latent_statistics(moments["mean"].float().flatten(), moments["std"].float().flatten())
     return tokenizer.eval()
 
@@ -54,13 +52,11 @@ def vavae_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return VA-VAE's weights under our names."""
     result = {}
     for key, value in state.items():
-        if key.startswith(IN_TRAINING):
-            continue
-        if key.startswith("quant_conv."):  # one convolution there, one for the mean and one for the log-variance here
-            name = key.removeprefix("quant_conv.")
-            result[f"adapter.project.{name}"], result[f"adapter.project_log_variance.{name}"] = torch.chunk(value, 2)
-        elif key.startswith("post_quant_conv."):
+        part, _, name = key.partition(".")
+        if part == "quant_conv":  # one convolution there, one for the mean and one for the log-variance here
+            result[f"adapter.project.{name}"], result[f"adapter.project_log_variance.{name}"] = value.chunk(2)
+        elif part == "post_quant_conv":
             result[f"decoder.{key}"] = value
-        else:
+        elif part not in TRAINING_PARTS:
             result[key] = value
     return result

@@ -7,7 +7,8 @@ from aligntok.callbacks import EMA, SaveCheckpoint
 from aligntok.layers import read_configs
 from aligntok.stages import CausalTokenization, LatentAlignment
 from aligntok.stages.optimization import parameters_by_group
-from aligntok.weights import alitok, alitok_generator
+from aligntok.weights import alitok
+from aligntok.weights.official import official_names
 
 OFFICIAL = ("ln", "bias", "norm", "embed", "latent_tokens")  # AliTok, utils/train_utils.py
 
@@ -31,12 +32,12 @@ def test_what_does_not_decay_is_what_alitoks_code_exempts(tiny, kind):
         stage = tiny.stage(
             CausalTokenization, tokenizer=tiny.causal(), auxiliary="mse", optimizer=adamw, no_decay=no_decay
         )
-        names = {key: alitok.official_name(key) for key, _ in stage.tokenizer.named_parameters()}
+        names = {key: official_names(key, alitok.TOKENIZER_NAMES)[0] for key, _ in stage.tokenizer.named_parameters()}
         parameters = dict(stage.tokenizer.named_parameters())
     else:
         stage = tiny.autoregressive(optimizer=adamw, no_decay=words("stage/autoregressive.yaml"))
         parameters = dict(stage.network.named_parameters())
-        names = {key: alitok_generator.official_names(key)[0] for key in parameters}
+        names = {key: official_names(key, alitok.GENERATOR_NAMES)[0] for key in parameters}
     decay = decaying(stage.configure_optimizers()["optimizer"])
     for name, parameter in parameters.items():
         exempt = parameter.ndim < 2 or any(word in names[name] for word in OFFICIAL)

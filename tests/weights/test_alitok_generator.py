@@ -11,13 +11,8 @@ import torch.nn.functional as F
 from aligntok.decoding import TokenSampler
 from aligntok.errors import UserError
 from aligntok.networks import AutoregressiveTransformer
-from aligntok.weights.alitok_generator import (
-    is_alitok_generator,
-    load_alitok_generator,
-    network_from_alitok,
-    official_names,
-    to_alitok,
-)
+from aligntok.weights.alitok import GENERATOR_NAMES, from_alitok, load_alitok, to_alitok
+from aligntok.weights.official import official_names
 
 # Outputs of the official code at commit 093e957, of the weights that `draw` gives. Of each logits array every 791st
 # number, of the guided ones of the first sample; of `logits_rows` every 64th.
@@ -42,7 +37,7 @@ def draw(network):
 def b():
     with torch.device("meta"):
         network = AutoregressiveTransformer(4096, (16, 16), 17, 1000, width=768, depth=24, num_heads=16)
-    return network_from_alitok(draw(network))
+    return from_alitok(draw(network))
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +128,7 @@ def test_round_trip_through_a_file(form, tmp_path):
         "ddp": {f"module.{key}": value for key, value in state.items()},
     }[form]
     torch.save(content, path)
-    assert is_alitok_generator(path)
-    ours = load_alitok_generator(path)
+    ours = load_alitok(path)
     assert not ours.training
     for key, value in network.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value), key
@@ -153,14 +147,17 @@ def test_names_and_shapes():
     expected |= {"embeddings.weight": (5098, 1280), "norm.weight": (1280,)}
     expected |= {"output.weight": (4096, 1280), "output.bias": (4096,)}
     assert {key: tuple(value.shape) for key, value in state.items()} == expected
-    assert official_names("blocks.3.mlp.proj_in.weight") == ["blocks.3.mlp.w1.weight", "blocks.3.mlp.w3.weight"]
+    assert official_names("blocks.3.mlp.proj_in.weight", GENERATOR_NAMES) == [
+        "blocks.3.mlp.w1.weight",
+        "blocks.3.mlp.w3.weight",
+    ]
 
 
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
         ("blocks.1.attn.qkv.bias", None, r"blocks\.1\.attn\.qkv\.bias is missing there"),
-        ("embeddings.weight", None, "no generator of AliTok: it lacks 'embeddings.weight'"),
+        ("embeddings.weight", None, "nor of its generators.*lacks 'embeddings.weight'"),
         ("blocks.0.mlp.w4.weight", lambda x: torch.zeros(1), r"w4\.weight is unknown here"),
         ("blocks.1.mlp.w3.weight", lambda x: x[:40], r"w3\.weight is \(40, 32\) there and \(48, 32\) here"),
     ],
@@ -171,12 +168,13 @@ def test_refuses_what_does_not_fit(key, change, message):
     if change is not None:
         state[key] = change(value)
     with pytest.raises(UserError, match=message):
-        network_from_alitok(state)
+        from_alitok(state)
 
 
 def test_refuses_code_and_tells_its_files_from_others(tmp_path):
     torch.save({"model": to_alitok(small()), "config": Namespace(lr=1)}, tmp_path / "ar.bin")
     with pytest.raises(UserError, match="refused"):
-        load_alitok_generator(tmp_path / "ar.bin")
+        load_alitok(tmp_path / "ar.bin")
     torch.save(small().state_dict(), tmp_path / "ours.ckpt")
-    assert not is_alitok_generator(tmp_path / "ours.ckpt")
+    with pytest.raises(UserError, match="nor of its generators"):
+        load_alitok(tmp_path / "ours.ckpt")

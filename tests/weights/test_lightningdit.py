@@ -11,13 +11,14 @@ from aligntok.errors import UserError
 from aligntok.flow import Euler, Guidance
 from aligntok.networks import DiT, WideHead
 from aligntok.weights.lightningdit import (
+    OFFICIAL_NAMES,
     TABLES,
+    from_lightningdit,
     is_lightningdit,
-    lightningdit_state,
     load_lightningdit,
-    official_name,
     to_lightningdit,
 )
+from aligntok.weights.official import official_names
 
 # Outputs of the official code at commit 2725fed, of the weights that `draw` gives. Of guided and sampled batches only
 # the first half, the guided one (of the sampled one the first); of the rotary tables the tokens 1, 16 and 255.
@@ -42,7 +43,7 @@ def draw(network):
 @pytest.fixture(scope="module")
 def b1():
     network = DiT((32, 16, 16), 1000, width=768, depth=12, num_heads=12)
-    network.load_state_dict(lightningdit_state(draw(network), network))
+    from_lightningdit(draw(network), network)
     return network.eval()
 
 
@@ -123,7 +124,7 @@ def test_round_trip_through_a_file(form, changes, tmp_path):
     load_lightningdit(path, ours)
     for key, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value), key
-        assert key == "embed_latent.weight" or state[official_name(key)].shape == value.shape
+        assert key == "embed_latent.weight" or state[official_names(key, OFFICIAL_NAMES)[0]].shape == value.shape
 
 
 def test_patch_order_is_that_of_a_convolution():
@@ -163,7 +164,7 @@ def damaged(**changes):
 )
 def test_refuses_what_does_not_fit(changes, message):
     with pytest.raises(UserError, match=message):
-        lightningdit_state(damaged(**changes), small())
+        from_lightningdit(damaged(**changes), small())
 
 
 def test_refuses_code(tmp_path):
