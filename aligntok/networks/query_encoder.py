@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
-from aligntok.networks.encoders import VisionEncoder, grid_of, pair
+from aligntok.errors import UserError, check
+from aligntok.networks.encoders import VisionEncoder, check_size, grid_of, pair
 from aligntok.networks.transformer import Transformer, init_weights, learned
 
 
@@ -25,9 +25,7 @@ class QueryEncoder(nn.Module):
     Args:
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side of a patch in pixels, the downsampling factor.
-        width: Channels of a token, a multiple of `num_heads`.
-        depth: Number of blocks.
-        num_heads: Attention heads.
+        width, depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
         num_prefix: Queries before those of the grid, at least 0.
         causal: The ablation: patches in raster order see earlier ones only, a query sees earlier queries and the
             patches up to its own. Those of the prefix stand for the first row: the last of them owns its last patch.
@@ -35,8 +33,6 @@ class QueryEncoder(nn.Module):
             where separate queries need thousands (ours; off in AliTok).
         backbone: A vision encoder whose features take the place of the embedded patches, so that the tokens are
             semantic as well.
-        mlp_ratio: Hidden width of the MLP in units of `width`.
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -59,10 +55,8 @@ class QueryEncoder(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if num_prefix < 0:
-            raise UserError(f"num_prefix={num_prefix}: give at least 0")
-        if causal and backbone is not None:
-            raise UserError("causal: a backbone sees the whole image at once, set backbone null")
+        check(num_prefix >= 0, f"num_prefix={num_prefix}: give at least 0")
+        check(not causal or backbone is None, "causal: a backbone sees the whole image at once, set backbone null")
         h, w = grid_of(image_size, patch_size)
         self.width, self.image_size, self.downsampling = width, pair(image_size), patch_size
         self.num_prefix, self.grid = num_prefix, (1, num_prefix + h * w)
@@ -71,8 +65,8 @@ class QueryEncoder(nn.Module):
             self.embed = nn.Conv2d(3, width, patch_size, patch_size)
         elif backbone.grid != (h, w) or backbone.image_size != self.image_size:
             raise UserError(
-                f"backbone takes images of {backbone.image_size} to a grid of {backbone.grid}, the encoder"
-                f" images of {self.image_size} to {(h, w)}: give both one image_size, and patch_size as downsampling"
+                f"backbone takes images of {backbone.image_size} to a grid of {backbone.grid}, the encoder images of"
+                f" {self.image_size} to {(h, w)}: give both one image_size, and patch_size as downsampling"
             )
         else:
             self.embed = nn.Conv2d(backbone.width, width, 1)
@@ -90,12 +84,7 @@ class QueryEncoder(nn.Module):
         Raises:
             UserError: The image has another size than the encoder was built for.
         """
-        if image.shape[-2:] != self.image_size:
-            got = tuple(image.shape[-2:])
-            raise UserError(
-                f"the encoder was built for images of {self.image_size} pixels but got {got}:"
-                " set the same image_size for data and encoder"
-            )
+        check_size(image, self.image_size)
         seen = image if self.backbone is None else self.backbone(image)
         patches = self.embed(seen).flatten(2).transpose(1, 2)  # (B, h * w, width)
         queries = self.queries.expand(len(image), -1, -1)  # (B, N, width)

@@ -6,11 +6,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.networks.encoders import grid_of
 from aligntok.networks.transformer import Transformer, init_weights, learned
 
-PIXEL = 3  # colours
 STAGES_OWN = ("buffer_tokens", "positions", "prefix_head.")  # need not be the same in the next stage
 
 
@@ -29,15 +28,11 @@ class TokenDecoder(nn.Module):
         latent_dim: Channels of the latent.
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side in pixels of the patch that a vector of the grid gives, the downsampling factor.
-        width: Channels of a token, a multiple of `num_heads`.
-        depth: Number of blocks.
-        num_heads: Attention heads.
+        width, depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
         num_prefix: Vectors before those of the grid, at least 0.
         num_buffer: Learned tokens in front, at least 0, or 1 (the start token) if `causal`.
         causal: Whether a token sees itself and earlier ones only.
         prefix_head: Whether the prefix gives patches too, through a head of its own (``with_prefix``).
-        mlp_ratio: Hidden width of the MLP in units of `width`.
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -59,10 +54,8 @@ class TokenDecoder(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if num_prefix < prefix_head:
-            raise UserError(f"num_prefix={num_prefix}: give at least 0, or 1 with prefix_head")
-        if num_buffer < causal:
-            raise UserError(f"num_buffer={num_buffer}: give at least 0, or 1 if causal")
+        check(num_prefix >= prefix_head, f"num_prefix={num_prefix}: give at least 0, or 1 with prefix_head")
+        check(num_buffer >= causal, f"num_buffer={num_buffer}: give at least 0, or 1 if causal")
         self.latent_dim, self.downsampling, self.causal = latent_dim, patch_size, causal
         self.grid, self.num_prefix = grid_of(image_size, patch_size), num_prefix
         self.sequence_length = num_prefix + self.grid[0] * self.grid[1]
@@ -76,43 +69,30 @@ class TokenDecoder(nn.Module):
         self.apply(init_weights)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the last linear layer, where the adaptive GAN weight compares gradient norms."""
-        weight = self.head.proj.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.head.proj.weight
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Decode.
+        """Return the image (B, 3, H, W) in (0, 1).
 
         Args:
             latent: (B, latent_dim, h, w) or (B, latent_dim, 1, N), read in raster order.
 
-        Returns:
-            Image (B, 3, H, W) in (0, 1).
-
         Raises:
             UserError: If `latent` has other channels or another length than the decoder was built for.
         """
-        image: Tensor = self.head(self._outputs(latent)[:, self.num_prefix :], *self.grid)
-        return image
+        return self.head(self._outputs(latent)[:, self.num_prefix :], *self.grid)  # type: ignore[no-any-return]
 
     def with_prefix(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode the prefix as well.
-
-        Args:
-            latent: As for ``forward``.
-
-        Returns:
-            The image, and the patches of the prefix side by side, (B, 3, patch_size, num_prefix * patch_size).
+        """Return the image, and the patches of the prefix side by side, (B, 3, patch_size, num_prefix * patch_size).
 
         Raises:
             UserError: As ``forward``, or the decoder has no prefix head.
         """
         if self.prefix_head is None:
             raise UserError("the loss of the prefix needs a head for it: set prefix_head=True")
-        outputs = self._outputs(latent)
-        prefix, patches = outputs[:, : self.num_prefix], outputs[:, self.num_prefix :]
+        prefix, patches = self._outputs(latent).tensor_split((self.num_prefix,), dim=1)
         return self.head(patches, *self.grid), self.prefix_head(prefix, 1, self.num_prefix)
 
     def carried_over(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,9 +100,6 @@ class TokenDecoder(nn.Module):
 
         Buffer tokens and positions of another count, and a prefix head that is missing there, keep this decoder's own
         values; those that this decoder lacks are dropped. Whatever else does not fit is left for a strict load to name.
-
-        Args:
-            state: State dict of a ``TokenDecoder``.
         """
         own = {key: value for key, value in self.state_dict().items() if key.startswith(STAGES_OWN)}
         fitting = {
@@ -145,27 +122,24 @@ class TokenDecoder(nn.Module):
         if self.buffer_tokens is not None:
             x = torch.cat((self.buffer_tokens.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
         x = self.transformer(x + self.positions, causal=self.causal)  # (B, num_buffer + N, width)
-        outputs: Tensor = self.norm_out(x[:, -self.sequence_length :])
-        return outputs
+        return self.norm_out(x[:, -self.sequence_length :])  # type: ignore[no-any-return]
 
 
 class PatchHead(nn.Module):
-    """A linear layer to the pixels of a patch, then a 1x1 convolution over RGB.
+    """A linear layer from a token to the pixels of its patch, then a 1x1 convolution over RGB and a sigmoid.
 
-    Args:
-        width: Channels of a token.
-        patch_size: Side of a patch in pixels.
+    >>> PatchHead(width=8, patch_size=4)(torch.randn(2, 6, 8), h=2, w=3).shape
+    torch.Size([2, 3, 8, 12])
     """
 
     def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(width, PIXEL * patch_size**2)
-        self.colour = nn.Conv2d(PIXEL, PIXEL, 1)
+        self.proj = nn.Linear(width, 3 * patch_size**2)
+        self.colour = nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         """Return the image (B, 3, h * patch_size, w * patch_size) in (0, 1) of tokens (B, h * w, width)."""
         p = self.patch_size
         pixels = rearrange(self.proj(x), "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
-        image: Tensor = self.colour(pixels).sigmoid()
-        return image
+        return self.colour(pixels).sigmoid()  # type: ignore[no-any-return]

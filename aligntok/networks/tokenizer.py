@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.files import hash_tensors
 from aligntok.networks.encoders import pair
 from aligntok.networks.quantizers import VectorQuantizer
@@ -61,6 +61,12 @@ class Tokenizer(nn.Module):
     tokenizer, 0 and 1 until they are measured, and nobody else scales. A discrete one: ``encode`` gives the tokens
     (B, N) of the codes nearest to the adapter's output, which is not scaled, and ``decode`` takes them.
 
+    >>> from aligntok.networks import LinearAdapter, QueryEncoder, TokenDecoder
+    >>> encoder = QueryEncoder(image_size=16, patch_size=8, width=8, depth=1, num_heads=2, num_prefix=1)
+    >>> decoder = TokenDecoder(4, image_size=16, patch_size=8, width=8, depth=1, num_heads=2, num_prefix=1)
+    >>> Tokenizer(encoder, LinearAdapter(8, 4), decoder, VectorQuantizer(512, 4)).encode(torch.rand(2, 3, 16, 16)).shape
+    torch.Size([2, 5])
+
     Args:
         encoder: Image (B, 3, H, W) in [0, 1] to features (B, width, h, w), or (B, width, 1, N) of a sequence; has
             ``width``, ``image_size`` and ``downsampling``, and ``grid``, (h, w), where that is not the image's.
@@ -85,34 +91,28 @@ class Tokenizer(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.adapter, self.decoder, self.quantizer = encoder, adapter, decoder, quantizer
-        for ours, theirs, part, key in (
-            (adapter, encoder, "encoder", "width"),
-            (adapter, decoder, "decoder", "latent_dim"),
-            (adapter, quantizer or adapter, "quantizer", "latent_dim"),
-        ):
-            if getattr(ours, key) != getattr(theirs, key):
-                raise UserError(f"adapter.{key} {getattr(ours, key)} differs from {part}.{key} {getattr(theirs, key)}")
-        if encoder.downsampling != decoder.downsampling:
-            raise UserError(
-                f"encoder.downsampling {encoder.downsampling} differs from decoder.downsampling {decoder.downsampling}:"
-                " change the number of decoder levels (2 per level) or the encoder's downsampling"
-            )
-        latent_dim = int(self.adapter.latent_dim)
-        self.register_buffer("latent_mean", torch.zeros(latent_dim, 1, 1))
-        self.register_buffer("latent_std", torch.ones(latent_dim, 1, 1))
+        pairs = [
+            ("adapter", "encoder", "width"),
+            ("adapter", "decoder", "latent_dim"),
+            ("encoder", "decoder", "downsampling"),
+            ("adapter", "adapter" if quantizer is None else "quantizer", "latent_dim"),
+        ]
+        for part, other, key in pairs:
+            ours, theirs = getattr(getattr(self, part), key), getattr(getattr(self, other), key)
+            check(ours == theirs, f"{part}.{key} {ours} differs from {other}.{key} {theirs}: give both the same")
+        self.register_buffer("latent_mean", torch.zeros(int(self.adapter.latent_dim), 1, 1))
+        self.register_buffer("latent_std", torch.ones(int(self.adapter.latent_dim), 1, 1))
         given = self.spec.sequence_length
-        if getattr(decoder, "sequence_length", given) != given:
-            raise UserError(
-                f"the encoder gives {given} vectors, the decoder takes {decoder.sequence_length}: give both the same"
-                " image_size and num_prefix"
-            )
+        taken = getattr(decoder, "sequence_length", given)
+        remedy = "give both the same image_size and num_prefix"
+        check(given == taken, f"the encoder gives {given} vectors, the decoder takes {taken}: {remedy}")
 
     @property
     def spec(self) -> TokenizerSpec:
         """What generators, caches and callbacks need to know."""
         size, factor = pair(self.encoder.image_size), int(self.encoder.downsampling)
         h, w = getattr(self.encoder, "grid", (size[0] // factor, size[1] // factor))
-        shape = (int(self.latent_mean.shape[0]), h, w)
+        shape = (len(self.latent_mean), h, w)
         if self.quantizer is None:
             return TokenizerSpec("continuous", shape, size, factor)
         return TokenizerSpec("discrete", shape, size, factor, int(self.quantizer.codebook_size))
@@ -158,22 +158,16 @@ class Tokenizer(nn.Module):
         Raises:
             UserError: A channel that does not vary, which no generator could use.
         """
-        usable = (std > 0) & std.isfinite() & mean.isfinite()
-        if not bool(usable.all()):
-            dead = (~usable).nonzero().flatten().tolist()
-            raise UserError(
-                f"latent channels {dead} are constant over the measured images, or not finite: the adapter collapsed"
-            )
+        dead = (~((std > 0) & std.isfinite() & mean.isfinite())).nonzero().flatten().tolist()
+        what = "constant over the measured images, or not finite: the adapter collapsed"
+        check(not dead, f"latent channels {dead} are {what}")
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
 
     def fingerprint(self) -> str:
         """Return a hash of all weights and buffers that shape the latent: equal hash, equal latents."""
-        latent_parts = {"encoder": self.encoder, "adapter": self.adapter}
-        tensors = {
-            f"{part}.{key}": value for part, net in latent_parts.items() for key, value in net.state_dict().items()
-        }
-        tensors |= {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
+        shaping = ("encoder.", "adapter.", "latent_mean", "latent_std")
+        tensors = {key: value for key, value in self.state_dict().items() if key.startswith(shaping)}
         if self.quantizer is not None:
             tensors["codebook"] = self.quantizer.codebook
         return hash_tensors(tensors, repr(self.spec))

@@ -9,11 +9,11 @@ from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import UserError, check, check_positive
+from aligntok.networks.encoders import grid_of
 from aligntok.networks.layers import run_blocks
 from aligntok.networks.positions import sincos_positions
-
-INIT_STD = 0.02  # ViT-MAE's initializer_range
+from aligntok.networks.transformer import init_weights
 
 
 class TransformerDecoder(nn.Module):
@@ -31,16 +31,10 @@ class TransformerDecoder(nn.Module):
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side in pixels of the patch that one latent position gives, the downsampling factor.
         width: Channels of a token, a multiple of 4 (the position table) and of `num_heads`.
-        depth: Number of blocks.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the MLP in units of `width` (4 in arXiv:2111.06377).
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
 
     Raises:
         UserError: If an argument does not fit the others.
-
-    Reference:
-        Zheng et al., arXiv:2510.11690.
     """
 
     positions: Tensor
@@ -57,61 +51,40 @@ class TransformerDecoder(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(latent_dim=latent_dim, patch_size=patch_size, depth=depth, num_heads=num_heads)
-        if width < 1 or width % 4 or width % num_heads:
-            raise UserError(f"width={width}: give a multiple of 4 and of num_heads={num_heads}")
-        height_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(height_width) != 2 or any(side < 1 or side % patch_size for side in height_width):
-            raise UserError(f"image_size={image_size}: give one or two multiples of patch_size={patch_size}")
-
-        self.latent_dim = latent_dim
-        self.downsampling = patch_size
-        self.grid = (height_width[0] // patch_size, height_width[1] // patch_size)
+        check_positive(latent_dim=latent_dim, width=width, depth=depth, num_heads=num_heads)
+        fits = width % 4 == width % num_heads == 0
+        check(fits, f"width={width}: give a multiple of 4 and of num_heads={num_heads}")
+        self.latent_dim, self.downsampling, self.grid = latent_dim, patch_size, grid_of(image_size, patch_size)
         self.gradient_checkpointing = gradient_checkpointing
         self.proj_in = nn.Linear(latent_dim, width)
         self.register_buffer("positions", sincos_positions(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)  # as in timm's blocks
         self.head = nn.Linear(width, patch_size**2 * 3)
-        self.apply(_init_linear)
+        self.apply(init_weights)  # as in ViT-MAE
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the last linear layer, where the adaptive GAN weight compares gradient norms."""
-        weight = self.head.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.head.weight
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Decode.
+        """Return the image (B, 3, H, W), nominally in [0, 1] but not clamped; the layers work in [-1, 1].
 
         Args:
             latent: (B, latent_dim, h, w), in the scale of the encoder (not normalised for a generator).
 
-        Returns:
-            Image (B, 3, H, W), nominally in [0, 1] but not clamped. The layers themselves work in [-1, 1].
-
         Raises:
             UserError: If `latent` has other channels or another grid than the decoder was built for.
         """
-        if latent.ndim != 4 or latent.shape[1:] != (self.latent_dim, *self.grid):
-            h, w = self.grid
+        (h, w), p = self.grid, self.downsampling
+        if latent.ndim != 4 or latent.shape[1:] != (self.latent_dim, h, w):
             raise UserError(
                 f"latent has shape {tuple(latent.shape)}, the decoder needs (B, {self.latent_dim}, {h}, {w}), for "
-                f"images of {h * self.downsampling}x{w * self.downsampling} pixels: set latent_dim, image_size and "
-                "patch_size to what the encoder gives"
+                f"images of {h * p}x{w * p} pixels: set latent_dim, image_size and patch_size to what the encoder gives"
             )
         x: Tensor = self.proj_in(rearrange(latent, "b c h w -> b (h w) c")) + self.positions  # (B, h * w, width)
         x = run_blocks(self.blocks, x, recompute=self.gradient_checkpointing)  # (B, h * w, width)
         patches: Tensor = self.head(self.norm(x))  # (B, h * w, patch_size^2 * 3)
-        h, w = self.grid
-        p = self.downsampling
         image = rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
         return (image + 1) / 2
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
