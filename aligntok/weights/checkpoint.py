@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import pkgutil
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError, check
 from aligntok.networks.dit import DiT
+from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.lora import merge_lora
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.weights.migration import STAGE_KEY, migrate
@@ -210,9 +212,18 @@ def without_encoder_weights(recipe: Any) -> Any:
     if not isinstance(recipe, dict):
         return recipe
     plain = {key: without_encoder_weights(value) for key, value in recipe.items()}
-    if str(recipe.get("class_path")).endswith(".VisionEncoder"):
+    if "weights" in plain.get("init_args", {}) and _is_vision_encoder(recipe["class_path"]):
         plain["init_args"]["weights"] = None
     return plain
+
+
+def _is_vision_encoder(class_path: str) -> bool:
+    """Whether a class, of this package or another, is a ``VisionEncoder``."""
+    try:
+        kind = pkgutil.resolve_name(class_path)
+    except (ImportError, AttributeError):  # `build` names what is not there
+        return False
+    return isinstance(kind, type) and issubclass(kind, VisionEncoder)
 
 
 def build(recipe: dict[str, Any], kind: type[Module]) -> Module:

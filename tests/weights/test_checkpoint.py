@@ -1,6 +1,8 @@
 """Reading, writing and rebuilding checkpoints."""
 
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ import yaml
 from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SaveCheckpoint
 from aligntok.errors import UserError
-from aligntok.networks import ConvDecoder
+from aligntok.networks import ConvDecoder, VisionEncoder
 from aligntok.stages import DecoderRefinement, EncoderPretraining, LatentAlignment, PerceptualAlignment
-from aligntok.weights.checkpoint import build, load_strictly, load_tokenizer, read_checkpoint
+from aligntok.weights.checkpoint import build, load_strictly, load_tokenizer, read_checkpoint, without_encoder_weights
 from aligntok.weights.migration import renamed
 
 
@@ -188,6 +190,21 @@ def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys
     original.backbone.load_state_dict(tokenizer.encoder.backbone.state_dict())
     image = tiny.images(2, size=32)
     assert torch.equal(original(image), tokenizer.encoder(image))
+
+
+class OwnEncoder(VisionEncoder):
+    pass
+
+
+def test_an_encoder_of_ones_own_is_rebuilt_without_fetching_its_weights(monkeypatch):
+    monkeypatch.setitem(sys.modules, "own_encoders", types.SimpleNamespace(OwnEncoder=OwnEncoder))
+    arguments = {**SMALL, "image_size": 32, "downsampling": 8, "weights": "nowhere.pth"}
+    recipe = {"class_path": "own_encoders.OwnEncoder", "init_args": arguments}
+    with pytest.raises(UserError, match=r"there is no file nowhere\.pth"):
+        build(recipe, torch.nn.Module)
+    encoder = build(without_encoder_weights(recipe), torch.nn.Module)
+    assert type(encoder) is OwnEncoder
+    assert encoder(torch.rand(1, 3, 32, 32)).shape == (1, 16, 4, 4)
 
 
 def test_a_checkpoint_without_a_recipe(stage1):
