@@ -6,13 +6,18 @@ Usage: ddp_worker.py OUTPUT_FOLDER, with Lightning's LOCAL_RANK, WORLD_SIZE, MAS
 import importlib.util
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+import aligntok.data.dataset
+import aligntok.networks.quantizers
+import aligntok.stages.stage
 from aligntok.callbacks import CodebookHealth, SaveCheckpoint
 from aligntok.data import LatentDataModule, Shapes
 from aligntok.networks import GaussianAdapter
@@ -63,7 +68,8 @@ def fitted(tiny, folder, stage, steps=5):
     recorder = Recorder()
     trainer = tiny.trainer(folder, steps, [recorder], log_every_n_steps=1, **parallel())
     start = tiny.copies(stage)
-    trainer.fit(stage, datamodule=tiny.data(calibration_images=37))  # odd: the ranks measure shares of different sizes
+    data = tiny.data(crop="random_resized", flip=True, calibration_images=37)  # odd: shares of different sizes
+    trainer.fit(stage, datamodule=data)
     weights = {name: value.detach().clone() for name, value in [*stage.named_parameters(), *stage.named_buffers()]}
     change = {name: float((weights[name] - start[name]).abs().max()) for name in weights}
     loss = float(trainer.callback_metrics["train/loss"])
@@ -71,18 +77,60 @@ def fitted(tiny, folder, stage, steps=5):
     return {"weights": weights, "change": change, **steps}
 
 
-def others(tiny):
-    """Return the other stages; each draws numbers of its own, or none."""
+def stages(tiny):
+    """Return stages by name; each draws numbers of its own, or none."""
     refined = tiny.causal(causal=False, prefix_head=False, num_buffer=3)
     gaussian = tiny.tokenizer(adapter=GaussianAdapter)
     sgd = {"learning_rate": 0.1, "optimizer": tiny.sgd}
+    started = {"tokenizer": tiny.causal(decay=0.5, kmeans_start=True), "auxiliary": "mse", "pixel_loss": "mse"}
     return {
         "stage3": tiny.stage(DecoderRefinement, **sgd),
         "kl": tiny.stage(LatentAlignment, tokenizer=gaussian, kl_weight=1e-3, **sgd),
         "alitok2": tiny.stage(DecoderRefinement, tokenizer=refined, pixel_loss="mse", **sgd),
+        "kmeans": tiny.stage(CausalTokenization, **started, **{**sgd, "learning_rate": 0.02}),
         "dit": tiny.generator(label_dropout=0.5, **{**sgd, "learning_rate": 0.01}),
         "ar": tiny.autoregressive(tiny.ar(dropout=0.0), label_dropout=0.5, **sgd),  # dropout is drawn by rank
     }
+
+
+WRONG = {  # a draw, and the run of `stages` that makes it
+    "augmentation": "stage3",
+    "latent": "kl",
+    "kmeans": "kmeans",
+    "noise": "dit",
+    "time": "dit",
+    "label": "dit",
+    "label of ar": "ar",
+}
+
+
+@contextmanager
+def drawn_by_place(draw):
+    """Key a draw by the place in the batch of a rank, of two, instead of by the image's id."""
+
+    def keyed_by_place(function, streams):
+        def wrong(ids, seed, step, stream, *shape):
+            return function(places(ids) if stream in streams else ids, seed, step, stream, *shape)
+
+        return wrong
+
+    def places(ids):
+        return torch.arange(len(ids)) % (len(ids) // 2)
+
+    stage, quantizers, dataset = aligntok.stages.stage, aligntok.networks.quantizers, aligntok.data.dataset
+    numbers_of, image_generator = quantizers.numbers_of, dataset.image_generator
+    streams = draw.split()[:1]
+    with mock.patch.multiple(
+        stage, normal=keyed_by_place(stage.normal, streams), uniform=keyed_by_place(stage.uniform, streams)
+    ):
+        if draw == "kmeans":
+            with mock.patch.object(quantizers, "numbers_of", lambda ids, *sizes: numbers_of(places(ids), *sizes)):
+                yield
+        elif draw == "augmentation":
+            with mock.patch.object(dataset, "image_generator", lambda *key: image_generator(*key[:2], key[2] % 4)):
+                yield
+        else:
+            yield
 
 
 def smooth(adversarial):
@@ -96,7 +144,10 @@ def smooth(adversarial):
 
 def main(output):
     tiny = load_tiny()
-    results = {name: fitted(tiny, output / name, stage) for name, stage in others(tiny).items()}
+    results = {name: fitted(tiny, output / name, stage) for name, stage in stages(tiny).items()}
+    for draw, name in WRONG.items() if WORLD == 1 else ():
+        with drawn_by_place(draw):
+            results[f"wrong {draw}"] = fitted(tiny, output / f"wrong {draw}", stages(tiny)[name])
     gan = {"perceptual": tiny.judge(), "adversarial": smooth(tiny.gan(weight=0.5, adaptive=False))}
     results["stage1"] = train(tiny, output / "stage1", LatentAlignment, **gan)
     late = tiny.gan(weight={2: 0.0, 3: 0.5}, adaptive=True, discriminator_start=2)  # idle, then alone, then both
