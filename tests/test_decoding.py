@@ -402,7 +402,7 @@ def test_fixed_shape(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr(sampler, "compiled", sampler.fixed_shape)  # as on a GPU
+    monkeypatch.setattr(native, "NativeStep", sampler.fixed_shape)  # as on a GPU
     network, ids = small(), torch.arange(3)
     tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)
     assert calls == [((6, 1), True)] * LENGTH  # one shape
@@ -411,7 +411,7 @@ def test_fixed_shape(monkeypatch):
 
 @pytest.mark.slow
 def test_real_compiler(monkeypatch):
-    monkeypatch.setattr(sampler, "compiled", sampler.fixed_shape)  # as on a GPU
+    monkeypatch.setattr(native, "NativeStep", sampler.fixed_shape)  # as on a GPU
     network, ids = small(), torch.arange(3)
     for _ in range(2):  # the second call compiles nothing
         tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)

@@ -27,8 +27,7 @@ class CachedTransformer:
         network: Not changed. Its weights are shared where their dtype is the same.
         num_rows: Sequences at a time.
         dtype: Of the weights of linear layers, and of keys and values; norms, residual and softmax stay in float32.
-        pack: Whether weights may be stored in the order that oneDNN computes with. ``torch.compile`` and ``NativeStep``
-            need them as they are.
+        pack: Whether weights may be stored in oneDNN's order, which ``torch.compile`` and ``NativeStep`` cannot read.
 
     Attributes:
         network: A copy in eval mode, with ``StepLinear`` and ``StepNorm`` for its linear layers and norms.
@@ -75,15 +74,9 @@ class CachedTransformer:
 
 
 class StepLinear:
-    """A linear layer with its weight in another dtype and, on a CPU, in the order that oneDNN computes with.
+    """A linear layer for `num_rows` rows with its weight in another dtype, in oneDNN's own order where that is faster.
 
-    F.linear brings a weight into that order at each call, which costs a few rows 1.1 to 1.7 times the product itself.
-
-    Args:
-        linear: (..., in) to (..., out).
-        dtype: Of its weight and of its result.
-        num_rows: At a time.
-        pack: Whether to reorder, where that is faster.
+    ``F.linear`` reorders a weight at each call, which costs a few rows 1.1 to 1.7 times the product itself.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, num_rows: int, pack: bool) -> None:
@@ -91,24 +84,20 @@ class StepLinear:
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         gains = num_rows > FEW_ROWS if dtype == torch.float32 else dtype == torch.bfloat16
         self.packed = pack and gains and self.weight.device.type == "cpu" and can_pack(dtype)
-        if self.packed:  # private, as torch has no public call that keeps a reordered weight; torch.compile's own calls
+        if self.packed:  # private, as are the next two: torch has no public call that keeps a reordered weight
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, num_rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map (..., in) to (..., out), of any dtype."""
+        """Map (..., in) of any dtype to (..., out)."""
         x = x.to(self.weight.dtype)
-        if self.packed:
+        if self.packed:  # private: the product with such a weight
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return y
         return F.linear(x, self.weight, self.bias)
 
 
 class StepNorm:
-    """RMSNorm as sqrt(d) gain x / sqrt(|x|^2 + d eps): four operations, where torch takes about twenty on a CPU.
-
-    Args:
-        norm: Over the last axis, of size d.
-    """
+    """RMSNorm as sqrt(d) gain x / sqrt(|x|^2 + d eps): four operations, where torch takes about twenty on a CPU."""
 
     def __init__(self, norm: RMSNorm) -> None:
         size, eps = norm.normalized_shape[0], norm.eps
@@ -127,4 +116,5 @@ def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there and computes in this dtype on this CPU."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
+    # private: whether this CPU has bfloat16 products has no public name
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

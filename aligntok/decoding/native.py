@@ -1,4 +1,8 @@
-"""The step of a cached transformer in C++, for few rows on a CPU; compiled where it first runs, in a second."""
+"""The step of a cached transformer in C++, for few rows on a CPU; compiled where it first runs, in a second.
+
+A second form of the network's block, as torch's 700 operations a step leave the memory idle between them: AliTok-B's
+step takes 1.3 to 1.7 times as long with them (benchmarks/README.md).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,35 @@ FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenm
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 LANES = 16  # the most of the source
 MOST_ROWS = 8  # beyond, arithmetic takes longer than reading the weights, and torch's products are as fast
+POINTERS = {  # of the source's structure Layer, to these tensors of a block
+    "norm_attention": "norm_attention.gain",
+    "norm_q": "attention.q_norm.gain",
+    "norm_k": "attention.k_norm.gain",
+    "norm_mlp": "norm_mlp.gain",
+    "qkv_bias": "attention.qkv.bias",
+    "proj_bias": "attention.proj.bias",
+    "qkv": "attention.qkv.weight",
+    "proj": "attention.proj.weight",
+    "proj_in": "mlp.proj_in.weight",
+    "proj_out": "mlp.proj_out.weight",
+}
+
+
+class _Network(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("depth", "width", "num_heads", "hidden", "length", "codebook_size")),
+        *((name, ctypes.c_void_p) for name in ("norm", "head_bias", "head")),
+        *((name, ctypes.c_float) for name in ("eps_norm", "head_eps_norm")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in (*POINTERS, "keys", "values")]
 
 
 def fits(network: AutoregressiveTransformer, num_rows: int, dtype: torch.dtype) -> bool:
-    """Whether there is a native step for so many rows of a network."""
-    cpu = network.rotary.device.type == "cpu"
-    widths = {size for block in network.blocks for size in block.mlp.proj_out.weight.shape}  # type: ignore[union-attr]
-    return cpu and num_rows <= MOST_ROWS and dtype in TYPES and not any(size % LANES for size in widths)
+    """Whether there is a native step for so many rows of a network on a CPU."""
+    return num_rows <= MOST_ROWS and dtype in TYPES and network.width % LANES == network.hidden % LANES == 0
 
 
 class NativeStep:
@@ -45,43 +71,33 @@ class NativeStep:
 
     def __init__(self, cached: CachedTransformer) -> None:
         network: Any = cached.network
-        keys, _ = cached.caches[0]
-        self.dtype = keys.dtype
-        alive: list[Tensor] = []  # what the addresses below point to
+        self.cached, self.dtype = cached, cached.caches[0][0].dtype
+        self.rotary = network.rotary.float().contiguous()
+        self.alive: list[Tensor] = []  # what the addresses point to
 
-        def address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
-            if tensor is None:
-                return None
-            alive.append(tensor.detach().to(dtype).contiguous())
-            return alive[-1].data_ptr()
+        def address(tensor: Tensor) -> int:
+            is_weight = tensor.ndim == 2
+            self.alive.append(tensor.to(self.dtype if is_weight else torch.float32).contiguous())
+            return self.alive[-1].data_ptr()
 
         self.network = _Network(
             depth=len(network.blocks),
             width=network.width,
             num_heads=network.num_heads,
-            hidden=network.blocks[0].mlp.proj_out.weight.shape[1],
+            hidden=network.hidden,
             length=network.sequence_length,
             codebook_size=network.codebook_size,
             norm=address(network.norm.gain),
             head_bias=address(network.head.bias),
-            head=address(network.head.weight, self.dtype),
+            head=address(network.head.weight),
             eps_norm=float(network.norm.eps_norm),
             head_eps_norm=float(network.blocks[0].attention.q_norm.eps_norm),
         )
         self.layers = (_Layer * len(network.blocks))()
         for layer, block, (keys, values) in zip(self.layers, network.blocks, cached.caches, strict=True):
-            attention, mlp = block.attention, block.mlp
-            assert mlp.proj_in.bias is None
-            assert mlp.proj_out.bias is None
-            layer.norm_attention, layer.norm_mlp = address(block.norm_attention.gain), address(block.norm_mlp.gain)
-            layer.norm_q, layer.norm_k = address(attention.q_norm.gain), address(attention.k_norm.gain)
-            layer.qkv_bias, layer.proj_bias = address(attention.qkv.bias), address(attention.proj.bias)
-            for part, names in ((attention, ("qkv", "proj")), (mlp, ("proj_in", "proj_out"))):
-                for name in names:
-                    setattr(layer, name, address(getattr(part, name).weight, self.dtype))
+            for name, path in POINTERS.items():
+                setattr(layer, name, address(attrgetter(path)(block)))
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-        self.cached, self.alive = cached, alive
-        self.rotary = network.rotary.float().contiguous()
 
     def __call__(self, ids: Tensor, start: int, rows: slice) -> Tensor:
         """Return logits as ``CachedTransformer`` does, of one token for each of the first rows, ids (R, 1)."""
@@ -102,10 +118,10 @@ def build(num_rows: int, weight: str) -> Any:
     compiler = os.environ.get("CXX") or "g++"
     options = [*FLAGS.split(), f"-DROWS={num_rows}", f"-DWEIGHT={weight}", str(SOURCE), "-o"]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "step.so"
+        library = str(Path(folder) / "step.so")
         try:
-            subprocess.run([*shlex.split(compiler), *options, str(library)], check=True, capture_output=True, text=True)
-            function = ctypes.CDLL(str(library)).step
+            subprocess.run([*shlex.split(compiler), *options, library], check=True, capture_output=True, text=True)
+            function = ctypes.CDLL(library).step
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-3:]
             raise UserError(
@@ -116,22 +132,3 @@ def build(num_rows: int, weight: str) -> Any:
     function.argtypes = [ctypes.POINTER(_Network), ctypes.POINTER(_Layer), pointer, number, number, pointer, pointer]
     function.restype = None
     return function
-
-
-def _fields(names: str, kind: Any) -> Iterable[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
-
-
-class _Network(ctypes.Structure):
-    _fields_ = [
-        *_fields("depth width num_heads hidden length codebook_size", ctypes.c_int64),
-        *_fields("norm head_bias head", ctypes.c_void_p),
-        *_fields("eps_norm head_eps_norm", ctypes.c_float),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *_fields("norm_attention norm_q norm_k norm_mlp qkv_bias proj_bias", ctypes.c_void_p),
-        *_fields("qkv proj proj_in proj_out keys values", ctypes.c_void_p),
-    ]

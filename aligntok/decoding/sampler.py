@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from aligntok.decoding import native
 from aligntok.decoding.cached import CachedTransformer
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import check, check_positive
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.randomness import gumbel_noise, keys_like_ids
 
@@ -42,9 +42,6 @@ class TokenSampler:
             own in C++, a second for each number of sequences, for up to 8 at once (4 with guidance), float32 and
             bfloat16, and sizes that are multiples of 16; without effect where these do not hold.
 
-    Raises:
-        UserError: If an argument is out of range.
-
     Reference:
         Guidance: Gao et al., MDTv2, arXiv:2303.14389, as AliTok, arXiv:2506.05289, uses it; top-p: Holtzman et al.,
         arXiv:1904.09751.
@@ -61,15 +58,12 @@ class TokenSampler:
         compile: bool = False,
     ) -> None:
         for key, value in {"guidance_scale": guidance_scale, "guidance_power": guidance_power}.items():
-            if not 0 <= value < math.inf:
-                raise UserError(f"{key}={value}: give a number of at least 0; guidance_scale=1 is no guidance")
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"temperature={temperature}: give a number of at least 0; 0 takes the most likely token")
+            check(0 <= value < math.inf, f"{key}={value}: give a number of at least 0; guidance_scale=1 is no guidance")
+        cold = f"temperature={temperature}: give a number of at least 0; 0 takes the most likely token"
+        check(0 <= temperature < math.inf, cold)
         check_positive(top_k=top_k)
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p={top_p}: give a share above 0 and up to 1; 1 draws from all tokens")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype={dtype}: give float32, bfloat16 or float16")
+        check(0 < top_p <= 1, f"top_p={top_p}: give a share above 0 and up to 1; 1 draws from all tokens")
+        check(dtype in get_args(Precision), f"dtype={dtype}: give float32, bfloat16 or float16")
         self.guidance_scale, self.guidance_power = guidance_scale, guidance_power
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.dtype, self.compile = dtype, compile
@@ -77,8 +71,7 @@ class TokenSampler:
     def __call__(self, network: AutoregressiveTransformer, label: Tensor | None, ids: Tensor, seed: int) -> Tensor:
         """Draw a sequence for each id: a function of (seed, id, label) alone, at any batch size.
 
-        At another batch size the logits may be rounded differently, which tips a token now and then where two are
-        equally good to the last digits.
+        Logits are rounded differently at another batch size: that may tip the choice between equally good tokens.
 
         Args:
             network: Trained, in any mode; it is not changed.
@@ -103,13 +96,13 @@ class TokenSampler:
 
     def check(self, network: AutoregressiveTransformer) -> None:
         """Raise a ``UserError`` where the settings do not fit a network."""
-        if self.guidance_scale != 1 and network.null_label is None:
-            raise UserError(
-                f"guidance_scale={self.guidance_scale}: the network has no null class to guide with: set guidance_scale"
-                " to 1, or train with null_class=true"
-            )
-        if self.top_k is not None and self.top_k > network.codebook_size:
-            raise UserError(f"top_k={self.top_k}: the network has codebook_size={network.codebook_size} tokens")
+        check(
+            self.guidance_scale == 1 or network.null_label is not None,
+            f"guidance_scale={self.guidance_scale}: the network has no null class to guide with: set guidance_scale to"
+            " 1, or train with null_class=true",
+        )
+        size = network.codebook_size
+        check((self.top_k or 0) <= size, f"top_k={self.top_k}: the network has codebook_size={size} tokens")
 
     def scales(self, num_steps: int) -> list[float]:
         """Return the guidance scale of each step."""
@@ -119,13 +112,19 @@ class TokenSampler:
     def _sample(self, network: AutoregressiveTransformer, label: Tensor | None, ids: Tensor, seed: int) -> Tensor:
         device, count, length = network.rotary.device, len(ids), network.sequence_length
         scales, dtype = self.scales(length), getattr(torch, self.dtype)
-        joins = next((max(i - 1, 0) for i, scale in enumerate(scales) if scale != 1), length)
+        joins = next((max(i - 1, 0) for i, scale in enumerate(scales) if scale != 1), length)  # step of the null class
         keys = keys_like_ids(ids, seed).to(device)
-        starts = start_ids(network, label, count, guided=joins < length)
+        starts = network.start_ids(None if label is None else label.to(device), count)
+        if joins < length:
+            assert network.null_label is not None  # checked
+            starts = torch.cat((starts, network.start_ids(torch.full_like(starts, network.null_label), count)))
         sequence = starts[:, None].repeat(1, length + 1)  # (rows, N + 1): the start, then the tokens
-        faster = self.compile and (device.type != "cpu" or native.fits(network, len(starts), dtype))
+        on_cpu = device.type == "cpu"
+        faster = self.compile and (not on_cpu or native.fits(network, len(starts), dtype))
         cached = CachedTransformer(network, len(starts), dtype, pack=not faster)
-        step = compiled(cached) if faster else cached
+        step: Step = cached
+        if faster:
+            step = native.NativeStep(cached) if on_cpu else fixed_shape(cached)
         for i, scale in enumerate(scales):
             if i == joins > 0:
                 cached(sequence[count:, :i], 0, slice(count, None))
@@ -153,22 +152,7 @@ class TokenSampler:
         return (logits + gumbel_noise(keys, step, logits.shape[1])).argmax(dim=-1)
 
 
-def compiled(cached: CachedTransformer) -> Step:
-    """Return the step of one token compiled: by ``torch.compile`` on a GPU, in C++ on a CPU."""
-    return native.NativeStep(cached) if cached.network.rotary.device.type == "cpu" else fixed_shape(cached)
-
-
 def fixed_shape(cached: CachedTransformer) -> Step:
     """Return the step as one graph for all positions."""
     step = torch.compile(cached.__call__, dynamic=False)
     return lambda ids, start, rows: step(ids, torch.tensor([start], device=ids.device), rows)
-
-
-def start_ids(network: AutoregressiveTransformer, label: Tensor | None, count: int, guided: bool) -> Tensor:
-    """Return the ids that start `count` sequences and, where they are guided, as many of the null class."""
-    device = network.rotary.device
-    starts = network.start_ids(None if label is None else label.to(device), count)
-    if guided:
-        assert network.null_label is not None  # checked
-        starts = torch.cat((starts, network.start_ids(torch.full_like(starts, network.null_label), count)))
-    return starts

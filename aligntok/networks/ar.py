@@ -84,13 +84,13 @@ class AutoregressiveTransformer(ClassConditional):
         self.num_classes, self.width, self.num_heads = num_classes, width, num_heads
         self.null_label = num_classes if null_class else None
         self.gradient_checkpointing = gradient_checkpointing
-        hidden = hidden or -(-(width * 8 // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+        self.hidden = hidden or -(-(width * 8 // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
         num_starts = 1 if num_classes is None else num_classes + null_class
         self.embed = nn.Embedding(codebook_size + 1 + num_starts, width)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("rotary", class_first_rotary(self.grid, num_prefix, width // num_heads), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, num_heads, hidden, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, num_heads, self.hidden, dropout) for _ in range(depth))
         self.norm = RMSNorm(width, NORM_EPS)
         self.head = nn.Linear(width, codebook_size)
         self._init_weights()
