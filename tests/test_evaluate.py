@@ -167,7 +167,7 @@ def test_measures_of_inception():
         metrics = make_metrics(parse(["x", "--reference", "y", "--device", "cpu", *flags]), (32, 32), FREE)
         measures = {
             "is": metrics.inception_score,
-            "sfid": metrics.spatial is not None,
+            "sfid": metrics.sfid,
             "pr": metrics.precision_recall,
             "kid": metrics.kid,
         }

@@ -15,7 +15,7 @@ from aligntok.callbacks.measurement import Measurement, evaluation, on_first_ran
 from aligntok.errors import UserError
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics, Reference
-from aligntok.networks.frozen import Frozen
+from aligntok.networks.frozen import Frozen, load_frozen
 from aligntok.progress import Progress
 from aligntok.protocols import HasReferenceImages, needed_data
 
@@ -78,7 +78,7 @@ class GenerationQuality(Measurement):
             needed_data(trainer, HasReferenceImages, "GenerationQuality", "name a file as its `reference`")
         elif not Path(self.reference).is_file():
             raise UserError(f"there is no reference {self.reference}: see the README on evaluation")
-        self.metrics.frechet.load()
+        load_frozen(self.metrics.network)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read or measure the reference now: a wrong one should not stop the run at its first validation."""
@@ -93,7 +93,7 @@ class GenerationQuality(Measurement):
         generator: Any = module
         sampler = generator.sampler
         self.values = self.measure(trainer, module, sampler)
-        self.conditions = f"{self.metrics.describe()}; {', '.join(map(setting, generator.sampling().values()))}"
+        self.conditions = f"{self.metrics.conditions}; {', '.join(map(setting, generator.sampling().values()))}"
         if trainer.is_global_zero:
             print(f"  {self.conditions}", flush=True)
         for num_steps in [] if trainer.state.fn == "fit" else self.sweep:
@@ -143,9 +143,9 @@ class GenerationQuality(Measurement):
             return
         data = needed_data(trainer, HasReferenceImages, "GenerationQuality", "name a file as its `reference`")
         source, batches = data.reference_images(self.reference, image_size)
-        parts = {"_sample": self.metrics.real.width > 0, "_spatial": self.metrics.spatial is not None}
+        parts = {"_sample": self.metrics.needs_sample, "_spatial": self.metrics.sfid}
         suffix = "".join(part for part, wanted in parts.items() if wanted)
-        name = f"{self.metrics.frechet.features.name}_{source}{suffix}.safetensors"
+        name = f"{self.metrics.features.name}_{source}{suffix}.safetensors"
         path = Path(trainer.default_root_dir) / "reference" / name
         reference = on_first_rank(trainer, lambda: Reference.load(path) if path.is_file() else None)
         if reference is None:

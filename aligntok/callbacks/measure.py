@@ -13,17 +13,12 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from aligntok.callbacks.measurement import Measurement, Outputs, evaluation, on_first_rank, tokenizer_of
 from aligntok.errors import UserError
-from aligntok.losses.perceptual import LPIPS, lpips_weights
-from aligntok.metrics import (
-    FeatureStatistics,
-    FrechetDistance,
-    InceptionFeatures,
-    flatten_latent,
-    linear_probe,
-    pool_latent,
-)
+from aligntok.losses.perceptual import LPIPS, VGG16_URL
+from aligntok.metrics import GenerationMetrics, InceptionFeatures, Reference, linear_probe
 from aligntok.metrics.collected import Collected
+from aligntok.networks.frozen import load_frozen
 from aligntok.protocols import Batch, HasCalibration, HasFingerprint, needed_data, offered_data
+from aligntok.published import find_published
 
 
 class ReconstructionQuality(Measurement):
@@ -38,10 +33,10 @@ class ReconstructionQuality(Measurement):
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Load LPIPS, or take the one that the loss has."""
         self.lpips = next((part for part in module.modules() if isinstance(part, LPIPS)), None)
-        if self.lpips is None and on_first_rank(trainer, lambda: lpips_weights() is not None):
+        if self.lpips is None and on_first_rank(trainer, lambda: find_published(VGG16_URL) is not None):
             self.lpips = LPIPS()
         if self.lpips is not None:
-            self.lpips.load()
+            load_frozen(self.lpips)
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Make the metrics anew."""
@@ -70,8 +65,8 @@ class ReconstructionFID(Measurement):
 
     The statistics of the real images are measured once and kept in a file, with a hash of the images and their crop.
 
-    >>> ReconstructionFID().metric.metric_name  # logs val/rfid
-    'fid'
+    >>> ReconstructionFID().metrics.names  # logs val/rfid
+    ['fid']
 
     Args:
         features: Inception by default; or any module with ``name``, ``num_features`` and images in [0, 1] to (B, D).
@@ -80,13 +75,14 @@ class ReconstructionFID(Measurement):
     """
 
     def __init__(self, features: nn.Module | None = None, reference: str | None = None) -> None:
-        self.metric = FrechetDistance(features or InceptionFeatures())
+        self.features = features or InceptionFeatures()
+        self.metrics = GenerationMetrics(self.features)
         self.reference = reference
         self.measured_split = ""
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Load the feature network."""
-        self.metric.load()
+        load_frozen(self.features)
         if self.reference is not None:
             remedy = "leave out `reference`: the images are then measured in each run"
             needed_data(trainer, HasFingerprint, "ReconstructionFID with a reference file", remedy)
@@ -95,11 +91,10 @@ class ReconstructionFID(Measurement):
         """Look for the reference, once."""
         split = "test" if trainer.testing else "val"
         if split != self.measured_split:
-            self.metric.forget()
+            self.metrics = GenerationMetrics(self.features)
             self.find_reference(trainer, split)
             self.measured_split = split
-        self.metric.to(module.device)
-        self.metric.reset()
+        self.metrics.to(module.device).reset()
 
     def find_reference(self, trainer: pl.Trainer, split: str) -> None:
         """Read the statistics of a split's images, if they were kept and are those of these images."""
@@ -110,9 +105,9 @@ class ReconstructionFID(Measurement):
         if limit != 1.0 or data is None:
             return  # a part of the images, or images that we know nothing of: nothing to keep
         self.source = data.fingerprint(split)
-        name = f"{self.metric.features.name}_{self.source}.safetensors"
+        name = f"{self.features.name}_{self.source}.safetensors"
         self.path = path = Path(self.reference or Path(trainer.default_root_dir) / "reference" / name)
-        statistics = on_first_rank(trainer, lambda: FeatureStatistics.load(path) if path.is_file() else None)
+        statistics = on_first_rank(trainer, lambda: Reference.load(path) if path.is_file() else None)
         if statistics is None:
             return
         if statistics.source != self.source:
@@ -120,22 +115,22 @@ class ReconstructionFID(Measurement):
                 f"reference {path} is of images {statistics.source}, these are {self.source}: other files or crop."
                 " Name another reference file; it will be written"
             )
-        self.metric.set_reference(statistics)
+        self.metrics.set_reference(statistics)
 
     def update(self, batch: Batch, outputs: Outputs) -> None:
         """Add images and reconstructions."""
-        if self.metric.given is None:
-            self.metric.update(batch["image"], real=True)
-        self.metric.update(outputs["reconstruction"], real=False)
+        if self.metrics.given is None:
+            self.metrics.update(batch["image"], real=True)
+        self.metrics.update(outputs["reconstruction"])
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         """Return the distance; keep the reference if it is new."""
-        if self.metric.given is None:
-            statistics = self.metric.reference(self.source)
+        if self.metrics.given is None:
+            reference = self.metrics.reference(self.source)
             if self.path is not None and trainer.is_global_zero:
-                statistics.save(self.path)
-            self.metric.set_reference(statistics)
-        return {f"r{self.metric.metric_name}": self.metric.compute()}
+                reference.save(self.path)
+            self.metrics.set_reference(reference)
+        return {f"r{name}": value for name, value in self.metrics.compute().items()}
 
 
 class LinearProbe(Measurement):
@@ -184,14 +179,12 @@ class LinearProbe(Measurement):
         del self.train, self.test  # hundreds of MB
         if bool((labels == labels[0]).all()):
             return {}
-        latents, test_latents = (x.view(len(x), *self.shape) for x in (latents, test_latents))  # (N, C, h, w)
-        results = {}
-        for name, view in (("probe", flatten_latent), ("probe_pooled", pool_latent)):
-            fitted = linear_probe(
-                view(latents), labels, view(test_latents), test_labels, weight_decay=self.weight_decay
-            )
-            results[name] = fitted.accuracy
-        return results
+        results = {"probe": linear_probe(latents, labels, test_latents, test_labels, weight_decay=self.weight_decay)}
+        latents, test_latents = (x.view(len(x), *self.shape).mean(dim=(2, 3)) for x in (latents, test_latents))
+        results["probe_pooled"] = linear_probe(
+            latents, labels, test_latents, test_labels, weight_decay=self.weight_decay
+        )
+        return {name: result.accuracy for name, result in results.items()}
 
 
 def quantize(image: Tensor) -> Tensor:

@@ -26,14 +26,19 @@ class Collected:
 
     def __init__(self, width: int, limit: int | None = None) -> None:
         self.width, self.limit = width, limit
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.clear()
 
     def clear(self) -> None:
         """Forget all."""
-        self.parts = []
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.seen = 0
 
-    def add(self, id: Tensor, label: Tensor | None, features: Tensor) -> None:
-        """Add the features (B, D) of images with ids (B,) and, where they are known, labels (B,)."""
+    def add(self, id: Tensor | None, label: Tensor | None, features: Tensor) -> None:
+        """Add the features (B, D) of images with ids (B,), or numbered as they come, and labels (B,), if known."""
+        if id is None:
+            rank, ranks = rank_and_number()
+            id = torch.arange(self.seen, self.seen + len(features)) * ranks + rank
+        self.seen += len(features)
         label = torch.full_like(id, -1) if label is None else label
         keys = torch.stack([id, label], dim=1).to(features.device, torch.int64)
         self.parts.append((keys, features[:, : self.width].float()))
@@ -41,7 +46,7 @@ class Collected:
             self.parts = [self.chosen(*map(torch.cat, zip(*self.parts, strict=True)))]
 
     def gather(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids (N,), labels (N,) and features (N, width) of all ranks.
+        """Return ids (N,), labels (N,), -1 where unknown, and features (N, width) of all ranks.
 
         Raises:
             UserError: An id occurs twice.
@@ -63,8 +68,13 @@ class Collected:
         return ids, labels, features[order]
 
     def chosen(self, keys: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return at most ``limit`` rows, the same whatever part of the others is there too."""
+        """Return at most ``limit`` rows; whether an image is among them does not depend on the order."""
         if self.limit is None or len(keys) <= self.limit:
             return keys, features
         rows = hashed(keys[:, 0]).argsort()[: self.limit]
         return keys[rows], features[rows]
+
+
+def rank_and_number() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

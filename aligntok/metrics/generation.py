@@ -1,31 +1,36 @@
-"""All measures of generated images in one pass over them."""
+"""All measures of a set of images in one pass over them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
-from aligntok.metrics.collected import Collected
+from aligntok.errors import UserError, check
+from aligntok.metrics.collected import Collected, rank_and_number
 from aligntok.metrics.feature_sets import inception_score, kernel_distance, precision_recall
-from aligntok.metrics.frechet import FrechetDistance, check_images, extract
-from aligntok.metrics.inception import InceptionFeatures, SpatialFeatures
+from aligntok.metrics.frechet import FeatureSums, frechet_distance
+from aligntok.metrics.inception import InceptionFeatures
 from aligntok.metrics.protocol import FREE, Protocol, find_protocol
-from aligntok.metrics.reference import AdmFile, FeatureStatistics, Reference
+from aligntok.metrics.reference import AdmFile, Reference
+from aligntok.networks.frozen import Frozen
 
+T = TypeVar("T")
 REFERENCE_SAMPLE = 10_000  # as many reference images as ADM's protocol has for precision and recall
 
 
 class GenerationMetrics:
     """FID (or the Fréchet distance in other features) and, on request, sFID, IS, precision, recall and KID.
 
-    One pass of the feature network per image. Every image is counted once, by its id; results do not depend on batch
-    size or number of ranks. On several ranks every rank must call ``compute``, ``reference`` and ``load_reference``.
+    Measures samples, or reconstructions, against real images or a reference from a file. Images are first made what a
+    PNG would hold (clamped to [0, 1], rounded to 8 bits), so that the numbers equal those of a tool that reads the
+    written files. One pass of the feature network per image, frozen, in float32. Every image is counted once, by its
+    id; results do not depend on batch size or number of ranks. Every rank must call ``compute``, ``reference`` and
+    ``load_reference``.
 
     Memory: the Fréchet distance keeps sums only. Score, precision, recall and KID keep the features of all samples,
     8 KB each, and of 10,000 reference images (chosen by a hash of their ids); ``compute`` gathers all on every rank.
@@ -39,15 +44,22 @@ class GenerationMetrics:
     ['fd_colour', 'kid_colour']
 
     Args:
-        features: Feature network as ``FrechetDistance`` takes it; Inception by default.
+        features: Network from images (B, 3, H, W), float32 in [0, 1], to features (B, D), with the attributes
+            ``name: str``, which is compared with that of a reference, and ``num_features: int``, D; Inception by
+            default. Resizing and pixel statistics are its own business.
         sfid: Fréchet distance of Inception's spatial features.
         inception_score: Inception Score, in the order of the ids.
         precision_recall: Precision and recall with 3 neighbours.
         kid: Kernel distance.
         protocol: Name of a protocol (see ``find_protocol``), or one; its conditions are checked.
 
+    Attributes:
+        names: Of the Fréchet distances: ``fid`` or ``fd_<features>``, and ``sfid``.
+        conditions: One line on the conditions of the last ``compute``, to be printed and stored beside the numbers.
+
     Raises:
-        UserError: sFID or score of features that are not Inception's; no such protocol, or one of other features.
+        UserError: A feature network without these attributes; sFID or score of features that are not Inception's; no
+            such protocol, or one of other features.
     """
 
     def __init__(
@@ -59,62 +71,70 @@ class GenerationMetrics:
         kid: bool = False,
         protocol: str | Protocol | None = None,
     ) -> None:
-        self.frechet = FrechetDistance(features or InceptionFeatures())
-        network: Any = self.frechet.features
-        if (sfid or inception_score) and not hasattr(network, "with_spatial"):
-            raise UserError(
-                f"sFID and the Inception Score are of Inception's features, not of {network.name}: leave them out"
-            )
-        self.spatial = FrechetDistance(SpatialFeatures(network)) if sfid else None
-        self.distances = [self.frechet] if self.spatial is None else [self.frechet, self.spatial]
-        self.inception_score, self.precision_recall, self.kid = inception_score, precision_recall, kid
+        self.features: Any = features or InceptionFeatures()
+        name, width = getattr(self.features, "name", None), getattr(self.features, "num_features", None)
+        if not isinstance(name, str) or not isinstance(width, int):
+            raise UserError(f"{type(features).__name__} needs attributes `name: str` and `num_features: int`")
+        spatial_width = getattr(self.features, "num_spatial", 0)  # of Inception's alone
+        if (sfid or inception_score) and not spatial_width:
+            raise UserError(f"sFID and the Inception Score are of Inception's features, not of {name}: leave them out")
+        self.network = Frozen(self.features)
+        self.device = torch.device("cpu")
+        self.sfid, self.inception_score = sfid, inception_score
+        self.precision_recall, self.kid = precision_recall, kid
+        self.needs_sample = precision_recall or kid  # of the reference's features
         self.protocol = find_protocol(protocol) if isinstance(protocol, str) else protocol or FREE
-        if self.protocol.features not in (None, network.name):
-            raise UserError(
-                f"protocol {self.protocol.name} wants features {self.protocol.features!r}, these are {network.name!r}"
-            )
-        width = network.num_features
-        self.samples = Collected(width if inception_score or precision_recall or kid else 0)
-        self.real = Collected(width if precision_recall or kid else 0, REFERENCE_SAMPLE)
+        wanted = self.protocol.features or name
+        check(name == wanted, f"protocol {self.protocol.name} wants features {wanted!r}, these are {name!r}")
+        self.names = ["fid" if name == "inception" else f"fd_{name}"] + ["sfid"] * sfid
+        self.widths = [width, spatial_width] if sfid else [width]
+        self.samples = Collected(width if inception_score or self.needs_sample else 0)
+        self.real = Collected(width if self.needs_sample else 0, REFERENCE_SAMPLE)
+        self.real_sums = [FeatureSums(width) for width in self.widths]
         self.image_size: tuple[int, int] | None = None
         self.given: Reference | None = None
-        self.line = ""
+        self.conditions = ""
+        self.reset()
 
     def to(self, device: torch.device | str) -> GenerationMetrics:
         """Measure on this device."""
-        for metric in self.distances:
-            metric.to(device)
+        self.device = torch.device(device)
+        self.network.to(self.device)
         return self
 
     def reset(self) -> None:
         """Forget the samples; keep the reference."""
-        for metric in self.distances:
-            metric.reset()
+        self.sums = [FeatureSums(width) for width in self.widths]
         self.samples.clear()
 
-    def update(self, image: Tensor, id: Tensor, label: Tensor | None = None, real: bool = False) -> None:
+    def update(self, image: Tensor, id: Tensor | None = None, label: Tensor | None = None, real: bool = False) -> None:
         """Add images.
 
         Args:
-            image: (B, 3, H, W), any float dtype, in [0, 1]; B may be 0.
-            id: (B,) int64, a number of its own for each image of the set.
+            image: (B, 3, H, W), any float dtype, in [0, 1]; samples may overshoot, they are clamped. B may be 0.
+            id: (B,) int64, a number of its own for each image of the set; by default in the order they come.
             label: Class of each image, (B,), for the printed line.
             real: Whether they belong to the reference.
 
         Raises:
-            UserError: Images of two sizes, or what ``FrechetDistance.update`` refuses.
+            UserError: Integer or NaN images, another shape, a range that is not [0, 1], images of two sizes, features
+                of another shape than (B, ``num_features``), or real images where a reference is given.
         """
         check_images(image, real)
+        check(not (real and self.given), "real images are given, but a reference was set, which takes their place")
         if not len(image):
             return
         self.check_size((image.shape[-2], image.shape[-1]))
-        if self.spatial is None:
-            features = extract(self.frechet.network, image)
-        else:
-            features, spatial = extract(self.frechet.features.with_spatial, image)
-            self.spatial.update(image, real, spatial)
-        self.frechet.update(image, real, features)
-        (self.real if real else self.samples).add(id, label, features)
+        features = extract(self.features.with_spatial, image) if self.sfid else (extract(self.network, image),)
+        for sums, width, values in zip(self.real_sums if real else self.sums, self.widths, features, strict=True):
+            expected = (len(image), width)
+            check(
+                values.shape == expected,
+                f"features {self.features.name!r} have shape {tuple(values.shape)}, expected {expected}: correct"
+                " `num_features` or flatten the output",
+            )
+            sums.add(values)
+        (self.real if real else self.samples).add(id, label, features[0])
 
     def compute(self) -> dict[str, float]:
         """Return all measures of the samples of all ranks by name: ``fid``, ``sfid``, ``is``, ``precision``, ...
@@ -125,26 +145,23 @@ class GenerationMetrics:
         Raises:
             UserError: Too few images, one id twice, or something that the protocol does not allow.
         """
-        ids, labels, features = self.samples.gather(self.frechet.device)
+        ids, labels, features = self.samples.gather(self.device)
         self.protocol.check_count(len(ids))
-        reference, network = self.given or self.reference(), self.frechet.features
-        suffix = "" if network.name == "inception" else f"_{network.name}"
-        values = {metric.metric_name: metric.compute().item() for metric in self.distances}
+        reference, values = self.reference(), {}
+        for name, sums, (mean, cov) in zip(self.names, self.sums, reference.moments, strict=False):
+            _, *ours = sums.moments("generated", self.device)
+            values[name] = frechet_distance(mean.to(self.device), cov.to(self.device), *ours).item()
         if self.inception_score:
-            values["is"] = inception_score(network.logits(features))
-        if self.real.width:
-            assert reference.sample is not None  # checked in set_reference
+            values["is"] = inception_score(self.features.logits(features))
+        if reference.sample is not None:
+            suffix = "" if self.features.name == "inception" else f"_{self.features.name}"
             sample = reference.sample.to(features)
             if self.precision_recall:
                 values[f"precision{suffix}"], values[f"recall{suffix}"] = precision_recall(sample, features)
             if self.kid:
                 values[f"kid{suffix}"] = kernel_distance(sample, features)
-        self.line = self.protocol.describe(len(ids), self.image_size, labels, reference)
+        self.conditions = self.protocol.describe(self.image_size, labels, reference)
         return values
-
-    def describe(self) -> str:
-        """Return one line on the conditions of the last ``compute``, to be printed and stored beside the numbers."""
-        return self.line
 
     def reference(self, source: str = "") -> Reference:
         """Return the reference: the one that was set, or the measured real images of all ranks.
@@ -153,37 +170,39 @@ class GenerationMetrics:
             source: Id of the real images, to be kept in the file.
 
         Raises:
-            UserError: There are fewer than 2.
+            UserError: There are fewer than 2, or their features are not finite.
         """
         if self.given is not None:
             return self.given
-        sample = self.real.gather(self.frechet.device)[2] if self.real.width else None
-        spatial = None if self.spatial is None else self.spatial.reference(source)
-        statistics = vars(self.frechet.reference(source))
-        reference = Reference(**statistics, spatial=spatial, sample=sample, image_size=self.image_size)
+        (count, mean, cov), *spatial = (sums.moments("real", self.device) for sums in self.real_sums)
+        sample = self.real.gather(self.device)[2] if self.needs_sample else None
+        reference = Reference(mean, cov, count, source, self.features.name, None, None, sample, self.image_size)
+        if spatial:
+            reference = replace(reference, spatial_mean=spatial[0][1], spatial_cov=spatial[0][2])
         self.protocol.check_reference(reference)
         return reference
 
-    def set_reference(self, reference: FeatureStatistics) -> None:
+    def set_reference(self, reference: Reference) -> None:
         """Compare with this from now on; real images given before are forgotten. Every rank must do so.
 
         Raises:
-            UserError: It is of other features or images of another size, lacks what the measures need, or is not the
-                protocol's.
+            UserError: It is of other features, images of another size or 1 image, lacks what the measures need, or is
+                not the protocol's.
         """
-        if not isinstance(reference, Reference):
-            reference = Reference(**vars(reference))
-        origin = reference.source or "unnamed source"
         self.protocol.check_reference(reference)
-        if self.spatial is not None:
-            if reference.spatial is None:
-                raise UserError(f"the reference ({origin}) has no statistics for sFID: measure it anew with sfid")
-            self.spatial.set_reference(reference.spatial)
-        if self.real.width and reference.sample is None:
-            raise UserError(
-                f"the reference ({origin}) has no features for precision, recall and KID: measure it anew with them"
-            )
-        self.frechet.set_reference(reference)
+        which, name = f"the reference ({reference.source or 'unnamed source'})", self.features.name
+        check(
+            reference.features == name and len(reference.mean) == self.widths[0],
+            f"{which} is of features {reference.features!r} with {len(reference.mean)} dimensions, this metric uses "
+            f"{name!r} with {self.widths[0]}: measure the reference with the same network",
+        )
+        check(reference.count != 1, f"{which} is of 1 image, a covariance needs 2 or more")
+        widths = [len(mean) for mean, _ in reference.moments]
+        check(self.widths[1:] in ([], widths[1:]), f"{which} has no statistics for sFID: measure it anew with sfid")
+        check(
+            reference.sample is not None or not self.needs_sample,
+            f"{which} has no features for precision, recall and KID: measure it anew with them",
+        )
         if reference.image_size is not None:
             self.check_size(reference.image_size)
         self.real.clear()
@@ -199,34 +218,61 @@ class GenerationMetrics:
             UserError: No such file, another kind of file, or a reference that ``set_reference`` refuses.
         """
         suffix = Path(path).suffix
-        if suffix not in (".safetensors", ".npz"):
-            raise UserError(f"reference {path} is neither .npz (as ADM's) nor .safetensors (as Reference.save writes)")
+        kinds = ".npz (as ADM's) nor .safetensors (as Reference.save writes)"
+        check(suffix in (".safetensors", ".npz"), f"reference {path} is neither {kinds}")
         self.set_reference(Reference.load(path) if suffix != ".npz" else self.read_adm(AdmFile(path), batch_size))
 
     def read_adm(self, file: AdmFile, batch_size: int) -> Reference:
         """Return the stored statistics, and of the images what is not stored."""
         source, reference = file.source, None
-        if self.frechet.features.name == "inception" and "mu" in file.entries:
-            spatial = file.statistics("inception_spatial", "_s", source) if self.spatial is not None else None
-            reference = Reference(**vars(file.statistics("inception", source=source)), spatial=spatial)
-        if reference is None or self.real.width:
-            sfid = reference is None and self.spatial is not None
-            measured = GenerationMetrics(self.frechet.features, sfid=sfid, precision_recall=self.real.width > 0)
-            measured.to(self.frechet.device)
-            rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.features.name == "inception" and "mu" in file.entries:
+            spatial_mean, spatial_cov = file.statistics("_s") if self.sfid else (None, None)
+            reference = Reference(*file.statistics(), 0, source, "inception", spatial_mean, spatial_cov)
+        if reference is None or self.needs_sample:
+            sfid = reference is None and self.sfid
+            measured = GenerationMetrics(self.features, sfid, precision_recall=self.needs_sample).to(self.device)
+            rank, ranks = rank_and_number()
             for number, image in enumerate(file.images(batch_size)):
                 if number % ranks == rank:
                     ids = torch.arange(len(image)) + number * batch_size
-                    measured.update(image.to(self.frechet.device), ids, real=True)
+                    measured.update(image.to(self.device), ids, real=True)
             found = measured.reference(source)
             reference = replace(reference, sample=found.sample) if reference else found
         return replace(reference, image_size=file.image_size)
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Refuse images of two sizes: the Fréchet distance between them would measure the resize."""
-        if self.image_size not in (None, size):
-            raise UserError(
-                f"images of {size[0]}x{size[1]} pixels after images (or a reference) of "
-                f"{self.image_size[0]}x{self.image_size[1]}: samples and reference must have the same size"
-            )
+        first = self.image_size or size
+        check(
+            size == first,
+            f"images of {size[0]}x{size[1]} pixels after images (or a reference) of {first[0]}x{first[1]}: samples and"
+            " reference must have the same size",
+        )
         self.image_size = size
+
+
+def check_images(image: Tensor, real: bool) -> None:
+    """Refuse what is surely no image (B, 3, H, W) in [0, 1], but not what an overshooting decoder gives.
+
+    Raises:
+        UserError: As in ``GenerationMetrics.update``.
+    """
+    check(image.is_floating_point(), f"give float images in [0, 1], got {image.dtype}: divide uint8 by 255")
+    check(image.dim() == 4 and image.shape[1] == 3, f"give images (B, 3, H, W), got {tuple(image.shape)}")
+    if len(image) == 0:
+        return
+    # One wild pixel of a decoder is clamped like any overshoot; a whole batch beyond 2 is the range 0..255.
+    low, high = (x.item() for x in image.aminmax())
+    too_high = high > 2 and (real or image.mean(dtype=torch.float32).item() > 2)
+    check(
+        low == low and not too_high and not (real and low < -0.5),
+        f"give float images in [0, 1], got {'real' if real else 'generated'} images in [{low:.4g}, {high:.4g}]: map "
+        "-1..1 with (x + 1) / 2, divide 0..255 by 255; for NaN look at the decoder",
+    )
+
+
+def extract(network: Callable[[Tensor], T], image: Tensor) -> T:
+    """Apply a feature network to images (B, 3, H, W) as PNG files would hold them, in float32 and without gradients."""
+    pixels = image.float().clamp(0, 1).mul(255).round().div(255)
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        return network(pixels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.networks.frozen import Frozen
 from aligntok.published import published_file
 
@@ -25,8 +25,8 @@ class InceptionFeatures(nn.Module):
     half-pixel centres, no antialias), (x - 128) / 128. So numbers compare with those of torch-fidelity and the ADM
     evaluator, not with torchmetrics' own default, which resizes with antialias.
 
-    The weights are fetched by ``load`` or at the first use: from ``weights``, else see ``aligntok.published``. They
-    belong to no ``state_dict``.
+    The weights are read from ``weights``, else as in ``aligntok.published``, by ``load_frozen`` or at the first use.
+    They belong to no ``state_dict``.
 
     >>> features = InceptionFeatures()  # needs no file yet
     >>> features.name, features.num_features
@@ -52,24 +52,14 @@ class InceptionFeatures(nn.Module):
         Raises:
             UserError: The weights are nowhere and cannot be downloaded, or the file is not what it should be.
         """
-        network = self.network.on(image.device)
-        features: Tensor = network(image.float().clamp(0, 1).mul(255).round().byte())[0]
-        return features
-
-    def load(self) -> None:
-        """Fetch the weights now.
-
-        Raises:
-            UserError: As in ``forward``.
-        """
-        self.network.load()
+        pixels = image.float().clamp(0, 1).mul(255).round().byte()
+        return self.network.on(image.device)(pixels)[0]  # type: ignore[no-any-return]
 
     def with_spatial(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (B, 2048) and, of the same pass, those of sFID (B, 2023) of images (B, 3, H, W).
 
-        The latter are ADM's ``mixed_6/conv:0``, that is the first branch of ``Mixed_6d`` after its ReLU, 7 channels of
-        17 x 17 in the order (row, column, channel), in which ADM's reference file has its ``mu_s`` and ``sigma_s``.
-        torch-fidelity has no sFID.
+        The latter are ADM's ``mixed_6/conv:0``: the first branch of ``Mixed_6d`` after its ReLU, 7 channels of 17 x 17
+        in the order (row, column, channel) of ``mu_s`` and ``sigma_s`` in ADM's reference file.
         """
         maps: list[Tensor] = []
         branch = self.network.on(image.device).get_submodule("Mixed_6d.branch1x1")
@@ -81,11 +71,7 @@ class InceptionFeatures(nn.Module):
         return features, maps[0].permute(0, 2, 3, 1).flatten(1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the logits (B, 1008), float64, of features (B, 2048): without the bias, as in published scores.
-
-        ADM multiplies ``pool_3`` with the weight, torch-fidelity calls that ``logits_unbiased``. The network of 2015
-        has 1008 outputs.
-        """
+        """Return the logits (B, 1008), float64, of features (B, 2048), without the bias, as in published scores."""
         weight: Tensor = self.network.on(features.device).get_parameter("fc.weight")
         return features.double() @ weight.double().T
 
@@ -95,40 +81,12 @@ class InceptionFeatures(nn.Module):
             path = published_file(URL_INCEPTION_V3, "FID", ", give its path as `weights`, or choose other features")
         else:
             path = Path(self.weights).expanduser()
-            if not path.is_file():
-                raise UserError(f"Inception weights not found: {path} (argument `weights`); it should be {self.FILE}")
+            check(path.is_file(), f"Inception weights not found: {path} (argument `weights`); it should be {self.FILE}")
         try:
             # torch-fidelity unpickles without restriction: a file that passes here has nothing to run there.
             torch.load(path, map_location="cpu", weights_only=True)
             network: nn.Module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
         except Exception as error:  # whatever unpickling or strict loading makes of a wrong file
-            raise UserError(
-                f"{path} does not hold the Inception weights ({type(error).__name__}: {str(error)[:200]}): delete it, "
-                f"and put {self.FILE} there"
-            ) from error
+            found = f"{type(error).__name__}: {str(error)[:200]}"
+            raise UserError(f"{path} does not hold the Inception weights ({found}): put {self.FILE} there") from error
         return network
-
-
-class SpatialFeatures(nn.Module):
-    """The features of sFID as a network of their own: ``FrechetDistance(SpatialFeatures(inception))`` is sFID.
-
-    >>> SpatialFeatures(InceptionFeatures()).num_features  # 7 channels of 17 x 17
-    2023
-
-    Args:
-        inception: The network, which may serve FID too.
-    """
-
-    def __init__(self, inception: InceptionFeatures) -> None:
-        super().__init__()
-        self.name = "inception_spatial"
-        self.num_features = inception.num_spatial
-        self.inception = inception
-
-    def load(self) -> None:
-        """Fetch the weights now."""
-        self.inception.load()
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the features (B, 2023) of images (B, 3, H, W) in [0, 1]."""
-        return self.inception.with_spatial(image)[1]

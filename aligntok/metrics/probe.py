@@ -1,16 +1,17 @@
 """Linear probe: how well a linear classifier reads the class from frozen latents."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import check
+
+ROWS = 8192  # of features that are classified at once
 
 
-@dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(NamedTuple):
     """Outcome of a linear probe, top-1 accuracies in [0, 1].
 
     >>> features, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
@@ -24,25 +25,6 @@ class ProbeResult:
 
     accuracy: float
     train_accuracy: float
-
-
-@dataclass(frozen=True)
-class LinearClassifier:
-    """A fitted probe: logits (M, K) = ((features - mean) * scale) @ weight.T + bias, whose columns are ``classes``."""
-
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-    classes: Tensor
-
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the label of the largest logit for each row of features (M, D)."""
-        best = [
-            torch.addmm(self.bias, (rows.to(self.mean) - self.mean) * self.scale, self.weight.T).argmax(dim=1)
-            for rows in torch.split(features, 8192)  # no copy of all
-        ]
-        return self.classes[torch.cat(best)]
 
 
 def linear_probe(
@@ -61,8 +43,8 @@ def linear_probe(
     weight_decay / 2 * |W|^2`` (scikit-learn's ``C = 1 / (N * weight_decay)``), the bias not decayed, by full-batch
     L-BFGS from zero until the largest gradient is below 1e-6: convex, so there is no seed and no learning rate. Compare
     with numbers of the same protocol only (MAE's has augmentation), of the same features: say with each number whether
-    they are ``flatten_latent`` or ``pool_latent``, before or after the adapter. Works under ``inference_mode``; beside
-    the features it takes a copy of the training features and about four times (N, K).
+    latents are flattened or averaged, before or after the adapter. Works under ``inference_mode``; beside the features
+    it takes a copy of the training features and about four times (N, K).
 
     Args:
         train_features: (N, D), float.
@@ -78,82 +60,63 @@ def linear_probe(
     Reference:
         Alain and Bengio, arXiv:1610.01644; the full-batch L-BFGS of Radford et al., CLIP, arXiv:2103.00020, A.3.
     """
-    if weight_decay < 0 or max_iterations < 1:
-        raise UserError(f"weight_decay={weight_decay}, max_iterations={max_iterations}: give at least 0 and 1")
-    _check("train", train_features, train_labels, train_features.shape[-1])
-    _check("test", test_features, test_labels, train_features.shape[-1])
-    device, classes = train_features.device, torch.unique(train_labels)
-    unknown = torch.unique(test_labels)
-    unknown = unknown[~torch.isin(unknown, classes.to(unknown.device))][:10].tolist()
-    if len(classes) < 2 or unknown:
-        raise UserError(
-            f"the training labels hold {len(classes)} classes, the test labels {unknown or 'no'} others: give 2 or more"
-            " classes, the same in both"
-        )
-    with torch.autocast(device.type, enabled=False):
-        classifier = fit_classifier(train_features, train_labels.to(device), weight_decay, max_iterations)
-        shares = [
-            (classifier.predict(features.to(device)) == labels.to(device)).double().mean().item()
-            for features, labels in ((test_features, test_labels), (train_features, train_labels))
-        ]
+    wrong = f"weight_decay={weight_decay}, max_iterations={max_iterations}: give at least 0 and 1"
+    check(weight_decay >= 0 and max_iterations >= 1, wrong)
+    check_split("train", train_features, train_labels, train_features.shape[-1])
+    check_split("test", test_features, test_labels, train_features.shape[-1])
+    device = train_features.device
+    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    classes = torch.unique(train_labels)
+    unknown = torch.unique(test_labels[~torch.isin(test_labels, classes)])[:10].tolist()
+    problem = f"the training labels hold {len(classes)} classes, the test labels {unknown or 'no'} others"
+    check(len(classes) >= 2 and not unknown, f"{problem}: give 2 or more classes, the same in both")
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # Lightning validates in the former
+        inputs = train_features.to(torch.promote_types(train_features.dtype, torch.float32))
+        variance, mean = torch.var_mean(inputs, dim=0, correction=0)
+        resolution = torch.finfo(train_features.dtype).eps * mean.abs()  # a smaller spread is rounding, not information
+        scale = torch.where(variance.sqrt() > resolution, variance.rsqrt(), 0)
+        targets = torch.unique(train_labels, return_inverse=True)[1]
+        weight, bias = fit_linear((inputs - mean).mul_(scale), targets, len(classes), weight_decay, max_iterations)
+        shares = []
+        for features, labels in ((test_features, test_labels), (train_features, train_labels)):
+            rows = torch.split(features, ROWS)  # no copy of all
+            best = torch.cat([F.linear((x.to(mean) - mean) * scale, weight, bias).argmax(dim=1) for x in rows])
+            shares.append((classes[best] == labels).double().mean().item())
     return ProbeResult(*shares)
 
 
-def fit_classifier(features: Tensor, labels: Tensor, weight_decay: float, max_iterations: int) -> LinearClassifier:
-    """Fit the classifier of ``linear_probe`` to features (N, D) and labels (N,)."""
-    with torch.inference_mode(False), torch.enable_grad():  # Lightning validates in inference mode
-        inputs = features.to(torch.promote_types(features.dtype, torch.float32))
-        variance, mean = torch.var_mean(inputs, dim=0, correction=0)
-        resolution = torch.finfo(features.dtype).eps * mean.abs()  # a smaller spread is rounding, not information
-        scale = torch.where(variance.sqrt() > resolution, variance.rsqrt(), 0)
-        inputs = (inputs - mean).mul_(scale)
-        classes, targets = torch.unique(labels, return_inverse=True)
-        weight = inputs.new_zeros(len(classes), inputs.shape[1], requires_grad=True)
-        bias = inputs.new_zeros(len(classes), requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [weight, bias],
-            max_iter=max_iterations,
-            max_eval=2 * max_iterations,
-            tolerance_grad=1e-6,
-            history_size=10,
-            line_search_fn="strong_wolfe",
-        )
+def fit_linear(
+    inputs: Tensor, targets: Tensor, num_classes: int, weight_decay: float, max_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Return weight (K, D) and bias (K,) of ``linear_probe`` for standardised inputs (N, D) and classes (N,) from 0."""
+    weight = inputs.new_zeros(num_classes, inputs.shape[1], requires_grad=True)
+    bias = inputs.new_zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=1e-6,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(torch.addmm(bias, inputs, weight.T), targets)
-            loss = loss + weight_decay / 2 * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch left it without types
-            return loss
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(inputs, weight, bias), targets) + weight_decay / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch left it without types
+        return loss
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch left it without types
-    return LinearClassifier(mean, scale, weight.detach(), bias.detach(), classes)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch left it without types
+    return weight.detach(), bias.detach()
 
 
-def flatten_latent(latent: Tensor) -> Tensor:
-    """Return latents (B, C, h, w) as vectors (B, C * h * w): every position has weights of its own."""
-    _check_latent(latent)
-    return latent.flatten(1)
-
-
-def pool_latent(latent: Tensor) -> Tensor:
-    """Return latents (B, C, h, w) averaged over the grid, (B, C)."""
-    _check_latent(latent)
-    return latent.mean(dim=(2, 3))
-
-
-def _check_latent(latent: Tensor) -> None:
-    if latent.ndim != 4:
-        raise UserError(f"latents have shape {tuple(latent.shape)}: give (B, C, h, w)")
-
-
-def _check(split: str, features: Tensor, labels: Tensor, dim: int) -> None:
-    if features.shape != (len(labels), dim) or labels.ndim != 1 or not len(labels):
-        raise UserError(
-            f"{split} features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}: give (N, D) and"
-            f" (N,), N at least 1, of the {dim} dimensions of the training features"
-        )
-    if not features.is_floating_point() or labels.is_floating_point() or labels.is_complex():
-        raise UserError(f"{split}: give float features and integer labels, not {features.dtype} and {labels.dtype}")
-    if not features.isfinite().all():
-        raise UserError(f"{split} features contain NaN or infinity: look at the encoder that made them")
+def check_split(split: str, features: Tensor, labels: Tensor, width: int) -> None:
+    """Refuse features and labels that do not fit each other."""
+    found = f"{split} features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}"
+    fits = features.shape == (len(labels), width) and labels.ndim == 1 and len(labels) > 0
+    check(fits, f"{found}: give (N, D) and (N,), N at least 1, of the {width} dimensions of the training features")
+    integer = not labels.is_floating_point() and not labels.is_complex()
+    found = f"not {features.dtype} and {labels.dtype}"
+    check(features.is_floating_point() and integer, f"{split}: give float features and integer labels, {found}")
+    finite = bool(features.isfinite().all())
+    check(finite, f"{split} features contain NaN or infinity: look at the encoder that made them")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aligntok.errors import UserError
-from aligntok.metrics.reference import FeatureStatistics
+from aligntok.errors import UserError, check
+from aligntok.metrics.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Protocol:
         features: Name of the feature network; None: any.
         count: Number of images measured; None: any.
         reference: How the id (``source``) of the reference begins; None: any.
-        reference_hash: Part of that id, as ``describe`` prints it, for who wants one certain reference; None: any.
+        reference_hash: Part of that id, to demand one certain reference; None: any.
         reference_count: Number of reference images; None: any.
         crop: Of the images that the reference is made of.
     """
@@ -35,12 +35,8 @@ class Protocol:
     reference_count: int | None = None
     crop: str = "ADM centre crop"
 
-    def check_reference(self, reference: FeatureStatistics) -> None:
-        """Refuse a reference of other features, origin or size.
-
-        Raises:
-            UserError: Naming what was found and what the protocol wants.
-        """
+    def check_reference(self, reference: Reference) -> None:
+        """Raise a ``UserError`` if the reference is of other features, origin or size."""
         found = reference.source or "measured here, unnamed"
         if self.features not in (None, reference.features):
             problem = f"features {self.features!r}, the reference ({found}) has {reference.features!r}"
@@ -56,32 +52,19 @@ class Protocol:
         raise UserError(f"protocol {self.name} wants {problem}. Give that reference, or measure without a protocol")
 
     def check_count(self, count: int) -> None:
-        """Refuse another number of images.
+        """Raise a ``UserError`` if another number of images was measured."""
+        check(
+            self.count in (None, count),
+            f"protocol {self.name} wants {self.count or 0:,} images, {count:,} were measured: measure as many, or "
+            "without a protocol, for the distance depends on the number",
+        )
 
-        Raises:
-            UserError: Naming both.
-        """
-        if self.count not in (None, count):
-            raise UserError(
-                f"protocol {self.name} wants {self.count:,} images, {count:,} were measured: measure as many, or "
-                "without a protocol, for the distance depends on the number"
-            )
-
-    def describe(
-        self, count: int, image_size: tuple[int, int] | None, labels: Tensor, reference: FeatureStatistics
-    ) -> str:
-        """Return one line that says all that a number depends on.
-
-        Args:
-            count: Number of images measured.
-            image_size: Their height and width in pixels.
-            labels: Of the images, (count,); -1 is unknown.
-            reference: What they were compared with.
-        """
+    def describe(self, image_size: tuple[int, int] | None, labels: Tensor, reference: Reference) -> str:
+        """Return one line that says all that a number depends on: images of this size, labels (N,), -1 if unknown."""
         size = "x".join(map(str, image_size)) if image_size else "unknown size in"
         number = f"{reference.count:,} images" if reference.count else "number of images not in the file"
         return (
-            f"{self.name}: {count:,} images of {size} px, {label_policy(labels)}, features {reference.features}, "
+            f"{self.name}: {len(labels):,} images of {size} px, {label_policy(labels)}, features {reference.features}, "
             f"reference {reference.source or 'unnamed'} ({number}, {self.crop})"
         )
 
@@ -99,6 +82,9 @@ NAMED = {
 def find_protocol(name: str, reference_hash: str | None = None) -> Protocol:
     """Return the protocol ``gfid-adm50k``, ``rfid-val50k``, or ``fd-<feature>`` (50,000 images, any reference).
 
+    >>> find_protocol("fd-dinov2").features
+    'dinov2'
+
     Args:
         name: Of the protocol.
         reference_hash: Digits of a reference's hash, as the printed line has them, that are demanded from now on.
@@ -107,8 +93,8 @@ def find_protocol(name: str, reference_hash: str | None = None) -> Protocol:
         UserError: No such protocol.
     """
     feature = name.removeprefix("fd-")
-    if name not in NAMED and feature in (name, ""):
-        raise UserError(f"there is no protocol {name!r}: use {', '.join(NAMED)} or fd-<feature>")
+    known = name in NAMED or feature not in (name, "")
+    check(known, f"there is no protocol {name!r}: use {', '.join(NAMED)} or fd-<feature>")
     found = NAMED.get(name) or Protocol(name, feature, 50_000)
     return replace(found, reference_hash=reference_hash)
 

@@ -74,6 +74,17 @@ class Frozen(nn.Module):
         return self
 
 
+def load_frozen(module: nn.Module) -> None:
+    """Build the frozen networks inside a module that were left for later: a missing file then stops a run early.
+
+    Raises:
+        UserError: Published weights are nowhere and cannot be downloaded; says which file to put where.
+    """
+    for part in module.modules():
+        if isinstance(part, Frozen):
+            part.load()
+
+
 def _bring_own_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a strict load of the owner pass: offer the weights that are already there."""
     own: dict[str, Tensor] = nn.Module.state_dict(module)

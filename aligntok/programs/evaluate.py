@@ -69,12 +69,12 @@ def evaluate_command(arguments: list[str]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         print(f"{name:<{width}}  {value:.4f}")
-    print(metrics.describe(), flush=True)
+    print(metrics.conditions, flush=True)
     record = {
         "samples": samples.path.name,
         "count": samples.count,
         "values": values,
-        "conditions": metrics.describe(),
+        "conditions": metrics.conditions,
         "reference": metrics.reference().source,
     }
     keys = ("samples", "conditions")
@@ -166,7 +166,7 @@ def measure(metrics: GenerationMetrics, images: Images, batch_size: int, real: b
     for image in images.images(batch_size):
         ids = torch.arange(start, start + len(image))
         label = None if images.labels is None else images.labels[ids]
-        metrics.update(image.to(metrics.frechet.device), ids, label, real)
+        metrics.update(image.to(metrics.device), ids, label, real)
         start += len(image)
 
 

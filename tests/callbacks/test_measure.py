@@ -27,7 +27,7 @@ from aligntok.data import LatentDataModule, Shapes
 from aligntok.errors import UserError
 from aligntok.flow import Euler
 from aligntok.losses import LPIPS, PerceptualTerm, ReconstructionLoss
-from aligntok.metrics import EncoderFeatures, FeatureStatistics, GenerationMetrics, InceptionFeatures
+from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatures, Reference
 from aligntok.metrics.collected import Collected
 from aligntok.stages import EncoderPretraining
 
@@ -120,7 +120,7 @@ def test_psnr_is_the_mean_over_images_of_8_bit_pixels(tiny, tmp_path):
 def test_reference_is_kept_and_used_again(tiny, tmp_path):
     first = measure(tiny, tmp_path)["val/rfd_tiny"]
     (path,) = (tmp_path / "reference").glob("tiny_*.safetensors")
-    statistics = FeatureStatistics.load(path)
+    statistics = Reference.load(path)
     assert statistics.count == 37
     assert statistics.source == path.stem.removeprefix("tiny_")
     written = path.stat().st_mtime_ns

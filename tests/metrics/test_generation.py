@@ -7,22 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import distributed, nn
 
 from aligntok.errors import UserError
 from aligntok.metrics import (
-    FeatureStatistics,
-    FrechetDistance,
     GenerationMetrics,
     Protocol,
     Reference,
     find_protocol,
+    frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
 from aligntok.metrics.collected import Collected
-from aligntok.metrics.frechet import frechet_distance
+from aligntok.metrics.reference import TENSORS
 
 ALL = {"sfid": True, "inception_score": True, "precision_recall": True, "kid": True}
 
@@ -98,15 +98,12 @@ def test_every_measure_is_numpys():
     }
     assert values == pytest.approx(expected, rel=1e-4)
     assert values["is"] != pytest.approx(inception_score(torch.from_numpy(fake) * 10), rel=1e-4)  # the order counts
-    assert metrics.frechet.features.passes == 280  # one pass per image
+    assert metrics.features.passes == 280  # one pass per image
 
 
-def test_fid_alone_is_the_frechet_distance():
-    metric = FrechetDistance(Pixels())
-    for image, real in ((REAL, True), (FAKE, False)):
-        metric.update(image, real=real)
+def test_fid_alone_keeps_no_features():
     metrics = measured(**dict.fromkeys(ALL, False))
-    assert metrics.compute() == {"fid": pytest.approx(metric.compute().item(), rel=1e-6)}
+    assert metrics.compute() == {"fid": pytest.approx(measured().compute()["fid"], rel=1e-6)}
     assert not any(features.numel() for _, features in metrics.samples.parts)
 
 
@@ -171,12 +168,21 @@ def test_saved_reference_gives_the_same_values(tmp_path):
     assert feed(metrics, FAKE, IDS).compute() == pytest.approx(expected.compute(), rel=1e-6)
     metrics.reset()
     assert feed(metrics, FAKE, IDS).compute() == pytest.approx(expected.compute(), rel=1e-6)
-    assert (metrics.given.image_size, metrics.given.spatial.features) == ((8, 8), "inception_spatial")
-    plain = FeatureStatistics.load(path)  # the older class reads it, and the newer one its files
-    assert (plain.count, plain.source) == (150, "val")
+    assert (metrics.given.image_size, metrics.given.count, metrics.given.source) == ((8, 8), 150, "val")
+    plain = Reference(metrics.given.mean, metrics.given.cov, 150, "val", "inception")
     plain.save(path)
     loaded = Reference.load(path)
-    assert (loaded.spatial, loaded.sample, loaded.image_size) == (None, None, None)
+    assert (loaded.spatial_mean, loaded.spatial_cov, loaded.sample, loaded.image_size) == (None, None, None, None)
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    expected, path = measured().reference("val"), tmp_path / "reference.safetensors"
+    tensors = {name: getattr(expected, name) for name in TENSORS}
+    numbers = {"count": "150", "source": "val", "features": "inception"}
+    save_file(tensors, path, {**numbers, "spatial_features": "inception_spatial", "image_size": "8x8"})
+    metrics = GenerationMetrics(Pixels(), **ALL)
+    metrics.load_reference(path)
+    assert feed(metrics, FAKE, IDS).compute() == measured().compute()
 
 
 def write_npz(path, image=REAL, **entries):
@@ -200,7 +206,7 @@ def test_reference_file_of_adm(tmp_path):
     shares = precision_recall(Plain()(REAL[:100]), Plain()(FAKE))
     assert (values["precision"], values["recall"]) == pytest.approx(shares)
     assert metrics.given.source.startswith("VIRTUAL_test.npz sha256:")
-    assert "number of images not in the file" in metrics.describe()
+    assert "number of images not in the file" in metrics.conditions
     assert metrics.given.image_size == (8, 8)
 
 
@@ -257,7 +263,7 @@ def test_reference_that_lacks_something():
     reference = measured().reference("val")
     metrics = GenerationMetrics(Pixels(), **ALL)
     with pytest.raises(UserError, match=r"\(val\) has no statistics for sFID"):
-        metrics.set_reference(replace(reference, spatial=None))
+        metrics.set_reference(replace(reference, spatial_mean=None))
     with pytest.raises(UserError, match=r"\(val\) has no features for precision"):
         metrics.set_reference(replace(reference, sample=None))
     with pytest.raises(UserError, match="'inception' with 12 dimensions, this metric uses 'plain'"):
@@ -273,7 +279,7 @@ def test_reference_that_lacks_something():
 def test_protocol_line():
     metrics = measured()
     metrics.compute()
-    assert metrics.describe() == (
+    assert metrics.conditions == (
         "no protocol: 130 images of 8x8 px, labels unknown, features inception, reference unnamed (150 images, "
         "ADM centre crop)"
     )
@@ -281,11 +287,11 @@ def test_protocol_line():
     metrics.set_reference(measured().reference("val abc"))
     metrics.update(FAKE, IDS, torch.arange(130) % 10)
     metrics.compute()
-    assert metrics.describe().startswith("p: 130 images of 8x8 px, labels balanced (13 of each of 10), features incep")
+    assert metrics.conditions.startswith("p: 130 images of 8x8 px, labels balanced (13 of each of 10), features incep")
     metrics.reset()
     metrics.update(FAKE, IDS, torch.arange(130) % 11)
     metrics.compute()
-    assert "labels not balanced (11 to 12 of each of 11)" in metrics.describe()
+    assert "labels not balanced (11 to 12 of each of 11)" in metrics.conditions
 
 
 @pytest.mark.parametrize(
@@ -356,7 +362,7 @@ def compute_on_rank(rank: int, folder: str) -> None:
     empty.set_reference(metrics.given)
     results.append(feed(metrics, FAKE[rank::2], IDS[rank::2]).compute())
     results.append(feed(empty, FAKE[: 0 if rank else None], IDS[: 0 if rank else None]).compute())
-    torch.save((results, metrics.describe()), f"{folder}/{rank}.pt")
+    torch.save((results, metrics.conditions), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 

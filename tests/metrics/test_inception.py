@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from aligntok.metrics import FrechetDistance, InceptionFeatures, SpatialFeatures, inception
+from aligntok.metrics import GenerationMetrics, InceptionFeatures, inception
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def test_fid_alone_makes_nothing_else(network):
     branch = network.network.network.Mixed_6d.branch1x1
     assert not branch._forward_hooks
     network.network.network.fc.register_forward_hook(lambda *args: passes.append("fc"))
-    FrechetDistance(network).update(torch.rand(1, 3, 16, 16), real=True)
+    GenerationMetrics(network).update(torch.rand(1, 3, 16, 16), real=True)
     assert not passes
 
 
-def test_sfid_alone(network):
-    metric = FrechetDistance(SpatialFeatures(network))
-    assert metric.metric_name == "sfid"
+def test_fid_and_sfid_of_one_pass(network):
+    metrics = GenerationMetrics(network, sfid=True)
     for real in (True, False):
-        metric.update(torch.rand(2, 3, 16, 16), real=real)
-    assert metric.generated.products.shape == (2024, 2024)
+        metrics.update(torch.rand(2, 3, 16, 16), real=real)
+    assert metrics.names == ["fid", "sfid"]
+    assert [len(sums.products) for sums in metrics.sums] == [2049, 2024]
