@@ -83,10 +83,9 @@ def sample(
     progress = progress_of(fabric, "samples", left)
     for _, ids in dealt(fabric, left, batch_size):
         label = torch.from_numpy(files.labels[ids.start : ids.stop])
-        batch = {"id": torch.tensor(ids), "label": label}
+        batch = fabric.to_device({"id": torch.tensor(ids), "label": label})
         with fabric.autocast():
-            image, _ = generator.decoded({key: fabric.to_device(value) for key, value in batch.items()})
-        files.write(ids, image)
+            files.write(ids, generator.predict_step(batch, 0)["image"])
         progress.add(len(ids))
     fabric.barrier()
     on_first_rank(fabric, lambda: files.finish(npz, block_size))

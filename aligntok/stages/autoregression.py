@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from aligntok.decoding import TokenSampler
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.files import write_text
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache
-from aligntok.stages.generator import GeneratorStage
+from aligntok.stages.generator import GeneratorStage, check_below
 from aligntok.stages.optimization import Optimization
 
 PER_POSITION = "accuracy_per_position.csv"
@@ -44,11 +44,16 @@ class AutoregressiveGeneration(GeneratorStage):
         seed: Of the samples; a sample is a function of (seed, id, label).
         optimization: Optimizer, learning rate, weight decay.
 
+    >>> network = AutoregressiveTransformer(8, (2, 2), 1, num_classes=3, width=16, depth=1, num_heads=2)
+    >>> stage = AutoregressiveGeneration(network, sampler=TokenSampler(guidance_scale=2.0))
+    >>> stage.sample(ids=torch.arange(2), label=torch.tensor([0, 2])).shape
+    torch.Size([2, 5])
+
     Raises:
         UserError: Network, tokenizer and sampler that do not fit each other; both values are named.
     """
 
-    learns = "tokens"
+    code = "tokens"
 
     def __init__(
         self,
@@ -61,7 +66,6 @@ class AutoregressiveGeneration(GeneratorStage):
     ) -> None:
         super().__init__(network, tokenizer, label_dropout, seed, optimization)
         self.sampler = sampler or TokenSampler()
-        self.sums: Tensor | None = None
         self.check_parts()
 
     def check_parts(self) -> None:
@@ -74,14 +78,12 @@ class AutoregressiveGeneration(GeneratorStage):
         if self.tokenizer is None:
             return
         spec = self.tokenizer.spec
-        if spec.kind != "discrete":
-            raise UserError(f"tokenizer is {spec.kind}, but an autoregressive generator needs a discrete one")
+        needed = "an autoregressive generator needs a discrete one"
+        check(spec.kind == "discrete", f"tokenizer is {spec.kind}, but {needed}")
         for name in SIZES:
             ours, theirs = getattr(self.network, name), getattr(spec, name)
-            if ours != theirs:
-                raise UserError(
-                    f"network.{name} {ours} differs from the {name} of tokenizer {theirs}: set the first to the second"
-                )
+            text = f"network.{name} {ours} differs from the {name} of tokenizer {theirs}: set the first to the second"
+            check(ours == theirs, text)
 
     def check_data(self, data: HasCache) -> None:
         """Refuse tokens of another tokenizer, codebook, grid or prefix."""
@@ -89,85 +91,47 @@ class AutoregressiveGeneration(GeneratorStage):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels and tokens that the network does not have while they are on the CPU."""
-        batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        tokens, count = batch.get("tokens"), self.network.codebook_size
-        if tokens is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
-            wrong = tokens[(tokens < 0) | (tokens >= count)][0]
-            raise UserError(f"token {wrong} in a batch, but network.codebook_size {count} means 0 .. {count - 1}")
-        return batch
-
-    # Training
+        if "tokens" in batch:
+            check_below(self.network.codebook_size, batch["tokens"], "token", "network.codebook_size")
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of one batch."""
-        tokens = self.tokens_of(batch)
-        logits = self.logits(tokens, self.drop(batch))
+        tokens = self.code_of(batch)  # (B, N)
+        logits = self.logits(tokens, self.drop(batch))  # (B, N, codebook_size)
         loss = cross_entropy(logits.flatten(0, 1), tokens.flatten())
         accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
         self.log_terms({"loss": loss.detach(), "accuracy": accuracy}, len(tokens))
         return loss
 
-    @torch.no_grad()
-    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the batch's tokens (B, N), cached or encoded now."""
-        if "tokens" in batch:
-            return batch["tokens"]  # type: ignore[no-any-return]
-        if self.tokenizer is None:
-            raise UserError("the data holds images, not tokens: set tokenizer, or train on a token cache")
-        return self.tokenizer.encode(batch["image"])
-
     def logits(self, tokens: Tensor, label: Tensor) -> Tensor:
         """Return the logits (B, N, codebook_size) of each token, given those before it, in fp32."""
-        logits: Tensor = self.network(tokens[:, :-1], self.asked(label))
+        logits: Tensor = self.network(tokens[:, :-1], None if self.network.num_classes is None else label)
         return logits.float()
-
-    def asked(self, label: Tensor) -> Tensor | None:
-        """Return the labels (B,), or nothing for a network without classes."""
-        return None if self.network.num_classes is None else label
 
     # Validation
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Add a batch to the sums per position."""
-        tokens = self.tokens_of(batch)
-        logits = self.logits(tokens, batch["label"])
+        tokens = self.code_of(batch)  # (B, N)
+        logits = self.logits(tokens, batch["label"])  # (B, N, codebook_size)
         likeliest = logits.topk(min(NUM_BEST, logits.shape[2])).indices  # in order; ties are broken, not counted twice
         found = likeliest == tokens[..., None]
         loss = cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
         terms = (loss, found[..., 0], found.any(-1), torch.ones_like(tokens))
-        sums = torch.stack([term.float().sum(0) for term in terms])
-        self.sums = sums if self.sums is None else self.sums + sums
+        sums = torch.stack([term.float().sum(0) for term in terms])  # (4, N)
+        self.sums["positions"] = self.sums["positions"] + sums if "positions" in self.sums else sums
         return {"tokens": tokens}
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Measure on the test images what validation measures."""
-        return self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what was measured, and write it per position."""
-        self.conclude("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log what was measured."""
-        self.conclude("test")
-
-    def conclude(self, split: str) -> None:
-        """Log the means over all images of all ranks."""
-        sums, self.sums = self.sums, None
+    def log_sums(self, split: str) -> None:
+        """Log the means over all images of all ranks; those of validation are also written per position."""
+        sums = self.total("positions")
         if sums is None:
             return
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
         loss, accuracy, best = means = sums[:3] / sums[3]
         prefix = self.network.num_prefix
-        values = {
-            "loss": loss,
-            "accuracy": accuracy,
-            f"accuracy_top{NUM_BEST}": best,
-            "accuracy_grid": accuracy[prefix:],
-        }
-        if prefix:
-            values["accuracy_prefix"] = accuracy[:prefix]
+        values = {"loss": loss, "accuracy": accuracy, f"accuracy_top{NUM_BEST}": best}
+        values |= {"accuracy_grid": accuracy[prefix:]} | ({"accuracy_prefix": accuracy[:prefix]} if prefix else {})
         self.log_dict({f"{split}/{name}": value.mean() for name, value in values.items()})
         if split == "val" and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self.write_positions(means)
@@ -180,17 +144,10 @@ class AutoregressiveGeneration(GeneratorStage):
             lines.append(f"{position},{part}," + ",".join(f"{value:.6f}" for value in values))
         write_text(Path(self.trainer.default_root_dir) / PER_POSITION, "\n".join(lines) + "\n")
 
-    # Sampling
-
     @torch.no_grad()
     def sample(self, ids: Tensor, label: Tensor, sampler: TokenSampler | None = None) -> Tensor:
         """Return tokens (B, N): each row a function of its id (B,), its label (B,) and the seed alone."""
-        chosen = self.asked(label)
+        chosen = None if self.network.num_classes is None else label
         self.network.check_labels(chosen)
         chosen = None if chosen is None else chosen.to(self.device)
         return (sampler or self.sampler)(self.network, chosen, ids.to(self.device), self.seed)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Return ``image`` (B, 3, H, W) in [0, 1] and ``tokens`` (B, N) for each ``id`` and ``label`` (B,)."""
-        image, tokens = self.decoded(batch)
-        return {"image": image, "tokens": tokens}

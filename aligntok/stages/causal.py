@@ -1,4 +1,4 @@
-"""The first stage of AliTok: a causal decoder teaches a bidirectional encoder to write tokens that depend forwards.
+"""The first stage of AliTok: a causal decoder makes a bidirectional encoder write tokens that follow from earlier ones.
 
 Reference:
     AliTok: Towards Sequence Modeling Alignment between Tokenizer and Autoregressive Model, arXiv:2506.05289.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.stages.optimization import Optimization
@@ -22,18 +22,24 @@ from aligntok.stages.tokenizer_stage import COMMITMENT_WEIGHT, TokenizerStage
 class CausalTokenization(TokenizerStage):
     """Everything learns: encoder, adapter, quantizer and decoder of a discrete tokenizer.
 
-    The first tokens have nothing before them, and rows below lean on the first one: prefix tokens in front carry that
-    load. Where the decoder has a head for them, they must give the first row of patches, in its second version; in
-    the first one, with a token more, the first patch and then that row. The loss gains ``prefix_weight`` times that
-    row's share of the image (K tokens of h * w) times its mean squared error; ``auxiliary: perceptual`` adds the
-    perceptual terms, in their own weights, of the whole image with the first row from the prefix and the other rows
-    held constant.
+    A causal decoder has to write the first row of patches from the first few tokens alone. K prefix tokens in front of
+    the grid's give these tokens a context. Where the decoder has a ``prefix_head``, the prefix must reconstruct the
+    first row of patches: K is then the number of columns, or in AliTok's first version one more, for the first patch
+    twice. The loss gains ``prefix_weight * K / (h * w)`` times the mean squared error of that row;
+    ``auxiliary: perceptual`` adds the perceptual terms, in their own weights, of the image whose first row comes from
+    the prefix and whose other rows are held constant.
+
+    >>> from aligntok.networks import LinearAdapter, QueryEncoder, TokenDecoder, VectorQuantizer
+    >>> encoder = QueryEncoder(16, 8, 8, 1, 2, num_prefix=2)
+    >>> decoder = TokenDecoder(4, 16, 8, 8, 1, 2, num_prefix=2, causal=True, prefix_head=True)
+    >>> tokenizer = Tokenizer(encoder, LinearAdapter(8, 4), decoder, VectorQuantizer(32, 4))
+    >>> stage = CausalTokenization(tokenizer, auxiliary="mse")
 
     Args:
-        tokenizer: A discrete one, e.g. ``QueryEncoder``, ``LinearAdapter``, ``VectorQuantizer``, ``TokenDecoder``.
-        loss: As for every tokenizer stage.
-        optimization: As for every tokenizer stage.
-        kl_weight: As for every tokenizer stage.
+        tokenizer: A discrete one; loss, optimization and kl_weight are those of every tokenizer stage.
+        loss: Of the reconstruction.
+        optimization: Of tokenizer and discriminator.
+        kl_weight: Of the KL divergence.
         auxiliary: Loss of the prefix: ``none``; ``mse``, AliTok's first version; ``perceptual``, its second.
         prefix_weight: Of the mean squared error of the prefix; 10 in the published code.
         commitment_weight: Of the term that draws the latent to its codes.
@@ -58,24 +64,22 @@ class CausalTokenization(TokenizerStage):
 
     def check_parts(self) -> None:
         """Raise a ``UserError`` where tokenizer and losses do not fit each other."""
-        decoder, spec = self.tokenizer.decoder, self.tokenizer.spec
-        if self.tokenizer.quantizer is None:
-            raise UserError("CausalTokenization needs tokenizer.quantizer, e.g. aligntok.networks.VectorQuantizer")
-        has_head = getattr(decoder, "prefix_head", None) is not None
-        if has_head != (self.auxiliary != "none"):
-            head = "a prefix_head" if has_head else "no prefix_head"
-            raise UserError(
-                f"auxiliary {self.auxiliary} does not go with a tokenizer.decoder with {head}: give both"
-                " (auxiliary mse or perceptual, prefix_head true) or none"
-            )
+        spec, has_head = self.tokenizer.spec, getattr(self.tokenizer.decoder, "prefix_head", None) is not None
+        text = "CausalTokenization needs tokenizer.quantizer, e.g. aligntok.networks.VectorQuantizer"
+        check(self.tokenizer.quantizer is not None, text)
+        check(
+            has_head == (self.auxiliary != "none"),
+            f"auxiliary {self.auxiliary} does not go with a tokenizer.decoder with {'a' if has_head else 'no'}"
+            " prefix_head: give both (auxiliary mse or perceptual, prefix_head true) or none",
+        )
         columns = spec.grid[1]
-        if has_head and spec.num_prefix not in (columns, columns + 1):
-            raise UserError(
-                f"num_prefix {spec.num_prefix} of encoder and decoder: with a prefix_head it is {columns}, the patches"
-                f" of the first row, or {columns + 1}, the first patch and then the first row"
-            )
-        if self.auxiliary == "perceptual" and not self.loss.perceptual:
-            raise UserError("auxiliary perceptual needs a perceptual term of the loss; or set auxiliary mse")
+        check(
+            not has_head or spec.num_prefix in (columns, columns + 1),
+            f"num_prefix {spec.num_prefix} of encoder and decoder: with a prefix_head it is {columns}, the patches of"
+            f" the first row, or {columns + 1}, the first patch and then the first row",
+        )
+        missing = self.auxiliary == "perceptual" and not self.loss.perceptual
+        check(not missing, "auxiliary perceptual needs a perceptual term of the loss; or set auxiliary mse")
 
     def decode(self, latent: Tensor, reference: Reference) -> tuple[Tensor, Terms]:
         """Return the reconstruction of a latent (B, C, 1, N), and the terms on what the prefix gives."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache, HasLabels, offered_data
@@ -21,6 +21,8 @@ from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint
 
 class GeneratorStage(Stage):
     """Base of the generators: a network that learns, a tokenizer that is frozen and in no checkpoint, labels, samples.
+
+    A subclass gives ``training_step``, ``validation_step``, ``sample`` and ``check_data``; see ``LatentDiffusion``.
 
     Args:
         network: What learns; has ``num_classes`` (none without classes), ``null_label`` and ``check_labels``.
@@ -34,7 +36,8 @@ class GeneratorStage(Stage):
     sampler: Any
     guide: Frozen | None
 
-    learns = "latents"  # what messages call that which the tokenizer makes
+    code = "latent"
+    """What the tokenizer makes of an image, by its name in a batch: ``latent`` or ``tokens``."""
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class GeneratorStage(Stage):
         self.frozen_tokenizer = Frozen(tokenizer) if tokenizer is not None else None
         self.label_dropout, self.seed = label_dropout, seed
         self.guide = None
+        self.sums: dict[str, Tensor] = {}  # of measures, by name, since they were last logged
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -72,13 +76,12 @@ class GeneratorStage(Stage):
 
     def check_parts(self) -> None:
         """Raise a ``UserError`` where the parts do not fit each other: now, not at the first samples."""
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout {self.label_dropout} is a share of the labels: give 0 to 1")
-        if self.label_dropout and self.network.null_label is None:
-            raise UserError(
-                f"label_dropout {self.label_dropout} needs a null class: set network.null_class true, or"
-                " label_dropout 0"
-            )
+        dropout = self.label_dropout
+        check(0 <= dropout <= 1, f"label_dropout {dropout} is a share of the labels: give 0 to 1")
+        check(
+            not dropout or self.network.null_label is not None,
+            f"label_dropout {dropout} needs a null class: set network.null_class true, or label_dropout 0",
+        )
 
     @abstractmethod
     def check_data(self, data: HasCache) -> None:
@@ -88,7 +91,7 @@ class GeneratorStage(Stage):
         """Take the network (its EMA, where the run kept one)."""
         load_strictly(self.network, self.held("network", checkpoint, path), f"--init_from {path}")
 
-    # Labels
+    # Data
 
     def setup(self, stage: str) -> None:
         """Refuse data of another tokenizer, and classes that the network does not have."""
@@ -101,11 +104,18 @@ class GeneratorStage(Stage):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels that the network does not have while they are on the CPU, where looking costs nothing."""
-        label, count = batch["label"], self.network.num_classes
-        if count is not None and len(label) and not 0 <= int(label.min()) <= int(label.max()) < count:
-            wrong = label[(label < 0) | (label >= count)][0]
-            raise UserError(f"label {wrong} in a batch, but network.num_classes {count} means 0 .. {count - 1}")
+        if self.network.num_classes is not None:
+            check_below(self.network.num_classes, batch["label"], "label", "network.num_classes")
         return batch
+
+    @torch.no_grad()
+    def code_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the batch's latents (B, C, h, w) or tokens (B, N), cached or encoded now."""
+        if self.code in batch:
+            return batch[self.code]  # type: ignore[no-any-return]
+        if self.tokenizer is None:
+            raise UserError(f"the data holds images, no {self.code}: set tokenizer, or train on a cache")
+        return self.tokenizer.encode(batch["image"])
 
     def drop(self, batch: dict[str, Any]) -> Tensor:
         """Return the labels (B,) of a batch, some replaced by the null class."""
@@ -115,14 +125,32 @@ class GeneratorStage(Stage):
         dropped = self.uniform(batch, "label") < self.label_dropout
         return torch.where(dropped, self.network.null_label, label)
 
+    # Measures
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was summed up over all images."""
+        self.log_sums(self.split)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def log_sums(self, split: str) -> None:
+        """Log means of the sums on ``train``, ``val`` or ``test`` images; a subclass that keeps sums says how."""
+
+    def total(self, name: str) -> Tensor | None:
+        """Return sums over all ranks, if there are any, and start new ones."""
+        sums = self.sums.pop(name, None)
+        if sums is not None and self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return sums
+
     # Samples
 
-    def decoded(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, H, W) in [0, 1] for each ``id`` and ``label`` (B,), and what they were decoded from."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Return ``image`` (B, 3, H, W) in [0, 1] for each ``id`` and ``label`` (B,), and what it was decoded from."""
         if self.tokenizer is None:
             raise UserError("samples need a decoder: set tokenizer to the tokenizer's checkpoint")
         code = self.sample(batch["id"], batch["label"])
-        return self.tokenizer.decode(code).float(), code
+        return {"image": self.tokenizer.decode(code).float(), self.code: code}
 
     # Checkpoints
 
@@ -134,13 +162,12 @@ class GeneratorStage(Stage):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a tokenizer with other latents or tokens; another decoder of the same ones is welcome."""
         super().on_load_checkpoint(checkpoint)
-        theirs = checkpoint.get("tokenizer_fingerprint")
-        ours = self.tokenizer_fingerprint
-        if theirs is not None and ours is not None and theirs != ours:
-            raise UserError(
-                f"the generator learned the {self.learns} of tokenizer {theirs}, but tokenizer is {ours}: name"
-                f" the checkpoint that the {self.learns} came from, or one whose decoder alone was refined"
-            )
+        theirs, ours = checkpoint.get("tokenizer_fingerprint"), self.tokenizer_fingerprint
+        check(
+            theirs is None or ours in (None, theirs),
+            f"the generator has learned on tokenizer {theirs}, but tokenizer is {ours}: name the checkpoint that"
+            " encoded its training images, or one whose decoder alone was refined",
+        )
 
     def load(self, path: str | Path, ema: float | None = None) -> None:
         """Take the weights of a run of this stage: the first average, that of decay ``ema``, or 0 for none.
@@ -153,8 +180,19 @@ class GeneratorStage(Stage):
         self.load_state_dict(checkpoint["state_dict"])
 
 
+def check_below(count: int, values: Tensor, name: str, key: str) -> None:
+    """Raise a ``UserError`` where numbers of a batch are not in 0 .. ``count`` - 1; the user knows count as ``key``."""
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < count:
+        wrong = values[(values < 0) | (values >= count)][0]
+        raise UserError(f"{name} {wrong} in a batch, but {key} {count} means 0 .. {count - 1}")
+
+
 def load_generator(path: str | Path, ema: float | None = None) -> GeneratorStage:
     """Rebuild a generator from a checkpoint of its run alone, with tokenizer, sampler and guidance, in eval mode.
+
+    >>> generator = load_generator("runs/dit/checkpoints/last.ckpt")  # doctest: +SKIP
+    >>> latent = generator.sample(ids=torch.arange(4), label=torch.zeros(4).long())  # doctest: +SKIP
+    >>> generator.tokenizer.decode(latent)  # doctest: +SKIP
 
     Args:
         path: A checkpoint that ``aligntok fit`` wrote; the tokenizer's, which it names, must still be there.
@@ -170,8 +208,8 @@ def load_generator(path: str | Path, ema: float | None = None) -> GeneratorStage
 
 def generator_recipe(path: str | Path) -> dict[str, Any]:
     """Return class path and arguments of the generator whose run wrote a checkpoint."""
-    arguments = {key: value for key, value in read_checkpoint(path).get("hyper_parameters", {}).items()}
+    arguments = dict(read_checkpoint(path).get("hyper_parameters", {}))
     class_path = arguments.pop("_class_path", None)  # so called by Lightning's command line
-    if class_path is None:
-        raise UserError(f"{path} does not say how its generator is built: name the run's recipe with --config")
+    known = class_path is not None
+    check(known, f"{path} does not say how its generator is built: name the run's recipe with --config")
     return {"class_path": class_path, "init_args": {k: v for k, v in arguments.items() if k != "_instantiator"}}

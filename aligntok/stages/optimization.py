@@ -71,14 +71,15 @@ class Optimization:
 
     def halves(self, name: str, group: ParameterGroup) -> dict[str, list[str]]:
         """Return the names of a group's parameters that decay and of those that do not; an empty half is left out."""
-        exempt = [n for n, parameter in group.parameters.items() if self.is_exempt(n, parameter)]
-        rest = [n for n in group.parameters if n not in set(exempt)]
-        return {part: names for part, names in ((name, rest), (name + NO_DECAY, exempt)) if names}
-
-    def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether a parameter is exempt from weight decay."""
-        words = self.no_decay
-        return words is not None and (parameter.ndim < 2 or any(word in name for word in words))
+        exempt: set[str] = set()
+        if self.no_decay is not None:
+            words = self.no_decay
+            exempt = {n for n, p in group.parameters.items() if p.ndim < 2 or any(word in n for word in words)}
+        halves = {
+            name: [n for n in group.parameters if n not in exempt],
+            name + NO_DECAY: [n for n in group.parameters if n in exempt],
+        }
+        return {part: names for part, names in halves.items() if names}
 
 
 def parameters_by_group(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Parameter]]:

@@ -14,7 +14,7 @@ from aligntok.metrics.features import EncoderFeatures
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, recipe_of
+from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, recipe_of, without_encoder_weights
 
 
 class EncoderPretraining(Stage):
@@ -28,6 +28,12 @@ class EncoderPretraining(Stage):
         num_classes: Classes of the data.
         label_smoothing: Of the cross-entropy, in [0, 1).
         optimization: Optimizer, learning rate, weight decay.
+
+    >>> import torch
+    >>> sizes = {"patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    >>> encoder = VisionEncoder("vit_tiny_patch16_224", 16, 8, weights=None, model_args=sizes)
+    >>> EncoderPretraining(encoder, num_classes=10)(torch.rand(2, 3, 16, 16)).shape
+    torch.Size([2, 10])
     """
 
     def __init__(
@@ -44,7 +50,8 @@ class EncoderPretraining(Stage):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return class logits (B, num_classes) of an image (B, 3, H, W) in [0, 1]."""
-        return self.head(self.encoder(image).mean((-2, -1)))  # type: ignore[no-any-return]
+        features = self.encoder(image)  # (B, width, h, w)
+        return self.head(features.mean((-2, -1)))  # type: ignore[no-any-return]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the cross-entropy of one batch."""
@@ -55,14 +62,10 @@ class EncoderPretraining(Stage):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the accuracy on held-out images."""
-        logits = self(batch["image"])
-        prefix = "test" if self.trainer.testing else "val"
-        logs = {"loss": F.cross_entropy(logits, batch["label"]), "accuracy": accuracy(logits, batch["label"])}
-        self.log_mean({f"{prefix}/{name}": value for name, value in logs.items()}, len(logits))
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Measure on the test images what validation measures."""
-        self.validation_step(batch, batch_idx)
+        logits = self(batch["image"])  # (B, num_classes)
+        loss = F.cross_entropy(logits, batch["label"])
+        logs = {f"{self.split}/loss": loss, f"{self.split}/accuracy": accuracy(logits, batch["label"])}
+        self.log_mean(logs, len(logits))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the class probabilities (B, num_classes)."""
@@ -71,12 +74,9 @@ class EncoderPretraining(Stage):
     def on_fit_end(self) -> None:
         """Write the backbone's weights."""
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            state = {
-                key: value.detach().cpu().contiguous() for key, value in self.encoder.backbone.state_dict().items()
-            }
-            write_atomically(
-                Path(self.trainer.default_root_dir) / "encoder.safetensors", lambda path: save_file(state, path)
-            )
+            state = {key: value.cpu().contiguous() for key, value in self.encoder.backbone.state_dict().items()}
+            target = Path(self.trainer.default_root_dir) / "encoder.safetensors"
+            write_atomically(target, lambda path: save_file(state, path))
 
 
 def accuracy(logits: Tensor, label: Tensor) -> Tensor:
@@ -87,26 +87,19 @@ def accuracy(logits: Tensor, label: Tensor) -> Tensor:
 def load_classifier(path: str | Path) -> EncoderPretraining:
     """Rebuild the classifier of a checkpoint of ``EncoderPretraining``, in eval mode.
 
+    >>> classifier = load_classifier("runs/encoder/checkpoints/last.ckpt")  # doctest: +SKIP
+    >>> classifier(image).argmax(-1)  # doctest: +SKIP
+
     Raises:
         UserError: The file is no such checkpoint.
     """
     checkpoint = read_checkpoint(path)
-    recipe = recipe_of(checkpoint, "encoder", path)
-    recipe["init_args"]["weights"] = None  # they are in the checkpoint
-    encoder = build(recipe, VisionEncoder)
+    encoder = build(without_encoder_weights(recipe_of(checkpoint, "encoder", path)), VisionEncoder)
     classifier = EncoderPretraining(encoder, int(checkpoint["hyper_parameters"]["num_classes"]))
     load_strictly(classifier, checkpoint["state_dict"], str(path))
     return classifier.eval()
 
 
 def load_features(path: str | Path, name: str) -> EncoderFeatures:
-    """Return the features of the encoder in a checkpoint of ``EncoderPretraining``, for a Fréchet distance.
-
-    Args:
-        path: The checkpoint.
-        name: What the metric is called after (``val/rfd_<name>``).
-
-    Raises:
-        UserError: The file is no such checkpoint.
-    """
+    """Return the features of such a classifier's encoder for a Fréchet distance, which is called ``val/rfd_<name>``."""
     return EncoderFeatures(load_classifier(path).encoder, name).eval()

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.protocols import HasSourceIndices, offered_data
 from aligntok.randomness import normal, uniform
 from aligntok.stages.optimization import Optimization, ParameterGroup, clip_, drop_gradients, parameters_by_group
@@ -24,7 +24,12 @@ from aligntok.weights.migration import STAGE_KEY, migrate, split_groups
 
 
 class Stage(pl.LightningModule):
-    """Base of all stages.
+    """Base of all stages; a subclass gives ``training_step``, and whatever differs of the methods below.
+
+    >>> stage = Stage(Optimization(1e-3))
+    >>> stage.layer = torch.nn.Linear(2, 2)
+    >>> list(stage.parameter_groups()["model"].parameters)
+    ['layer.weight', 'layer.bias']
 
     Args:
         optimization: Optimizer, learning rate, weight decay, guard against gradients that are not finite.
@@ -76,40 +81,31 @@ class Stage(pl.LightningModule):
             UserError: It holds none.
         """
         state = part_of(checkpoint["state_dict"], part)
-        if not state:
-            raise UserError(
-                f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)} and holds no weights {part}.*, which"
-                f" {type(self).__name__} needs"
-            )
+        what = f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)} and holds no weights {part}.*"
+        check(bool(state), f"{what}, which {type(self).__name__} needs")
         return state
 
     # Before the first step
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision in which the weights themselves are rounded, or that the networks do not know."""
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
-            raise UserError(
-                f"precision {self.trainer.precision} is not supported (weights stay in float32: in bf16 they are too"
-                " coarse for steps of 1e-4 and averages of 0.999): use bf16-mixed or 32-true"
-            )
+        """Refuse what cannot go right, and train in train mode, in whatever mode the modules came.
+
+        Weights stay in float32: in bf16 they are too coarse for steps of 1e-4 and averages of 0.999. The gradients of a
+        GAN underflow in fp16.
+        """
+        fit, precision = stage == "fit", self.trainer.precision
+        known = precision in ("32-true", "bf16-mixed") or (precision == "16-mixed" and not fit)
+        check(known, f"precision {precision} is not supported in {stage}: use bf16-mixed or 32-true (float32 weights)")
+        if fit:
+            by_norm = self.trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE
+            check(by_norm, "gradient_clip_algorithm value is not supported: gradients are clipped by norm, remove it")
+            self.train()
 
     # Optimisation
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return one optimizer over all groups; each group's learning rate follows its own schedule."""
         return self.optimization.build(self.parameter_groups())
-
-    def on_fit_start(self) -> None:
-        """Refuse what cannot go right, and set the modes: Lightning trains in whatever modes the modules came."""
-        self.train()
-        if self.trainer.precision == "16-mixed":
-            raise UserError(
-                "precision 16-mixed is not supported (fp16 gradients underflow in a GAN): use bf16-mixed or 32-true"
-            )
-        if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            raise UserError(
-                "gradient_clip_algorithm value is not supported: gradients are clipped by their norm, remove it"
-            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the numbers that belong to no image, dropout's, a function of (seed, batch, rank): resume is exact."""
@@ -147,17 +143,16 @@ class Stage(pl.LightningModule):
         numbers, data = torch.cat(ids).tolist() if ids else [], offered_data(self.trainer, HasSourceIndices)
         if data is not None:
             numbers = data.source_indices("train", numbers)
-        images = " ".join(map(str, numbers)) or "unknown"
         path = Path(self.trainer.default_root_dir) / "nonfinite_steps.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            file.write(f"{self.global_step},{self.global_rank},{images}\n")
+            file.write(f"{self.global_step},{self.global_rank},{' '.join(map(str, numbers)) or 'unknown'}\n")
         rank_zero_warn(f"step {self.global_step}: gradient not finite, step skipped; its image ids are in {path}")
-        if self.nonfinite_steps >= self.optimization.max_nonfinite_steps:
-            raise UserError(
-                f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {self.global_step}; image"
-                f" ids in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate"
-            )
+        check(
+            self.nonfinite_steps < self.optimization.max_nonfinite_steps,
+            f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {self.global_step}; image ids"
+            f" in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate",
+        )
 
     # Random numbers that belong to an image
 
@@ -180,6 +175,17 @@ class Stage(pl.LightningModule):
     def uniform(self, batch: dict[str, Any], stream: str) -> Tensor:
         """Return numbers (B,) in [0, 1), each a function of (seed, optimizer step, image id) alone."""
         return uniform(self.ids_of(batch), self.run_seed, self.global_step, stream)
+
+    # Logs
+
+    @property
+    def split(self) -> str:
+        """``test`` where a test runs, else ``val``: the first word of what is logged."""
+        return "test" if self.trainer.testing else "val"
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        """Measure on the test images what validation measures."""
+        return self.validation_step(batch, batch_idx)
 
     def log_terms(self, values: dict[str, Tensor], count: int) -> None:
         """Log the terms of a training step on ``count`` images, at steps that are written as means over all ranks.
@@ -207,18 +213,16 @@ class Stage(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another stage's checkpoint (weights would fit, optimizer and losses would not) and other sizes."""
-        stage = checkpoint.get(STAGE_KEY, type(self).__name__)
-        if stage != type(self).__name__:
-            raise UserError(
-                f"--ckpt_path is of stage {stage}, this run is {type(self).__name__}: --ckpt_path goes on with the same"
-                " stage, --init_from starts the next one"
-            )
+        name = type(self).__name__
+        stage = checkpoint.get(STAGE_KEY, name)
+        text = "--ckpt_path goes on with the same stage, --init_from starts the next one"
+        check(stage == name, f"--ckpt_path is of stage {stage}, this run is {name}: {text}")
         migrate(checkpoint)
         if "optimizer_states" in checkpoint:
             groups = self.parameter_groups()
-            names = {name: list(group.parameters) for name, group in groups.items()}
+            names = {key: list(group.parameters) for key, group in groups.items()}
             split_groups(
-                checkpoint, names, {name: self.optimization.halves(name, group) for name, group in groups.items()}
+                checkpoint, names, {key: self.optimization.halves(key, group) for key, group in groups.items()}
             )
         check_fits(self.state_dict(), checkpoint["state_dict"], "--ckpt_path", "Use the config of that run")
         self.resumed = True

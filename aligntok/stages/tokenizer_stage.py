@@ -1,8 +1,4 @@
-"""What the tokenizer stages share: frozen parts, the way of an image through the tokenizer, the loss.
-
-One optimizer with a group for the generator and one for the discriminator, under automatic optimisation:
-``ReconstructionLoss`` says how both learn from one backward pass.
-"""
+"""What the tokenizer stages share: frozen parts, the way of an image through the tokenizer, the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from aligntok.cache import channel_statistics
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.losses.perceptual import LPIPS
 from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms, weighted_sum
 from aligntok.networks.adapters import GaussianAdapter
@@ -33,11 +29,19 @@ COMMITMENT_WEIGHT = 0.25  # van den Oord et al., arXiv:1711.00937, section 3.2
 
 
 class TokenizerStage(Stage):
-    """Trains some parts of a tokenizer to reconstruct images; a stage says which, and adds its terms.
+    """Trains some parts of a tokenizer to reconstruct images; a subclass says which, and adds its terms.
 
     Batches are dicts with ``image`` (B, 3, H, W) in [0, 1]; with a cached ``latent`` (B, C, h, w) beside it, the
     encoder does not run. To the loss of the reconstruction come the stage's own terms and, where a quantizer learns,
-    its commitment and codebook terms.
+    its commitment and codebook terms. One optimizer has a group for the tokenizer and one for the discriminator;
+    ``ReconstructionLoss`` says how both learn from one backward pass.
+
+    >>> from aligntok.networks import ConvDecoder, ConvEncoder
+    >>> encoder = ConvEncoder(4, 8, (1, 2), num_blocks=1, image_size=16, num_groups=4)
+    >>> decoder = ConvDecoder(4, 8, (1, 2), num_blocks=1, num_groups=4)
+    >>> stage = TokenizerStage(Tokenizer(encoder, GaussianAdapter(encoder.width, 4), decoder), kl_weight=1e-6)
+    >>> stage.predict_step({"image": torch.rand(2, 3, 16, 16)}, 0).shape
+    torch.Size([2, 4, 8, 8])
 
     Args:
         tokenizer: Encoder, adapter, quantizer if it is a discrete one, decoder.
@@ -65,11 +69,11 @@ class TokenizerStage(Stage):
     ) -> None:
         super().__init__(optimization)
         self.tokenizer = tokenizer
-        self.previous = Chain([], measured=False, causal=False)  # what the tokenizer was when it came
+        self.previous = Chain([], measured=False, causal=False)  # of the tokenizer before this stage
         self.loss = ReconstructionLoss() if loss is None else loss
-        if kl_weight and not isinstance(tokenizer.adapter, GaussianAdapter):
-            raise UserError("kl_weight needs tokenizer.adapter to be an aligntok.networks.GaussianAdapter")
-        if not kl_weight and isinstance(tokenizer.adapter, GaussianAdapter):
+        gaussian = isinstance(tokenizer.adapter, GaussianAdapter)
+        check(gaussian or not kl_weight, "kl_weight needs tokenizer.adapter to be an aligntok.networks.GaussianAdapter")
+        if gaussian and not kl_weight:
             tokenizer.adapter.project_log_variance.requires_grad_(False)  # unused: distributed training would refuse it
         self.kl_weight = kl_weight
         for network in self.frozen_parts():
@@ -176,15 +180,9 @@ class TokenizerStage(Stage):
         reconstruction = self.tokenizer.decode_latent(latent)
         # ReconstructionQuality is the one that measures LPIPS, of images as PNG files hold them
         terms = self.loss.terms(Reference(batch["image"]), reconstruction.float(), self.global_step, without=(LPIPS,))
-        prefix = "test" if self.trainer.testing else "val"
-        logs = {f"{prefix}/{name}": value for name, (_, value) in terms.items()}
-        self.log_mean(logs, len(latent))
+        self.log_mean({f"{self.split}/{name}": value for name, (_, value) in terms.items()}, len(latent))
         outputs = {"latent": latent, "reconstruction": reconstruction}
         return outputs if self.tokenizer.quantizer is None else outputs | {"tokens": code}
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Measure on the test images what validation measures."""
-        return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the normalised latent (B, C, h, w), or the tokens (B, N)."""
@@ -193,58 +191,56 @@ class TokenizerStage(Stage):
     # Before the first step
 
     def setup(self, stage: str) -> None:
-        """Fetch the perceptual weights now, so that a missing file does not stop the run later."""
+        """Fetch the perceptual weights, so that a missing file does not stop the run later, and look at the data."""
         super().setup(stage)
         if stage == "fit":
             self.loss.load()
-        cache = offered_data(self.trainer, HasCache)
-        if cache is not None and cache.has_latents and stage == "fit":
-            self.check_cache(cache)
+            offered_data(self.trainer, HasCalibration)
+        data = offered_data(self.trainer, HasCache)
+        if stage == "predict" or data is None or not data.has_latents:
+            return
+        name, trained = type(self).__name__, [part for part in self.trains if getattr(self.tokenizer, part) is not None]
+        text = f"{name} trains the {' and '.join(trained)}: cached latents leave these out, train on images"
+        check(set(self.trains) == {"decoder"}, text)
+        data.check_latents(self.tokenizer.spec.latent_shape, None, "tokenizer")
+        text = f"{name} needs the images beside the cached latents: name them in the cache, LatentShards(images=...)"
+        check(data.has_images, text)
 
     def on_fit_start(self) -> None:
         """Measure the latents of the tokenizer that came, unless the run goes on from a checkpoint.
 
         Cached latents are in the units of the tokenizer that wrote them: then its statistics stay.
         """
-        super().on_fit_start()
-        cache = offered_data(self.trainer, HasCache)
-        if cache is not None and cache.has_latents:
-            self.check_cache(cache)
-            return
-        if not self.measures_latents or self.resumed or self.previous.measured or self.tokenizer.quantizer is not None:
+        cached = self.check_cache()
+        needed = self.measures_latents and self.tokenizer.quantizer is None and not self.previous.measured
+        if cached or self.resumed or not needed:
             return
         data = offered_data(self.trainer, HasCalibration)
         if data is not None:
             self.measure_latents(batch["image"] for batch in data.calibration_dataloader())
-        elif not self.tokenizer.is_measured:
-            raise UserError(
-                f"{type(self).__name__} needs the statistics of the latents: call stage.measure_latents(images) before"
-                " fit, or give a data module with calibration_dataloader()"
-            )
+        check(
+            self.tokenizer.is_measured,
+            f"{type(self).__name__} needs the statistics of the latents: call stage.measure_latents(images) before fit,"
+            " or give a data module with calibration_dataloader()",
+        )
 
     def on_validation_start(self) -> None:
-        """Refuse cached latents of another tokenizer."""
-        cache = offered_data(self.trainer, HasCache)
-        if self.trainer.state.fn != TrainerFn.FITTING and cache is not None and cache.has_latents:  # else it is done
-            self.check_cache(cache)
+        """Refuse cached latents of another tokenizer; in ``fit`` that is done before the first step."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.check_cache()
 
-    def on_test_start(self) -> None:
-        """Refuse cached latents of another tokenizer."""
-        self.on_validation_start()
+    on_test_start = on_validation_start
 
-    def check_cache(self, data: HasCache) -> None:
-        """Raise a ``UserError`` where this stage cannot work on the cached latents of the data."""
-        name = type(self).__name__
-        if set(self.trains) != {"decoder"}:
-            trained = [part for part in self.trains if getattr(self.tokenizer, part) is not None]
-            raise UserError(
-                f"{name} trains the {' and '.join(trained)}: cached latents leave these out, train on images"
-            )
+    def check_cache(self) -> bool:
+        """Return whether the data hold cached latents, which must be this tokenizer's.
+
+        ``setup`` is too early for that: Lightning loads the weights of ``--ckpt_path`` after it.
+        """
+        data = offered_data(self.trainer, HasCache)
+        if data is None or not data.has_latents:
+            return False
         data.check_latents(self.tokenizer.spec.latent_shape, self.tokenizer, "tokenizer")
-        if not data.has_images:
-            raise UserError(
-                f"{name} needs the images beside the cached latents: name them in the cache, LatentShards(images=...)"
-            )
+        return True
 
     @torch.no_grad()
     def measure_latents(self, images: Iterable[Tensor]) -> None:
@@ -266,28 +262,28 @@ class TokenizerStage(Stage):
         Raises:
             UserError: There is no tokenizer, parts of other sizes, or a decoder that is not causal as this one is.
         """
-        state, decoder = merge_lora(self.held("tokenizer", checkpoint, path)), self.tokenizer.decoder
+        state = merge_lora(self.held("tokenizer", checkpoint, path))
         updates = {key: value for key, value in self.tokenizer.state_dict().items() if key.endswith((UP, DOWN))}
         self.previous = Chain.of(checkpoint)
-        causal = isinstance(decoder, TokenDecoder) and decoder.causal
-        if causal and not self.previous.causal:
-            raise UserError(
-                f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)}, whose decoder is not causal, but"
-                f" {type(self).__name__} has one that is"
-            )
-        if self.previous.causal and not causal and isinstance(decoder, TokenDecoder):
-            carried = decoder.carried_over(part_of(state, "decoder"))
+        text = f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)}, whose decoder is not causal"
+        check(self.previous.causal or not self.causal, f"{text}, but {type(self).__name__} has one that is")
+        if self.previous.causal and not self.causal and isinstance(self.tokenizer.decoder, TokenDecoder):
+            carried = self.tokenizer.decoder.carried_over(part_of(state, "decoder"))
             state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
             state |= {f"decoder.{key}": value for key, value in carried.items()}
         load_strictly(self.tokenizer, state | updates, f"--init_from {path}")
 
+    @property
+    def causal(self) -> bool:
+        """Whether the decoder sees, for each token, only those before it."""
+        return isinstance(self.tokenizer.decoder, TokenDecoder) and self.tokenizer.decoder.causal
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the tokenizer has become."""
         super().on_save_checkpoint(checkpoint)
-        decoder, parts = self.tokenizer.decoder, {p for p in self.trains if getattr(self.tokenizer, p) is not None}
-        learned = [part for part in PARTS if part in parts | set(self.previous.learned)]
-        measured = parts <= {"decoder"} and self.tokenizer.is_measured
-        Chain(learned, measured, isinstance(decoder, TokenDecoder) and decoder.causal).save(checkpoint)
+        trained = {part for part in self.trains if getattr(self.tokenizer, part) is not None}
+        learned = [part for part in PARTS if part in trained | set(self.previous.learned)]
+        Chain(learned, trained <= {"decoder"} and self.tokenizer.is_measured, self.causal).save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Know what the tokenizer was before the run that goes on."""

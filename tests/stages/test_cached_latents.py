@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aligntok.callbacks import LinearProbe
+from aligntok.callbacks import LinearProbe, SaveCheckpoint
 from aligntok.data import LatentDataModule, LatentShards, Shapes
 from aligntok.errors import UserError
 from aligntok.stages import DecoderRefinement, LatentAlignment, PerceptualAlignment
@@ -122,6 +122,19 @@ def test_another_tokenizers_cache_is_refused_with_both_fingerprints_also_on_resu
     assert other.tokenizer.fingerprint() in message
     other.resumed = True
     assert "was written by tokenizer" in fit_error(tiny, tmp_path, other, cached(tmp_path / "cache"))
+
+
+def test_a_run_on_the_cache_goes_on_without_the_weights_that_it_started_from(tiny, tmp_path):
+    """Only its checkpoint knows the encoder and the statistics that wrote the cache."""
+    stage = tiny.stage(DecoderRefinement)
+    stage.tokenizer.set_latent_statistics(torch.full((4,), 0.3), torch.full((4,), 2.0))
+    write(tiny, tmp_path / "cache", stage.tokenizer)
+    tiny.trainer(tmp_path, 2, [SaveCheckpoint()]).fit(stage, datamodule=cached(tmp_path / "cache"))
+    resumed, last = tiny.stage(DecoderRefinement, seed=1), str(tmp_path / "checkpoints/last.ckpt")
+    trainer = tiny.trainer(tmp_path, 4, [SaveCheckpoint()])
+    trainer.fit(resumed, datamodule=cached(tmp_path / "cache"), ckpt_path=last)
+    assert trainer.global_step == 4
+    assert resumed.tokenizer.fingerprint() == stage.tokenizer.fingerprint()
 
 
 def test_latents_of_another_shape_are_refused_by_both_keys(tiny, tmp_path, measured):

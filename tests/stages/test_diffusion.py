@@ -351,8 +351,8 @@ def test_the_grid_is_drawn_with_the_average_at_validation(tiny, tmp_path, cache)
 def test_images_are_encoded_on_the_fly_to_the_latents_of_the_cache(tiny, tmp_path, cache):
     def fit(data):
         stage, losses, latents = tiny.generator(), [], []
-        latent_of = stage.latent_of
-        stage.latent_of = lambda batch: latents.append(latent_of(batch)) or latents[-1]
+        code_of = stage.code_of
+        stage.code_of = lambda batch: latents.append(code_of(batch)) or latents[-1]
         step = stage.training_step
         stage.training_step = lambda *args: losses.append(step(*args)) or losses[-1]
         tiny.trainer(tmp_path, 8, limit_val_batches=1.0, val_check_interval=4).fit(stage, datamodule=data)

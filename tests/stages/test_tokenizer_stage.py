@@ -55,7 +55,7 @@ def test_fp16_is_refused(tiny, tmp_path):
 
     stage._trainer = Half()
     with pytest.raises(UserError, match="16-mixed is not supported"):
-        stage.on_fit_start()
+        stage.setup("fit")
 
 
 def test_a_kl_weight_needs_a_gaussian(tiny):
