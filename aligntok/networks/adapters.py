@@ -1,7 +1,7 @@
-"""Adapters: from the encoder's width to the latent's channels, cell by cell.
+"""Adapters: from the encoder's ``width`` to the ``latent_dim`` channels of the latent, position by position.
 
 Reference:
-    AlignTok, arXiv:2509.25162, section 3: the adapter follows the encoder and ends in ``d`` latent channels.
+    AlignTok, arXiv:2509.25162, section 3.
 """
 
 from __future__ import annotations
@@ -15,10 +15,6 @@ class LinearAdapter(nn.Module):
 
     >>> LinearAdapter(width=16, latent_dim=4)(torch.randn(2, 16, 8, 8)).shape
     torch.Size([2, 4, 8, 8])
-
-    Args:
-        width: Channels of the encoder's features.
-        latent_dim: Channels of the latent, d.
     """
 
     def __init__(self, width: int, latent_dim: int) -> None:

@@ -46,9 +46,9 @@ def nearest(points: Tensor, targets: Tensor, max_distances: int) -> Tensor:
 
 
 def nearest_by_product(points: Tensor, targets: Tensor, barred: Tensor, max_distances: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the nearest targets by a float32 product, and where its rounding may matter, both (M,).
+    """Return the nearest targets by a float32 product, and where its rounding may matter, (M,) int64 and bool.
 
-    What is barred, 0 or infinity for each target (T,), is added to its distances.
+    `barred` is added to the distances of each target: 0 or infinity, (T,).
     """
     rows, norms, best, unclear = max(1, max_distances // len(targets)), targets.square().sum(1) + barred, [], []
     buffer = targets.new_empty(min(rows, len(points)), len(targets))
@@ -193,11 +193,7 @@ def means_of_all_ranks(vectors: Tensor, tokens: Tensor, counts: Tensor) -> Tenso
 def numbers_of(ids: Tensor | None, count: int, length: int, device: torch.device) -> Tensor:
     """Return a number for each vector of this rank's images, (count * length,) int64: id times length plus position.
 
-    Args:
-        ids: Of the images, (count,) int64. None counts the images of all ranks' batch, rank after rank.
-        count: Number of images.
-        length: Vectors of an image.
-        device: Of the result.
+    Without ids, (count,) int64, the images of all ranks' batches are counted, rank after rank.
     """
     if ids is None:
         ids = torch.arange(count, device=device)

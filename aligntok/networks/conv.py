@@ -59,8 +59,8 @@ class ConvEncoder(nn.Module):
         super().__init__()
         check_positive(latent_dim=latent_dim, num_blocks=num_blocks)
         widths, attended = check_levels(width, multipliers, attention_levels, num_groups)
-        self.image_size = pair(image_size)
-        self.width, self.downsampling, last = 2 * latent_dim, 2 ** (len(widths) - 1), len(widths) - 1
+        last = len(widths) - 1
+        self.image_size, self.width, self.downsampling = pair(image_size), 2 * latent_dim, 2**last
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList(
             Level(w_in, w, num_blocks, i in attended, num_groups, "down" if i < last else None)
@@ -91,7 +91,6 @@ class ConvDecoder(nn.Module):
     multipliers=(1, 1, 2, 2, 4), num_blocks=3`: 41,418,659 parameters.
 
     Args:
-        latent_dim: Channels of the latent.
         width: Channels where the multiplier is 1.
         multipliers: Width of each level in units of `width`, from full resolution (level 0) to the latent's resolution;
             with L of them, the downsampling is 2^(L - 1).
@@ -243,19 +242,12 @@ def check_levels(
 ) -> tuple[list[int], set[int]]:
     """Return the width of each level and the indices, from 0, of those with attention, if all fit each other."""
     check_positive(width=width, num_groups=num_groups)
-    multipliers, count = list(multipliers), len(multipliers)
-    check(count > 0 and min(multipliers) > 0, f"multipliers={multipliers}: give one number of at least 1 per level")
-    widths = [width * multiplier for multiplier in multipliers]
+    count, widths = len(multipliers), [width * multiplier for multiplier in multipliers]
+    check(bool(widths) and min(widths) > 0, f"multipliers={list(multipliers)}: give at least 1 for each level")
     for wide in widths:
-        check(
-            wide % num_groups == 0,
-            f"num_groups={num_groups} does not divide the width {wide} of a level (width={width},"
-            f" multipliers={multipliers}): lower num_groups or change width",
-        )
+        what = f"num_groups={num_groups} does not divide the width {wide} of a level"
+        check(wide % num_groups == 0, f"{what} ({width=}, multipliers={list(multipliers)}): lower it or change width")
     for level in attention_levels:
-        check(
-            -count <= level < count,
-            f"attention_levels={list(attention_levels)}: level {level} does not exist, give indices into the {count}"
-            f" multipliers, from {-count} to {count - 1}",
-        )
+        what = f"attention_levels={list(attention_levels)}: level {level} does not exist"
+        check(-count <= level < count, f"{what}, give indices of multipliers, from {-count} to {count - 1}")
     return widths, {level % count for level in attention_levels}

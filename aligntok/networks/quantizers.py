@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import check, check_positive
 from aligntok.networks.codebook import (
     counts_of_all_ranks,
     kmeans,
@@ -49,10 +49,8 @@ class VectorQuantizer(nn.Module):
     In training mode each forward pass looks up first and then moves the codes as `update` says, by the vectors of all
     ranks. The codebook stays bit-equal on all ranks and is that of one process with the whole batch; vectors and
     distances stay on their rank. In eval mode nothing changes. Which code is nearest depends on the values alone, and
-    of codes equally near the first is taken.
-
-    On a GPU the host waits for the device once in a lookup, and twice more in a training step with ``clustering``: for
-    the number of vectors that `nearest` compares again, and for that of the codes that move.
+    of codes equally near the first is taken. On a GPU the host waits for the device once in a lookup, and twice more in
+    a training step with ``clustering``.
 
     Args:
         codebook_size: Number of codes, K.
@@ -75,7 +73,7 @@ class VectorQuantizer(nn.Module):
     >>> quantized = quantizer(torch.randn(2, 8, 4, 4))
     >>> quantized.latent.shape, quantized.tokens.shape
     (torch.Size([2, 8, 4, 4]), torch.Size([2, 16]))
-    >>> bool((quantizer.lookup(quantized.tokens).unflatten(2, (4, 4)) == quantized.latent).all())
+    >>> torch.equal(quantizer.lookup(quantized.tokens), quantized.latent.flatten(2))
     True
     """
 
@@ -96,8 +94,7 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(codebook_size=codebook_size, latent_dim=latent_dim, chunk_size=chunk_size)
-        if not 0 <= decay < 1:
-            raise UserError(f"decay={decay}: give a share in [0, 1), such as 0.99")
+        check(0 <= decay < 1, f"decay={decay}: give a share in [0, 1), such as 0.99")
         self.codebook_size, self.latent_dim = codebook_size, latent_dim
         self.distance, self.gradient, self.update = distance, gradient, update
         self.decay, self.kmeans_start = decay, kmeans_start
@@ -112,13 +109,11 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
 
     def forward(self, latent: Tensor, ids: Tensor | None = None) -> Quantized:
-        """Quantize a latent; in training mode, move the codes afterwards.
+        """Quantize a latent (B, C, h, w); in training mode, move the codes afterwards.
 
-        Args:
-            latent: (B, C, h, w).
-            ids: Of the images, (B,) int64: they decide with which vectors k-means begins, and which of two vectors
-                equally near to a code it moves to, in any order of the images and on any number of ranks. None numbers
-                the images by their places in the batch, rank after rank.
+        The ids of the images, (B,) int64, decide with which vectors k-means begins, and to which of two vectors equally
+        near a code moves, in any order of the images and on any number of ranks. None numbers the images by their
+        places in the batch, rank after rank.
         """
         b, _, h, w = latent.shape
         with torch.autocast(latent.device.type, enabled=False):
@@ -151,12 +146,9 @@ class VectorQuantizer(nn.Module):
                 stops instead.
         """
         if tokens.device.type == "cpu" and tokens.numel():
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.codebook_size:
-                raise UserError(
-                    f"tokens from {low} to {high} are out of range: the codebook has {self.codebook_size} codes,"
-                    f" 0 to {self.codebook_size - 1}. Use the tokenizer that wrote them"
-                )
+            low, high, size = int(tokens.min()), int(tokens.max()), self.codebook_size
+            have = f"the codebook has {size} codes, 0 to {size - 1}. Use the tokenizer that wrote them"
+            check(0 <= low <= high < size, f"tokens from {low} to {high} are out of range: {have}")
         return self._scaled(F.embedding(tokens, self.codebook.float())).transpose(1, 2)
 
     def reset_counts(self) -> None:
@@ -167,9 +159,8 @@ class VectorQuantizer(nn.Module):
     def health(counts: Tensor) -> dict[str, float]:
         """Return what counts (K,) of chosen tokens say about a codebook.
 
-        Returns:
-            ``usage``, the share of the codes that were chosen at all; ``perplexity``, the exponential of the entropy,
-            in [1, K]; ``dead``, the number of codes that were never chosen.
+        ``usage`` is the share of the codes that were chosen at all, ``perplexity`` the exponential of the entropy, in
+        [1, K], ``dead`` the number of codes that were never chosen.
         """
         share = counts.double() / counts.sum().clamp(min=1)
         used = int((counts > 0).sum())
@@ -222,14 +213,9 @@ def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
 
 
 def rotation_trick(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Return the codes; the gradient passes to the vectors rotated and scaled as vector is to code, both held constant.
+    """Return the codes (M, C); the gradient passes to the vectors (M, C) rotated and scaled as vector is to code.
 
-    Args:
-        vectors: (M, C).
-        codes: (M, C), without gradient.
-
-    Reference:
-        Fifty et al., arXiv:2410.06424, section 4.
+    Rotation and scale are held constant, and the codes get no gradient; Fifty et al., arXiv:2410.06424, section 4.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:

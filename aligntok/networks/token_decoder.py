@@ -25,7 +25,6 @@ class TokenDecoder(nn.Module):
     1024, depth 24, num_heads 16; causal with num_buffer 1 in stage 1, not causal with 32 or 64 in stage 2.
 
     Args:
-        latent_dim: Channels of the latent.
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side in pixels of the patch that a vector of the grid gives, the downsampling factor.
         width, depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
@@ -101,13 +100,11 @@ class TokenDecoder(nn.Module):
         Buffer tokens and positions of another count, and a prefix head that is missing there, keep this decoder's own
         values; those that this decoder lacks are dropped. Whatever else does not fit is left for a strict load to name.
         """
-        own = {key: value for key, value in self.state_dict().items() if key.startswith(STAGES_OWN)}
-        fitting = {
-            key: value
-            for key, value in state.items()
-            if not key.startswith(STAGES_OWN) or (key in own and own[key].shape == value.shape)
-        }
-        return own | fitting
+        result = {key: value for key, value in self.state_dict().items() if key.startswith(STAGES_OWN)}
+        for key, value in state.items():
+            if not key.startswith(STAGES_OWN) or (key in result and result[key].shape == value.shape):
+                result[key] = value
+        return result
 
     def _outputs(self, latent: Tensor) -> Tensor:
         """Return the normalised outputs (B, N, width) at the vectors of a latent."""

@@ -27,7 +27,6 @@ class TransformerDecoder(nn.Module):
     RAE's sizes are width/depth/num_heads 768/12/12 (B), 1024/24/16 (L), 1152/28/16 with `mlp_ratio=3.5556` (XL).
 
     Args:
-        latent_dim: Channels of the latent.
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side in pixels of the patch that one latent position gives, the downsampling factor.
         width: Channels of a token, a multiple of 4 (the position table) and of `num_heads`.
