@@ -1,3 +1,3 @@
 """aligntok: pretrained vision encoders become image tokenizers, and generators learn on their latents."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
