@@ -7,7 +7,7 @@ ALITOK := runs/quickstart_alitok
 LAST := checkpoints/last.ckpt
 FIT := $(BIN)/aligntok fit --ckpt_path last --config
 
-.PHONY: install format check test test-slow test-gpu test-kernels bench quickstart quickstart-alitok clean
+.PHONY: install format check test test-slow test-gpu test-kernels test-oldest bench quickstart quickstart-alitok clean
 
 install: .venv/installed
 
@@ -67,6 +67,12 @@ test-slow: install
 
 test-gpu: install
 	$(BIN)/pytest -m gpu
+
+# With the lower bounds of pyproject.toml. Warnings of old packages are no errors.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[dev]'
+	.venv-oldest/bin/pytest -n 2 --dist loadscope -o filterwarnings=default -m "not slow and not gpu"
 
 # The short benchmarks; benchmarks/README.md lists the long ones.
 bench: install
