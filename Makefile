@@ -7,7 +7,7 @@ ALITOK := runs/quickstart_alitok
 LAST := checkpoints/last.ckpt
 FIT := $(BIN)/aligntok fit --ckpt_path last --config
 
-.PHONY: install format check test test-slow test-gpu test-kernels test-oldest bench quickstart quickstart-alitok clean
+.PHONY: install format check docs test test-slow test-gpu test-kernels test-oldest bench quickstart quickstart-alitok clean
 
 install: .venv/installed
 
@@ -51,6 +51,11 @@ check: install
 	$(BIN)/ruff check aligntok tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+# The documentation as a site, in build/site. Warnings are errors.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: install
 	$(PYTEST) -m "not slow and not gpu"
