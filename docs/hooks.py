@@ -1,13 +1,25 @@
-"""Hook of the documentation site: `{{ configs }}` becomes a list of all shipped configs with their opening comment."""
+"""Hook of the documentation site: `{{ configs }}` becomes all shipped configs, `{{ aligntok.data }}` what that package offers."""
 
+import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Fill in the list of configs; point links to files of the repository at their text."""
-    return markdown.replace("{{ configs }}", configs()) if "{{ configs }}" in markdown else markdown
+    """Fill in the lists."""
+    if "{{ configs }}" in markdown:
+        return markdown.replace("{{ configs }}", configs())
+    return re.sub(r"{{ (aligntok\.\w+) }}", lambda match: members(match[1]), markdown)
+
+
+def members(package: str) -> str:
+    """Return an entry of the reference for each name that a package's `__init__` imports from its modules."""
+    tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    names = [f"{node.module}.{name.name}" for node in imports for name in node.names]
+    return "\n\n".join(f"::: {name}" for name in sorted(names, key=lambda name: name.rpartition(".")[2].lower()))
 
 
 def configs() -> str:
