@@ -72,7 +72,7 @@ def test_sizes_losses_and_phases_are_alitoks(name, parameters, gan_start, steps,
     weights = [tuple(at(term, step) for term in terms) for step in (0, 49_999, 50_000, steps)]
     assert weights == [(1.0, 0.1), (1.0, 0.1), (0.0, 1.0), (0.0, 1.0)]
     adversarial = model.loss.adversarial
-    assert [adversarial.weight_at(step) for step in (0, gan_start - 1, gan_start, steps)] == [0.0, 0.0, 0.1, 0.1]
+    assert [value_at(adversarial.weight, step) for step in (0, gan_start - 1, gan_start, steps)] == [0.0, 0.0, 0.1, 0.1]
     assert adversarial.discriminator_start == gan_start - 1000
     assert run.datamodule.global_batch_size == 1536 == 48 * 32
     if name != "alitok_v1_stage2.yaml":  # it has the steps of alitok_stage2.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -9,23 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small, vgg16
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.frozen import Frozen
-from aligntok.published import find_published, published_state
+from aligntok.published import published_state
 
 VGG16_URL, CONVNEXT_URL = VGG16_Weights.IMAGENET1K_V1.url, ConvNeXt_Small_Weights.IMAGENET1K_V1.url
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels, red green blue
 LPIPS_LAYERS = (3, 8, 15, 22, 29)  # the last ReLU before each pooling in VGG-16's `features`
 LPIPS_EPS, NORM_EPS = 1e-8, 1e-10
 REMEDY = ", or use aligntok.losses.FeatureDistance"
 
 
-class PerceptualDistance(nn.Module):
+class PerceptualDistance(nn.Module, ABC):
     """Base of the distances between images in a frozen network's features.
 
-    A subclass says what is compared (``features``) and how (``compare``). Whoever compares several images with the same
-    reference calls both, and the network sees the reference once.
+    A subclass says what is compared (``features``) and how (``compare``); hold a network with published weights as
+    ``Frozen(build)``, and a stage loads it before the first step.
 
     >>> class Colour(PerceptualDistance):
     ...     def features(self, image): return [image.mean((2, 3))]
@@ -40,43 +40,28 @@ class PerceptualDistance(nn.Module):
             theirs = self.features(reference)
         return self.compare(self.features(image), theirs)
 
+    @abstractmethod
     def features(self, image: Tensor) -> list[Tensor]:
         """Return what is compared of images (B, 3, H, W) in [0, 1], of any size."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
         """Return the mean distance () between two lists of ``features``."""
-        raise NotImplementedError
-
-    def load(self) -> None:
-        """Fetch published weights now; a stage calls this before the first step, so that a missing file stops it early.
-
-        Raises:
-            UserError: The weights are nowhere and cannot be downloaded; says which file to put where.
-        """
-        for part in self.children():
-            if isinstance(part, Frozen):
-                part.load()
 
 
 class LPIPS(PerceptualDistance):
     """LPIPS with VGG-16: torchvision's network, and the layers' weights that torchmetrics brings.
 
-    >>> distance = LPIPS()  # needs no file yet: `load` or the first use looks for it
+    >>> distance = LPIPS()  # needs no file yet: `load_frozen` or the first use looks for it
 
     Reference:
         Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, arXiv:1801.03924.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.network = Frozen(self.build)
-        # of pixels in [-1, 1], as in the published code
-        self.register_buffer("mean", torch.tensor((-0.030, -0.088, -0.188)).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor((0.458, 0.448, 0.450)).view(3, 1, 1), persistent=False)
+        self.mean, self.std = channels(-0.030, -0.088, -0.188), channels(0.458, 0.448, 0.450)  # of pixels in [-1, 1]
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Return five maps of features, of unit length in each place."""
@@ -90,13 +75,13 @@ class LPIPS(PerceptualDistance):
 
     def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
         """Return the weighted squared distance, a mean over places and a sum over layers."""
-        _, *weigh = self.network.on(ours[0].device)
-        terms = [layer((a - b).square()).mean() for layer, a, b in zip(weigh, ours, theirs, strict=True)]
+        weights = self.network.on(ours[0].device)[1]
+        terms = [F.conv2d((a - b).square(), weight).mean() for weight, a, b in zip(weights, ours, theirs, strict=True)]
         return torch.stack(terms).sum()
 
     @staticmethod
     def build() -> nn.Module:
-        """Return VGG-16 up to its last compared layer, and a linear layer without bias for each compared one."""
+        """Return VGG-16 up to its last compared layer, and for each compared layer the weights of its channels."""
         import torchmetrics
 
         state = published_state(VGG16_URL, "LPIPS", REMEDY)
@@ -104,17 +89,14 @@ class LPIPS(PerceptualDistance):
             layers = vgg16().features[: LPIPS_LAYERS[-1] + 1]
         layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
         file = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/vgg.pth"
-        weights = torch.load(file, weights_only=True, map_location="cpu").values()
-        weigh = [nn.Conv2d(weight.shape[1], 1, 1, bias=False) for weight in weights]
-        for layer, weight in zip(weigh, weights, strict=True):
-            layer.weight.data = weight
-        return nn.ModuleList([layers, *weigh])
+        weights = torch.load(file, weights_only=True, map_location="cpu").values()  # each (1, width, 1, 1)
+        return nn.ModuleList([layers, nn.ParameterList(weights)])
 
 
 class LogitDistance(PerceptualDistance):
     """Mean squared difference of a classifier's logits: torchvision's ConvNeXt-S, trained on ImageNet-1k.
 
-    >>> distance = LogitDistance(image_size=224)  # needs no file yet: `load` or the first use looks for it
+    >>> distance = LogitDistance(image_size=224)  # needs no file yet: `load_frozen` or the first use looks for it
 
     Args:
         image_size: Side in pixels to which images are resized, bilinear with antialiasing.
@@ -123,15 +105,11 @@ class LogitDistance(PerceptualDistance):
         Liu et al., ConvNeXt, arXiv:2201.03545; AliTok, arXiv:2506.05289, for the loss.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, image_size: int = 224) -> None:
         super().__init__()
         self.image_size = image_size
         self.network = Frozen(self.build)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.mean, self.std = channels(0.485, 0.456, 0.406), channels(0.229, 0.224, 0.225)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Return the logits (B, 1000)."""
@@ -165,15 +143,15 @@ class FeatureDistance(PerceptualDistance):
     torch.Size([])
 
     Args:
-        encoder: Gives the features; any ``VisionEncoder``.
+        encoder: Gives the features.
         layers: Which of its intermediate layers to compare; by default only the encoder's own output layer.
     """
 
     def __init__(self, encoder: VisionEncoder, layers: list[int] | None = None) -> None:
         super().__init__()
         self.layers = layers or [encoder.layer]
-        if min(self.layers) < 0 or max(self.layers) > encoder.layer:
-            raise UserError(f"layers {self.layers}: {encoder.name} has layers 0 to {encoder.layer}, the used one")
+        there = min(self.layers) >= 0 and max(self.layers) <= encoder.layer
+        check(there, f"layers {self.layers}: {encoder.name} has layers 0 to {encoder.layer}, the used one")
         self.judge = Frozen(encoder)
 
     def features(self, image: Tensor) -> list[Tensor]:
@@ -188,6 +166,6 @@ class FeatureDistance(PerceptualDistance):
         return torch.stack(terms).mean()
 
 
-def lpips_weights() -> Path | None:
-    """Return the local file of torchvision's VGG-16, or ``None``."""
-    return find_published(VGG16_URL)
+def channels(red: float, green: float, blue: float) -> nn.Buffer:
+    """Return numbers of the three channels as a buffer (3, 1, 1) that is not saved."""
+    return nn.Buffer(torch.tensor((red, green, blue)).view(3, 1, 1), persistent=False)

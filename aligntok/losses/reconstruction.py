@@ -1,9 +1,9 @@
-"""The loss of a tokenizer: how far a reconstruction is from its image, and what a discriminator thinks of it."""
+"""The loss of a tokenizer: pixel, perceptual and adversarial terms of a reconstruction."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,18 @@ from aligntok.losses.perceptual import PerceptualDistance
 from aligntok.schedule import Schedule, check_schedule, value_at
 
 Terms = dict[str, tuple[float, Tensor]]
-"""A sum that is not yet summed: name to weight and value (), so that each value can be logged."""
+"""Name to weight and value () of the terms of a loss, so that each value can be logged."""
 
 
 @dataclass(frozen=True)
 class PerceptualTerm:
-    """A perceptual distance and how much it weighs.
+    """A perceptual distance and its weight.
+
+    >>> PerceptualTerm(nn.MSELoss(), weight={0: 0.0, 1000: 1.0}).weight  # grows over 1,000 steps
+    {0: 0.0, 1000: 1.0}
 
     Args:
-        distance: Two batches of images (B, 3, H, W) in [0, 1] to a scalar, such as ``LPIPS``, ``LogitDistance`` or
+        distance: Two batches of images (B, 3, H, W) in [0, 1] to a scalar: ``LPIPS``, ``LogitDistance``,
             ``FeatureDistance``, or a module of your own; its weights do not learn.
         weight: Over the optimizer steps; at steps where it is 0, the distance is not computed.
     """
@@ -32,7 +35,7 @@ class PerceptualTerm:
 
 
 class Reference:
-    """Real images that reconstructions are compared with; a frozen network sees them once, however many these are.
+    """Images to compare reconstructions with; their features are computed once for any number of reconstructions.
 
     >>> reference = Reference(torch.zeros(1, 3, 8, 8))
     >>> reference.distance_to(torch.ones(1, 3, 8, 8), nn.MSELoss())
@@ -44,7 +47,7 @@ class Reference:
 
     def __init__(self, image: Tensor) -> None:
         self.image = image.float()
-        self.features: dict[PerceptualDistance, list[Tensor]] = {}  # of the reference, by the network that gave them
+        self.features: dict[PerceptualDistance, list[Tensor]] = {}
 
     def distance_to(self, image: Tensor, distance: nn.Module) -> Tensor:
         """Return the distance () of images (B, 3, H, W) to the reference, in fp32."""
@@ -57,12 +60,11 @@ class Reference:
             return distance.compare(distance.features(image), self.features[distance])
 
 
-@dataclass(frozen=True)
-class LossValue:
-    """What a loss gives for one batch.
+class LossValue(NamedTuple):
+    """The loss of one batch.
 
     Attributes:
-        value: Call ``backward`` on it, ().
+        value: To call ``backward`` on, ().
         terms: Each term without its weight, by name, detached: for the log.
     """
 
@@ -73,10 +75,9 @@ class LossValue:
 class SendGradient(torch.autograd.Function):
     """A number whose gradient with respect to a tensor was computed before.
 
-    ``SendGradient.apply(x, gradient, value)`` returns ``value``. Where ordinary autograd would now go back through all
-    that made the value, ``backward`` hands ``gradient`` to ``x`` as it is. A GAN needs this because the gradients of
-    the reconstruction terms and of the adversarial term at the decoder's output are wanted one by one, to balance
-    them, before their weighted sum goes through the decoder: once, instead of once for each.
+    ``SendGradient.apply(x, gradient, value)`` returns ``value``, and its backward pass gives ``gradient`` to ``x``. A
+    GAN needs it: the gradients of the reconstruction terms and of the adversarial term are computed one by one at the
+    decoder's output, to balance them, and then their weighted sum goes back through the decoder in a single pass.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> SendGradient.apply(x, torch.tensor([0.5, -3.0]), torch.tensor(7.0)).backward()
@@ -98,11 +99,11 @@ class SendGradient(torch.autograd.Function):
 
 
 class ReconstructionLoss(nn.Module):
-    """Pixel term, any number of perceptual terms, and both sides of the adversarial game, in one backward pass.
+    """Pixel term, any number of perceptual terms, and the adversarial losses of both sides, in one backward pass.
 
-    ``pixel + sum of weight * perceptual + adversarial.weight * adaptive weight * adversarial`` (AlignTok,
-    arXiv:2509.25162, section 3; weights as in VA-VAE), each a mean over pixels or images, for the tokenizer; the hinge
-    loss for the discriminator. Their gradients are those of the textbook's two losses with two optimizers.
+    For the tokenizer ``pixel + sum of weight * perceptual + adversarial.weight * adaptive weight * adversarial``
+    (AlignTok, arXiv:2509.25162, section 3; weights as in VA-VAE), each a mean over pixels or images; for the
+    discriminator the hinge loss. The gradients are those of the two losses computed one after the other.
 
     Args:
         pixel: ``l1``, the mean absolute difference, or ``mse``, the mean squared one.
@@ -136,36 +137,33 @@ class ReconstructionLoss(nn.Module):
         """Return the loss of tokenizer and discriminator together.
 
         Args:
-            image: (B, 3, H, W) in [0, 1]; as a ``Reference`` where more than one reconstruction is compared with it.
-            reconstruction: What the decoder made of it, with its graph, not clamped, (B, 3, H, W).
+            image: (B, 3, H, W) in [0, 1]; a ``Reference`` where several reconstructions are compared with it.
+            reconstruction: The decoder's output, not clamped, (B, 3, H, W).
             step: Optimizer step.
-            last_layer: Weight of the decoder's last layer, where an adaptive adversarial weight is measured.
+            last_layer: Weight of the decoder's last layer, needed for an adaptive adversarial weight.
         """
         reference = image if isinstance(image, Reference) else Reference(image)
-        output = reconstruction.detach().float().requires_grad_()
+        output = reconstruction.detach().float().requires_grad_()  # (B, 3, H, W)
         terms = self.terms(reference, output, step)
         logs = {name: value.detach() for name, (_, value) in terms.items()}
         value = weighted_sum(terms, like=output)
         (gradient,) = torch.autograd.grad(value, output)  # (B, 3, H, W)
-        value = value.detach()
+        value = value.detach()  # ()
         if self.adversarial is None:
             return LossValue(SendGradient.apply(reconstruction.float(), gradient, value), logs)
-        game = self.adversarial(reference.image, output, step)
-        logs |= game.logs
-        if game.generator is not None:
-            (push,) = torch.autograd.grad(game.generator, output, retain_graph=True)  # (B, 3, H, W)
+        adversarial = self.adversarial(reference.image, output, step)
+        logs |= adversarial.logs
+        if adversarial.generator is not None:
+            (push,) = torch.autograd.grad(adversarial.generator, output, retain_graph=True)  # (B, 3, H, W)
             scale = self.adversarial.adaptive_weight(reconstruction, gradient, push, last_layer)
             logs["gan_adaptive_weight"] = scale
-            weight = self.adversarial.weight_at(step) * scale
-            gradient, value = gradient + weight * push, value + weight * game.generator.detach()
+            weight = value_at(self.adversarial.weight, step) * scale
+            gradient, value = gradient + weight * push, value + weight * adversarial.generator.detach()
         sent = SendGradient.apply(reconstruction.float(), gradient, value)
-        return LossValue(sent + game.discriminator, logs)
+        return LossValue(sent + adversarial.discriminator, logs)
 
     def terms(self, reference: Reference, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()) -> Terms:
-        """Return the terms that compare a reconstruction (B, 3, H, W), float32, with its image.
-
-        Distances of the classes ``without`` are left out: a validation need not compute what a callback measures.
-        """
+        """Return pixel and perceptual terms of a reconstruction (B, 3, H, W), float32, but for classes ``without``."""
         pixel = F.l1_loss if self.pixel == "l1" else F.mse_loss
         terms = self.perceptual_terms(reference, reconstruction, step, without)
         return {self.pixel: (1.0, pixel(reconstruction, reference.image))} | terms
@@ -181,17 +179,7 @@ class ReconstructionLoss(nn.Module):
                 terms[name] = (weight, reference.distance_to(reconstruction, distance))
         return terms
 
-    def load(self) -> None:
-        """Fetch published weights of the distances now, so that a missing file does not stop a run later."""
-        for distance in self.perceptual.values():
-            load = getattr(distance, "load", None)  # published weights come at the first use: aligntok's own distances
-            if load is not None:
-                load()
-
 
 def weighted_sum(terms: Terms, like: Tensor) -> Tensor:
     """Return the sum () of the weighted terms, in fp32 on the device of ``like``."""
-    total = torch.zeros((), device=like.device)
-    for weight, value in terms.values():
-        total = total + weight * value
-    return total
+    return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=like.device))

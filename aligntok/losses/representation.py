@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.frozen import Frozen
 
@@ -24,8 +24,7 @@ class RepresentationAlignment(nn.Module):
     torch.Size([])
 
     Args:
-        encoder: Gives the features; its grid must be the generator's. Images of another size than the encoder's are
-            resized.
+        encoder: Gives the features, of images resized to its size; its grid must be the generator's.
         width: Of the generator's tokens.
         hidden_width: Of the projector, three linear layers with SiLU between them; 2048 in the paper.
         block: After which block the tokens are taken, counted from 1; 8 in the paper.
@@ -58,9 +57,9 @@ class RepresentationAlignment(nn.Module):
         """
         features = self.encoder(self.encoder.network.resized(image)).flatten(2).transpose(1, 2)  # (B, N, encoder.width)
         (height, width), (rows, columns) = image.shape[-2:], self.encoder.network.grid
-        if rows * columns != tokens.shape[1] or rows * width != columns * height:
-            raise UserError(
-                f"the encoder gives {rows * columns} cells ({rows}x{columns}), the generator has {tokens.shape[1]}"
-                f" tokens of images of {height}x{width} pixels: change the encoder's image_size or downsampling"
-            )
-        return -cosine_similarity(self.project(tokens).float(), features.float(), dim=-1).mean()
+        check(
+            rows * columns == tokens.shape[1] and rows * width == columns * height,
+            f"the encoder gives {rows * columns} cells ({rows}x{columns}), the generator has {tokens.shape[1]} tokens"
+            f" of images of {height}x{width} pixels: change the encoder's image_size or downsampling",
+        )
+        return -cosine_similarity(self.project(tokens).float(), features.float(), dim=-1).mean()  # ()

@@ -1,8 +1,7 @@
-"""Semantic preservation: keep the latent where the pretrained encoder put it.
+"""Semantic preservation: the distance of the current latent from that of a frozen snapshot of encoder and adapter.
 
 Reference:
-    AlignTok, arXiv:2509.25162, section 3: L_sp between the current latent and that of a frozen snapshot of encoder
-    and adapter.
+    AlignTok, arXiv:2509.25162, section 3: L_sp.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Distance = Literal["l2", "cosine"]
 
 @dataclass(frozen=True)
 class SemanticPreservation:
-    """How strongly and where a latent is held near the frozen snapshot's.
+    """Weight, distance and place of the loss that keeps the latent near the snapshot's.
 
     >>> import torch
     >>> term = SemanticPreservation(weight=0.5, distance="cosine")
@@ -41,9 +40,8 @@ class SemanticPreservation:
 def semantic_preservation(latent: Tensor, anchor: Tensor, distance: Distance = "l2") -> Tensor:
     """Return the mean distance () between the current latent and the frozen snapshot's.
 
-    The paper does not say in which unit its l2 is taken. Ours: both latents are normalised by the snapshot's own mean
-    and standard deviation per channel, so that the loss is the mean squared drift in units of the latent's variance,
-    and ``w_sp`` means the same for every encoder, adapter and latent size.
+    The paper does not say in which unit its l2 is taken. Here both latents are normalised by the snapshot's mean and
+    standard deviation per channel, so that ``w_sp`` means the same for every encoder, adapter and latent size.
 
     Args:
         latent: Normalised latent of the network in training, (B, C, h, w).

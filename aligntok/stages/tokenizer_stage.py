@@ -15,6 +15,7 @@ from aligntok.errors import UserError, check
 from aligntok.losses.perceptual import LPIPS
 from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms, weighted_sum
 from aligntok.networks.adapters import GaussianAdapter
+from aligntok.networks.frozen import load_frozen
 from aligntok.networks.lora import DOWN, UP, merge_lora
 from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer
@@ -194,7 +195,7 @@ class TokenizerStage(Stage):
         """Fetch the perceptual weights, so that a missing file does not stop the run later, and look at the data."""
         super().setup(stage)
         if stage == "fit":
-            self.loss.load()
+            load_frozen(self.loss)
             offered_data(self.trainer, HasCalibration)
         data = offered_data(self.trainer, HasCache)
         if stage == "predict" or data is None or not data.has_latents:

@@ -9,7 +9,8 @@ from torchvision.transforms.v2 import functional
 
 from aligntok.errors import UserError
 from aligntok.losses import LPIPS, FeatureDistance, LogitDistance, perceptual
-from aligntok.losses.perceptual import CONVNEXT_URL, VGG16_URL, lpips_weights
+from aligntok.losses.perceptual import CONVNEXT_URL, VGG16_URL
+from aligntok.networks.frozen import load_frozen
 
 VGG16_FILE, CONVNEXT_FILE = Path(VGG16_URL).name, Path(CONVNEXT_URL).name
 
@@ -73,9 +74,8 @@ def test_lpips_without_its_weights_says_which_file_to_put_where(monkeypatch, tmp
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("ALIGNTOK_HOME", raising=False)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    assert lpips_weights() is None
     with pytest.raises(UserError, match=rf"{VGG16_FILE} and cannot download it .*: put the file into .*ALIGNTOK_HOME"):
-        LPIPS().load()
+        load_frozen(LPIPS())
 
 
 def test_lpips_with_a_local_file(monkeypatch, tmp_path, tiny):
@@ -109,7 +109,7 @@ def test_lpips_is_torchmetrics_lpips(judge_weights, tiny):
 
     lpips, image, other = LPIPS(), tiny.images(2, size=40), tiny.images(2, seed=1, size=40)
     theirs = _LPIPS(net="vgg", pnet_rand=True)
-    lpips.load()
+    load_frozen(lpips)
     for parameter, value in zip(theirs.net.parameters(), lpips.network.network[0].parameters(), strict=True):
         parameter.data = value.data
     expected = theirs(image, other, normalize=True).mean()
@@ -158,7 +158,7 @@ def test_logit_distance_is_of_torchvisions_convnext_small(monkeypatch, tmp_path)
     monkeypatch.setenv("ALIGNTOK_HOME", str(tmp_path))
     distance = LogitDistance()
     assert distance.image_size == 224
-    distance.load()
+    load_frozen(distance)
     assert sum(p.numel() for p in distance.network.network.parameters()) == 50_223_688
     assert all(bool((p == 1).all()) for p in distance.network.network.parameters())
 
@@ -168,4 +168,4 @@ def test_logit_distance_without_its_weights_says_which_file_to_put_where(monkeyp
     monkeypatch.delenv("ALIGNTOK_HOME", raising=False)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError, match=rf"LogitDistance needs {CONVNEXT_FILE}.*ALIGNTOK_HOME"):
-        LogitDistance().load()
+        load_frozen(LogitDistance())
