@@ -1,4 +1,4 @@
-"""An encoder that writes a sequence of tokens about an image: AliTok, arXiv:2506.05289, section 3."""
+"""An encoder from an image to a sequence of tokens: AliTok, arXiv:2506.05289, section 3."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class QueryEncoder(nn.Module):
         width, depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
         num_prefix: Queries before those of the grid, at least 0.
         causal: The ablation: patches in raster order see earlier ones only, a query sees earlier queries and the
-            patches up to its own. Those of the prefix stand for the first row: the last of them owns its last patch.
+            patches up to its own. In the prefix, each query sees one more patch of the first row than the one before;
+            where it has more queries than the row has patches, the first ones see the first patch only.
         from_patches: Add each patch to its query: small networks then learn in hundreds of steps to look at the image,
             where separate queries need thousands (ours; off in AliTok).
         backbone: A vision encoder whose features take the place of the embedded patches, so that the tokens are

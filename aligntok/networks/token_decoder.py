@@ -10,7 +10,7 @@ from aligntok.errors import UserError, check
 from aligntok.networks.encoders import grid_of
 from aligntok.networks.transformer import Transformer, init_weights, learned
 
-STAGES_OWN = ("buffer_tokens", "positions", "prefix_head.")  # need not be the same in the next stage
+STAGES_OWN = ("buffer_tokens", "positions", "prefix_head.")  # may differ from stage to stage
 
 
 class TokenDecoder(nn.Module):
@@ -21,8 +21,8 @@ class TokenDecoder(nn.Module):
     torch.Size([2, 3, 16, 16])
 
     Learned buffer tokens are put in front. With `causal`, the first stage's decoder, a patch depends on its own vector
-    and on earlier ones only, which teaches the encoder to write tokens that depend forwards. AliTok's sizes: width
-    1024, depth 24, num_heads 16; causal with num_buffer 1 in stage 1, not causal with 32 or 64 in stage 2.
+    and on earlier ones only, so that the encoder learns tokens that an autoregressive model can predict. AliTok's
+    sizes: width 1024, depth 24, num_heads 16; causal with num_buffer 1 in stage 1, not causal with 32 or 64 in stage 2.
 
     Args:
         image_size: Height and width of the image in pixels; one number for a square image.
