@@ -239,7 +239,7 @@ def tokenize(run: dict[str, Any], setting: Setting, seed: int, folder: Path) -> 
 
 def write_tokens(stage: Any, seed: int, folder: Path) -> None:
     """Cache the tokens of the training images."""
-    encode(stage.tokenizer, images(seed).given[0], folder / "tokens")
+    encode(stage.tokenizer, images(seed).train, folder / "tokens")
 
 
 def refine(num_prefix: int, setting: Setting, seed: int, folder: Path) -> Any:

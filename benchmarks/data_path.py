@@ -74,7 +74,7 @@ def make_files(folder: Path, width: int, height: int, count: int) -> None:
 
 def our_loader(folder: Path, size: int, batch_size: int, workers: int) -> DataLoader:
     source = ImageFolder(str(folder))
-    data = LatentDataModule(source, size, batch_size, val=source, num_workers=workers)
+    data = LatentDataModule(source, batch_size, size, val=source, num_workers=workers)
     data.setup()
     return data.train_dataloader()
 
@@ -102,7 +102,7 @@ def images_per_second(loader: DataLoader, workers: int) -> float:
 def parts(folder: Path, size: int) -> str:
     """Return a row of the table of where the time of one image goes."""
     source = ImageFolder(str(folder))
-    data = LatentDataModule(source, size, 1, val=source)
+    data = LatentDataModule(source, 1, size, val=source)
     data.setup()
     dataset = data.datasets["train"]
     indices = range(0, len(source), max(1, len(source) // 32))

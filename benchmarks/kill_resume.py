@@ -162,7 +162,10 @@ def prepare(folder: Path, threads: int) -> Path:
         },
     }
     optimization = {"optimization": {"learning_rate": {0: 0.0, 10: 1e-3, STEPS: 1e-4}}}
-    data = {"global_batch_size": 64, "flip": True}  # about 22 steps an epoch: the run crosses two ends
+    data = {
+        "global_batch_size": 64,
+        "augmentation": {"flip": True},
+    }  # 22 steps an epoch: the run crosses two ends
     encoder = {
         "layers": ["base.yaml", "stage/encoder_pretraining.yaml", "data/digits.yaml"],
         "output": str(folder / "encoder"),

@@ -105,7 +105,7 @@ def drop(cache: Path) -> None:
 
 def our_loader(cache: Path, batch_size: int, workers: int) -> DataLoader:
     source = LatentShards(str(cache))
-    data = LatentDataModule(source, None, batch_size, val=source, num_workers=workers)
+    data = LatentDataModule(source, batch_size, val=source, num_workers=workers)
     data.setup()
     return data.train_dataloader()
 

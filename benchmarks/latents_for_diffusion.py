@@ -38,7 +38,7 @@ from semantic_preservation import adamw, fit, one_cycle, quiet, vision_encoder
 from torch import Tensor
 
 from aligntok.callbacks import EMA
-from aligntok.data import LatentDataModule, LatentShards, Shapes
+from aligntok.data import Augmentation, LatentDataModule, LatentShards, Shapes
 from aligntok.flow import Euler, Guidance
 from aligntok.losses import SemanticPreservation
 from aligntok.metrics.frechet import frechet_distance
@@ -151,19 +151,19 @@ def pretrained_encoder() -> VisionEncoder:
 def images(seed: int) -> LatentDataModule:
     train = Shapes(TRAIN_IMAGES, IMAGE_SIZE, seed=seed, plain=True)
     val = Shapes(VAL_IMAGES, IMAGE_SIZE, seed=VAL_SEED + seed, plain=True)
-    options: dict[str, Any] = {"crop": "center", "flip": True, "seed": seed, "calibration_images": 2000}
-    return LatentDataModule(train, IMAGE_SIZE, BATCH, val=val, **options)
+    options: dict[str, Any] = {"augmentation": Augmentation("center"), "seed": seed, "calibration_images": 2000}
+    return LatentDataModule(train, BATCH, IMAGE_SIZE, val=val, **options)
 
 
 def write_cache(stage: Any, data: LatentDataModule, folder: Path) -> None:
-    encode(stage.tokenizer, data.given[0], folder, Views(flips=False))
+    encode(stage.tokenizer, data.train, folder, Views(flips=False))
 
 
 def generate(tokenizer: Tokenizer, seed: int, steps: int, folder: Path) -> LatentDiffusion:
     """Train the generator on the cached latents, and return it with its averaged weights."""
     pl.seed_everything(seed, verbose=False)
     shards = LatentShards(str(folder / "latents"))
-    data = LatentDataModule(shards, global_batch_size=64, flip=False, seed=seed)
+    data = LatentDataModule(shards, global_batch_size=64, augmentation=Augmentation(flip=False), seed=seed)
     network = DiT((CHANNELS, 8, 8), NUM_CLASSES, width=128, depth=4, num_heads=4, patch_size=2)
     optimizer = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rate = {0: 0.0, steps // 10: 1e-3, steps: 0.0}
@@ -241,7 +241,7 @@ def trained_judge(steps: int, path: Path) -> Any:
     if not path.is_file():
         train = Shapes(100_000, IMAGE_SIZE, seed=JUDGE_SEED, plain=True)
         val = Shapes(VAL_IMAGES, IMAGE_SIZE, seed=VAL_SEED + JUDGE_SEED, plain=True)
-        data = LatentDataModule(train, IMAGE_SIZE, 64, val=val, crop="center", flip=True)
+        data = LatentDataModule(train, 64, IMAGE_SIZE, val=val, augmentation=Augmentation("center"))
         with tempfile.TemporaryDirectory() as folder:
             measured = fit(judge, data, steps, Path(folder))
         torch.save({"state_dict": judge.state_dict(), "accuracy": float(measured["val/accuracy"])}, path)

@@ -30,7 +30,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from aligntok.callbacks import LinearProbe, ReconstructionQuality
-from aligntok.data import LatentDataModule, Shapes
+from aligntok.data import Augmentation, LatentDataModule, Shapes
 from aligntok.losses import SemanticPreservation
 from aligntok.networks import ConvDecoder, LinearAdapter, Tokenizer, VisionEncoder
 from aligntok.stages import (
@@ -115,7 +115,7 @@ def experiment(seed: int, steps: int, pretraining_steps: int, latent_dim: int) -
 def images(seed: int, count: int = TRAIN_IMAGES, batch: int = BATCH) -> LatentDataModule:
     train = Shapes(count, IMAGE_SIZE, seed=seed)
     val = Shapes(VAL_IMAGES, IMAGE_SIZE, seed=VAL_SEED + seed)
-    return LatentDataModule(train, IMAGE_SIZE, batch, val=val, crop="center", flip=True, seed=seed)
+    return LatentDataModule(train, batch, IMAGE_SIZE, val=val, augmentation=Augmentation("center"), seed=seed)
 
 
 def vision_encoder(weights: str | None) -> VisionEncoder:

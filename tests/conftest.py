@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from aligntok.callbacks.trainer_io import AtomicCheckpointIO
-from aligntok.data import LatentDataModule, LatentShards
+from aligntok.data import Augmentation, LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.flow import FlowMatching
 from aligntok.losses import (
@@ -178,12 +178,14 @@ class Tiny:
     def cached(folder, global_batch_size=8, images=None, **options):
         """Return the data of such a cache; every fourth is for validation."""
         source = LatentShards(folder, images=images)
-        return LatentDataModule(source, None, global_batch_size, **{"holdout": 0.25, "flip": False, **options})
+        return LatentDataModule(
+            source, global_batch_size, **{"val": 0.25, "augmentation": Augmentation(flip=False), **options}
+        )
 
     @staticmethod
     def data(num_images=64, global_batch_size=8, **options):
-        options = {"crop": "center", "flip": False, **options}
-        return LatentDataModule(Shapes(num_images, 16), 16, global_batch_size, val=Shapes(8, 16, seed=1), **options)
+        options = {"augmentation": Augmentation("center", flip=False), **options}
+        return LatentDataModule(Shapes(num_images, 16), global_batch_size, 16, val=Shapes(8, 16, seed=1), **options)
 
     @staticmethod
     def images(count=8, seed=0, size=16):

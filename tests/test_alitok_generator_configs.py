@@ -107,7 +107,7 @@ def test_quickstart_recipes_run(in_folder, capsys):
     assert main([*sample, "--accelerator", "cpu"]) == 0
     assert len(list((folder / "samples/png").iterdir())) == 5
 
-    ours = ("--data.train.folder", str(tokens), "--data.flip", "false", "--model.tokenizer.path", second)
+    ours = ("--data.train.folder", str(tokens), "--data.augmentation.flip", "false", "--model.tokenizer.path", second)
     small = ("--config", "size/ar_debug.yaml", "--data.global_batch_size", "4", *ours)
     sizes = ("--model.network.codebook_size", "256", "--model.network.grid", "[8,8]", "--model.network.num_prefix", "8")
     command("fit", "alitok_ar.yaml", *small, *sizes)

@@ -84,6 +84,17 @@ def test_a_mistake_is_one_line(args, words, capsys):
     assert all(word in line for word in words), line
 
 
+def test_a_required_argument_is_named(capsys, in_folder):
+    layers = "layers: [base.yaml, stage/encoder_pretraining.yaml]
+output: x
+"
+    model = "model: {init_args: {encoder: {init_args: {name: vit_tiny_patch16_224, downsampling: 8}}, num_classes: 10}}
+"
+    (in_folder / "mine.yaml").write_text(f"{layers}{model}data: {{train: aligntok.data.Digits, image_size: 32}}
+")
+    assert "LatentDataModule) needs global_batch_size" in fails(capsys, "fit", "--config", "mine.yaml")
+
+
 def test_unknown_key_in_yaml_is_named(capsys, in_folder):
     (in_folder / "mine.yaml").write_text("model:\n  init_args:\n    learning_rat: 0.1\n")
     line = fails(capsys, "fit", "--config", "quickstart/encoder.yaml", "--config", "mine.yaml", *DEBUG)

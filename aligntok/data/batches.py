@@ -91,11 +91,6 @@ class BatchDataset(Dataset[Any]):
         views = choices(self.num_views, self.seed, epochs, ids)
         return {**self.source.batch(ids, views), "id": torch.from_numpy(ids)}
 
-    @staticmethod
-    def collate(batch: Batch) -> Batch:
-        """Leave the batch as it is."""
-        return batch
-
 
 def batch_source(source: Dataset[Any]) -> BatchSource | None:
     """Return the ``BatchSource`` behind a source or a part of one; ``None`` for images."""

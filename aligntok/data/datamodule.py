@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligntok.data.batches import Batch, BatchDataset, batch_source
-from aligntok.data.dataset import WHOLE_RANGE, Crop, ImageDataset, evaluation_crop, training_crop
-from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader
+from aligntok.data.dataset import Augmentation, ImageDataset
+from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader, as_it_is
 from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
 from aligntok.data.shards import Shards
 from aligntok.data.sources import (
@@ -25,7 +25,7 @@ from aligntok.data.sources import (
     split_holdout,
     spread_over,
 )
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check_positive
 from aligntok.networks.encoders import pair
 from aligntok.networks.tokenizer import Tokenizer
 
@@ -53,17 +53,13 @@ class LatentDataModule(pl.LightningDataModule):
     Args:
         train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset; or
             ``LatentShards`` or ``TokenShards``.
-        image_size: Height and width that the network gets, in pixels; one number for a square. Cached latents need
-            none.
         global_batch_size: Images per optimizer step, over all ranks and accumulated batches. Adding devices or
             ``accumulate_grad_batches`` makes the batch on a device smaller, never the recipe different.
-        val: For validation; by default the held-out share of ``train``.
+        image_size: Height and width that the network gets, in pixels; one number for a square. Cached latents need
+            none.
+        val: For validation: images, or the share of ``train`` that is held out.
         test: For ``aligntok test``; by default ``val``.
-        holdout: Share of ``train`` that is held out where ``val`` is missing.
-        crop: In training: ``random`` (resize the shorter side, crop anywhere), ``random_resized`` (also scale and
-            aspect), or ``center``. Evaluation always takes ADM's centre crop.
-        crop_scale: Range of the area that ``random_resized`` keeps, as a share of the image's.
-        flip: Mirror half of the training images; of a cache, take what was encoded of the mirrored image.
+        augmentation: Of training images: crop and flip.
         num_workers: Processes per rank that read images, or threads that gather latents; 0 does it in the training
             process.
         seed: Of order and augmentation.
@@ -79,14 +75,11 @@ class LatentDataModule(pl.LightningDataModule):
     def __init__(
         self,
         train: Dataset,  # type: ignore[type-arg]  # jsonargparse takes any subclass of the bare class
+        global_batch_size: int,
         image_size: int | tuple[int, int] | None = None,
-        global_batch_size: int = 0,
-        val: Dataset | None = None,  # type: ignore[type-arg]
+        val: Dataset | float = 0.1,  # type: ignore[type-arg]
         test: Dataset | None = None,  # type: ignore[type-arg]
-        holdout: float = 0.1,
-        crop: Crop = "random",
-        crop_scale: tuple[float, float] = WHOLE_RANGE,
-        flip: bool = True,
+        augmentation: Augmentation = Augmentation(),
         num_workers: int = 0,
         seed: int = 0,
         on_bad_image: Literal["skip", "raise"] = "skip",
@@ -94,18 +87,13 @@ class LatentDataModule(pl.LightningDataModule):
         predict: Dataset | Split = "val",  # type: ignore[type-arg]
     ) -> None:
         super().__init__()
-        if global_batch_size < 1:
-            raise UserError(
-                f"data.global_batch_size {global_batch_size}: give the images per optimizer step, or a layer that does,"
-                " such as data/imagenet.yaml"
-            )
-        if tuple(crop_scale) != WHOLE_RANGE and crop != "random_resized":
-            raise UserError(f"data.crop_scale {crop_scale} has no effect on data.crop {crop}: leave it out")
-        self.given: tuple[Source, Source | None, Source | None] = (train, val, test)
+        check_positive(global_batch_size=global_batch_size)
+        self.train: Source = train
+        self.val: Source | float = val
+        self.test: Source | None = test
         self.predict: Source | Split = predict
         self.image_size = None if image_size is None else pair(image_size)
-        self.global_batch_size, self.holdout = global_batch_size, holdout
-        self.crop, self.crop_scale, self.flip = crop, crop_scale, flip
+        self.global_batch_size, self.augmentation = global_batch_size, augmentation
         self.num_workers, self.seed, self.on_bad_image = num_workers, seed, on_bad_image
         self.calibration_images = calibration_images
         self.sources: dict[str, Source] = {}
@@ -221,11 +209,11 @@ class LatentDataModule(pl.LightningDataModule):
         on_its_own = stage == "predict" and not isinstance(self.predict, str)
         if not on_its_own:
             if "train" not in self.sources:
-                train, val, test = self.given
-                if val is None:
+                train, val = self.train, self.val
+                if isinstance(val, (int, float)):
                     images = (train.opened.image_ids, train.num_images) if isinstance(train, Shards) else ()
-                    train, val = split_holdout(train, self.holdout, *images)
-                self.sources = {"train": train, "val": val, "test": val if test is None else test}
+                    train, val = split_holdout(train, val, *images)
+                self.sources = {"train": train, "val": val, "test": val if self.test is None else self.test}
                 for split in self.sources:
                     self.open(split)
             self.check_counts()
@@ -280,7 +268,7 @@ class LatentDataModule(pl.LightningDataModule):
             source = getattr(latents, "images", None) if latents is not None else source
             if source is None:
                 raise UserError("data.train gives latents alone: name the images to compare samples with (reference)")
-        dataset = ImageDataset(source, evaluation_crop(image_size), self.seed, False, self.on_bad_image)
+        dataset = ImageDataset(source, image_size, on_bad_image=self.on_bad_image)
         loader = self.in_order(dataset)
         return crop_id(source, image_size), (self.on_after_batch_transfer(batch, 0) for batch in loader)
 
@@ -294,7 +282,7 @@ class LatentDataModule(pl.LightningDataModule):
     def read(self, split: str, ids: Sequence[int], replace_bad: bool = False) -> Batch:
         """Return a batch of the images ``ids``, as evaluation sees them."""
         dataset: Any = self.dataset(split, replace_bad=replace_bad)
-        batch = dataset.collate(dataset.__getitems__(ids))
+        batch = dataset.__getitems__(ids)
         return self.on_after_batch_transfer(batch, 0)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -339,18 +327,17 @@ class LatentDataModule(pl.LightningDataModule):
         source = self.sources[split]
         batches = batch_source(source)
         if batches is not None:
-            if training and self.flip and not batches.has_mirrored:
-                raise UserError(f"data.flip, but {batches} has no mirrored images: set data.flip false, or encode some")
+            if training and self.augmentation.flip and not batches.has_mirrored:
+                raise UserError(f"{batches} has no mirrored images: set augmentation.flip false, or encode some")
             plain = batches.num_views // (1 + batches.has_mirrored)
-            views = 1 if not training else batches.num_views if self.flip else plain
+            views = 1 if not training else batches.num_views if self.augmentation.flip else plain
             return BatchDataset(source, self.seed, views, 0 if batches.needs_processes else self.num_workers)
-        if not training:
-            crop = evaluation_crop(self.size)
-            return ImageDataset(source, crop, self.seed, replace_bad, self.on_bad_image)
-        if self.crop == "random":
+        augmentation = self.augmentation if training else None
+        if augmentation and augmentation.crop == "random":
             source = reduced(source, max(self.size))
-        transform = training_crop(self.crop, self.size, self.crop_scale, self.flip)
-        return ImageDataset(source, transform, self.seed, True, self.on_bad_image)
+        return ImageDataset(
+            source, self.size, augmentation, self.seed, replace_bad or training, on_bad_image=self.on_bad_image
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -394,4 +381,4 @@ class LatentDataModule(pl.LightningDataModule):
         """Return how a loader reads."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         processes = 0 if isinstance(dataset, BatchDataset) and dataset.num_threads else self.num_workers
-        return {"num_workers": processes, "collate_fn": dataset.collate, "pin_memory": on_gpu}
+        return {"num_workers": processes, "collate_fn": as_it_is, "pin_memory": on_gpu}

@@ -1,10 +1,10 @@
-"""From a source to tensors: crops, flips, and what to do about an image that cannot be read."""
+"""From a source to images of one size: crop and flip, and what to do about an image that cannot be read."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,27 +16,66 @@ from torch.utils.data import Dataset
 from aligntok.data.images import center_crop, random_crop, random_flip, random_resized_crop, to_rgb
 from aligntok.data.sampler import Key
 from aligntok.data.sources import Item, length, read_item, spread_over
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.randomness import image_generator
 
-Transform = Callable[[Image.Image, np.random.Generator], Image.Image]
-Sample = dict[str, Any]
-Crop = Literal["random", "random_resized", "center"]
 WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
 BAD_IMAGE = (UserError, OSError, SyntaxError)  # ours; Pillow's are OSError, and SyntaxError for a broken PNG
 MAX_BAD_SHARE = 0.01
 NUM_TRIES = 32
 
 
-class ImageDataset(Dataset[Sample | None]):
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to an image at random; evaluation always takes ADM's centre crop.
+
+    >>> augmentation = Augmentation("random_resized", crop_scale=(0.5, 1.0))
+    >>> augmentation(Image.new("RGB", (40, 30)), (16, 16), np.random.default_rng(0)).size
+    (16, 16)
+
+    Attributes:
+        crop: ``random`` (resize the shorter side, crop anywhere), ``random_resized`` (also scale and aspect), or
+            ``center``.
+        crop_scale: Range of the area that ``random_resized`` keeps, as a share of the image's.
+        flip: Mirror half of the images; of a cache, take what was encoded of the mirrored image.
+
+    Raises:
+        UserError: ``crop_scale`` without ``random_resized``.
+    """
+
+    crop: Literal["random", "random_resized", "center"] = "random"
+    crop_scale: tuple[float, float] = WHOLE_RANGE
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        effective = self.crop == "random_resized" or tuple(self.crop_scale) == WHOLE_RANGE
+        check(effective, f"crop_scale {self.crop_scale} has no effect on crop {self.crop}: leave it out")
+
+    def __call__(self, image: Image.Image, size: tuple[int, int], generator: np.random.Generator) -> Image.Image:
+        """Return a random view of ``size`` = (H, W)."""
+        if self.crop == "random":
+            image = random_crop(image, size, generator)
+        elif self.crop == "random_resized":
+            image = random_resized_crop(image, size, generator, self.crop_scale)
+        else:
+            image = center_crop(image, size)
+        return random_flip(image, generator) if self.flip else image
+
+
+class ImageDataset(Dataset[dict[str, Any] | None]):
     """Images of a source as bytes (H, W, 3), with label and id; a sample is a function of (seed, epoch, index).
 
-    An image that cannot be read is named, counted and, in training, replaced by the next one; in evaluation it is left
-    out. More than one in a hundred is an error.
+    An image that cannot be read is named, counted, and replaced by the next one or left out (``None``). More than one
+    in a hundred is an error.
+
+    >>> dataset = ImageDataset([(Image.new("RGB", (40, 30)), 7)], (16, 16))
+    >>> dataset[0]["image"].shape, dataset[0]["label"]
+    (torch.Size([16, 16, 3]), 7)
 
     Args:
         source: Items (PIL image, label).
-        transform: Image and random generator to an image of the final size.
+        image_size: (H, W).
+        augmentation: Of training; without one, ADM's centre crop.
         seed: Of the augmentation.
         replace_bad: Whether the next image stands in for a bad one.
         on_bad_image: ``skip`` as above, or ``raise``.
@@ -45,12 +84,13 @@ class ImageDataset(Dataset[Sample | None]):
     def __init__(
         self,
         source: Dataset[Item],
-        transform: Transform,
-        seed: int,
-        replace_bad: bool,
-        on_bad_image: Literal["skip", "raise"],
+        image_size: tuple[int, int],
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        replace_bad: bool = False,
+        on_bad_image: Literal["skip", "raise"] = "skip",
     ) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+        self.source, self.image_size, self.augmentation, self.seed = source, image_size, augmentation, seed
         self.replace_bad, self.on_bad_image = replace_bad, on_bad_image
         bad = torch.zeros(length(source), dtype=torch.uint8)
         self.bad = bad.share_memory_()  # type: ignore[no-untyped-call]  # one count for all workers
@@ -58,29 +98,42 @@ class ImageDataset(Dataset[Sample | None]):
     def __len__(self) -> int:
         return len(self.bad)
 
-    def __getitem__(self, key: Key | int) -> Sample | None:
+    def __getitem__(self, key: Key | int) -> dict[str, Any] | None:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         generator = image_generator(self.seed, epoch, index)
         for candidate in range(index, index + (len(self) if self.replace_bad else 1)):
             candidate %= len(self)
             try:
                 image, label = read_item(self.source, candidate)
-                pixels = np.array(self.transform(to_rgb(image), generator))
+                image = to_rgb(image)
+                if self.augmentation is None:
+                    image = center_crop(image, self.image_size)
+                else:
+                    image = self.augmentation(image, self.image_size, generator)
+                return {"image": torch.from_numpy(np.array(image)), "label": label, "id": candidate}
             except BAD_IMAGE as error:
                 self.report(candidate, error)
-            else:
-                return {"image": torch.from_numpy(pixels), "label": label, "id": candidate}
         return None
 
-    def __getitems__(self, keys: Sequence[Key | int]) -> list[Sample | None]:
-        """Return several samples."""
-        return [self[key] for key in keys]
+    def __getitems__(self, keys: Sequence[Key | int]) -> dict[str, Tensor] | None:
+        """Return a batch: ``image`` (B, 3, H, W) in bytes, ``label`` (B,) and ``id`` (B,), without the bad images.
+
+        ``None`` if no image is left. torch's loader calls this instead of asking for one item after the other.
+        """
+        good = [sample for key in keys if (sample := self[key]) is not None]
+        if not good:
+            return None
+        return {
+            "image": torch.stack([sample["image"] for sample in good]).permute(0, 3, 1, 2),  # copied on the device
+            "label": torch.tensor([sample["label"] for sample in good]),
+            "id": torch.tensor([sample["id"] for sample in good]),
+        }
 
     def report(self, index: int, error: Exception) -> None:
         """Name and count a bad image; stop when there are too many."""
         message = str(error) if isinstance(error, UserError) else f"image {index} of the source: {error}"
         if self.on_bad_image == "raise":
-            raise UserError(f"{message} (data.on_bad_image is raise)") from error
+            raise UserError(f"{message} (on_bad_image is raise)") from error
         known, self.bad[index] = bool(self.bad[index]), 1
         if known:
             return
@@ -91,11 +144,6 @@ class ImageDataset(Dataset[Sample | None]):
                 " Remove or replace these files"
             ) from error
         print(f"aligntok: image skipped ({count} of {len(self)} so far): {message}", file=sys.stderr, flush=True)
-
-    @staticmethod
-    def collate(samples: list[Sample | None]) -> dict[str, Tensor] | None:
-        """Stack samples to a batch."""
-        return collate(samples)
 
     def check_readable(self) -> None:
         """Raise a ``UserError`` if none of some images can be read: then it is no matter of a few bad files."""
@@ -108,38 +156,3 @@ class ImageDataset(Dataset[Sample | None]):
             else:
                 return
         raise UserError(f"no image can be read ({len(spread)} of {len(self)} tried); the last: {last}")
-
-
-def collate(samples: list[Sample | None]) -> dict[str, Tensor] | None:
-    """Stack samples to a batch of ``image`` (B, 3, H, W) in bytes, ``label`` (B,) and ``id`` (B,).
-
-    Bad images are left out; ``None`` if nothing is left.
-    """
-    good = [sample for sample in samples if sample is not None]
-    if not good:
-        return None
-    return {
-        "image": torch.stack([sample["image"] for sample in good]).permute(0, 3, 1, 2),  # copied later, on the device
-        "label": torch.tensor([sample["label"] for sample in good]),
-        "id": torch.tensor([sample["id"] for sample in good]),
-    }
-
-
-def training_crop(crop: Crop, size: tuple[int, int], scale: tuple[float, float], flip: bool) -> Transform:
-    """Return crop and flip for training."""
-    crops: dict[str, Callable[..., Image.Image]] = {
-        "random": random_crop,
-        "random_resized": partial(random_resized_crop, scale=scale),
-        "center": lambda image, size, generator: center_crop(image, size),
-    }
-
-    def transform(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        image = crops[crop](image, size, generator)
-        return random_flip(image, generator) if flip else image
-
-    return transform
-
-
-def evaluation_crop(size: tuple[int, int]) -> Transform:
-    """Return ADM's centre crop."""
-    return lambda image, generator: center_crop(image, size)

@@ -17,6 +17,11 @@ from aligntok.errors import UserError
 BATCHES_PER_THREAD = 2  # read ahead, as torch's workers do
 
 
+def as_it_is(batch: Any) -> Any:
+    """Return the batch that a dataset made; as ``collate_fn`` of a loader."""
+    return batch
+
+
 class Loader(DataLoader[Any]):
     """torch's loader; batches that are only gathered from memory are read ahead by threads instead of processes.
 

@@ -213,8 +213,7 @@ def split_holdout(
     held = int(is_held.sum())
     if not 0 < held < len(is_held):
         raise UserError(
-            f"data.holdout {share} of {len(is_held)} images leaves {held} for validation: name data.val, or change"
-            " the share"
+            f"val={share} of {len(is_held)} images leaves {held} for validation: change the share, or name images"
         )
     return Subset(source, np.flatnonzero(~is_held)), Subset(source, np.flatnonzero(is_held))
 

@@ -28,7 +28,8 @@ from aligntok.cache import (
 )
 from aligntok.callbacks.grids import tiled
 from aligntok.data.batches import batch_source
-from aligntok.data.dataset import ImageDataset, evaluation_crop
+from aligntok.data.dataset import ImageDataset
+from aligntok.data.loaders import as_it_is
 from aligntok.data.sources import crop_id, length, spread_over
 from aligntok.errors import UserError, check_positive
 from aligntok.files import write_atomically
@@ -138,7 +139,7 @@ def encode(
     tokenizer = tokenizer.to(fabric.device).eval()
     spec = tokenizer.spec
     size = views.image_size(spec.image_size)
-    dataset = ImageDataset(images, evaluation_crop(size), 0, replace_bad=False, on_bad_image="skip")
+    dataset = ImageDataset(images, size)
 
     def begin() -> tuple[CacheWriter, list[range]]:
         check_usable(tokenizer, views, dtype)
@@ -162,7 +163,7 @@ def encode(
         dataset,
         batch_sampler=[list(ids) for _, ids in batches],
         num_workers=num_workers,
-        collate_fn=dataset.collate,
+        collate_fn=as_it_is,
         pin_memory=fabric.device.type == "cuda",
     )
     progress = progress_of(fabric, "images", left)
@@ -259,7 +260,7 @@ def self_check(
     starts = np.cumsum([0] + [record.count for record in records])
     chosen = spread_over(int(starts[-1]), NUM_CHECKED)
     places = [(k, i - int(starts[k])) for i in chosen for k in [int(np.searchsorted(starts, i, "right")) - 1]]
-    batch = dataset.collate(dataset.__getitems__([int(records[k].image_ids[row]) for k, row in places]))
+    batch = dataset.__getitems__([int(records[k].image_ids[row]) for k, row in places])
     assert batch is not None
     pictures, found = [], []
     for view, image in enumerate(views.of(to_floats(batch["image"], fabric), spec.image_size)):

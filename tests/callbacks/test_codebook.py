@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aligntok.callbacks import CodebookHealth
-from aligntok.data import LatentDataModule, Shapes
+from aligntok.data import Augmentation, LatentDataModule, Shapes
 from aligntok.errors import UserError
 from aligntok.stages import CausalTokenization
 
@@ -59,7 +59,7 @@ def test_validation_counts_each_image_once_at_any_batch_size(tiny, tmp_path):
             tokens.append(outputs["tokens"])
 
     for batch in (8, 5):
-        data = LatentDataModule(Shapes(72, 16), 16, batch, val=images, crop="center", flip=False)
+        data = LatentDataModule(Shapes(72, 16), batch, 16, val=images, augmentation=Augmentation("center", flip=False))
         trainer = tiny.trainer(tmp_path, 1, [Watch()], limit_val_batches=1.0, enable_checkpointing=False)
         found.append(trainer.validate(stage, data, verbose=False)[0])
     tokens = torch.cat(tokens[-8:])  # 37 images in batches of 5

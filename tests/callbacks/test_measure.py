@@ -23,7 +23,7 @@ from aligntok.callbacks import (
 )
 from aligntok.callbacks import measure as measure_module
 from aligntok.callbacks.grids import latent_colours
-from aligntok.data import LatentDataModule, Shapes
+from aligntok.data import Augmentation, LatentDataModule, Shapes
 from aligntok.errors import UserError
 from aligntok.flow import Euler
 from aligntok.losses import LPIPS, PerceptualTerm, ReconstructionLoss
@@ -53,8 +53,8 @@ for attempt in range(2):  # the second finds the reference, but on the first ran
 
 def measured_data(batch: int, **options) -> LatentDataModule:
     """37 images, so that neither batches nor ranks divide them."""
-    options = {"crop": "center", "flip": False, **options}
-    return LatentDataModule(Shapes(72, 16), 16, batch, val=Shapes(37, 16, seed=1), **options)
+    options = {"augmentation": Augmentation("center", flip=False), **options}
+    return LatentDataModule(Shapes(72, 16), batch, 16, val=Shapes(37, 16, seed=1), **options)
 
 
 def judge(tiny):
@@ -78,7 +78,7 @@ def test_two_ranks_give_the_same_values(tiny, tmp_path):
     conftest = Path(__file__).parent.parent / "conftest.py"
     (tmp_path / "tests_conftest.py").write_text(conftest.read_text())
     source = inspect.getsource(measured_data)
-    header = "from aligntok.data import LatentDataModule, Shapes\n"
+    header = "from aligntok.data import Augmentation, LatentDataModule, Shapes\n"
     (tmp_path / "worker.py").write_text(header + source + WORKER)
     command = [sys.executable, "worker.py", str(tmp_path / "run")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
@@ -131,7 +131,7 @@ def test_reference_is_kept_and_used_again(tiny, tmp_path):
 def test_reference_of_other_images_is_refused(tiny, tmp_path):
     file = str(tmp_path / "reference.safetensors")
     measure(tiny, tmp_path, reference=file)
-    other = LatentDataModule(Shapes(72, 16), 16, 8, val=Shapes(37, 16, seed=2), crop="center", flip=False)
+    other = LatentDataModule(Shapes(72, 16), 8, 16, val=Shapes(37, 16, seed=2))
     with pytest.raises(UserError, match="other files or crop"):
         measure(tiny, tmp_path, data=other, reference=file)
 
@@ -191,7 +191,7 @@ def test_grids_are_drawn_in_the_precision_of_the_run(tiny, tmp_path, dtypes):
 
 
 def test_the_probe_sees_latents_of_training_and_validation_images_made_alike(tiny, tmp_path, monkeypatch):
-    same = LatentDataModule(Shapes(24, 16), 16, 8, val=Shapes(24, 16), crop="center", flip=False)
+    same = LatentDataModule(Shapes(24, 16), 8, 16, val=Shapes(24, 16), augmentation=Augmentation("center", flip=False))
     seen = []
     monkeypatch.setattr(
         measure_module, "linear_probe", lambda *args, **_: seen.append(args) or SimpleNamespace(accuracy=1.0)

@@ -19,7 +19,7 @@ from torchvision.datasets import FakeData
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from aligntok.__main__ import last_message
-from aligntok.data import Digits, ImageFolder, LatentDataModule, Shapes
+from aligntok.data import Augmentation, Digits, ImageFolder, LatentDataModule, Shapes
 from aligntok.data.images import center_crop, read_image
 from aligntok.errors import UserError
 
@@ -116,7 +116,7 @@ def trainer(callbacks=(), **options):
 
 
 def module(num_images=26, global_batch_size=8, num_val=5, **options):
-    return LatentDataModule(Noise(num_images), SIZE, global_batch_size, val=Noise(num_val), **options)
+    return LatentDataModule(Noise(num_images), global_batch_size, SIZE, val=Noise(num_val), **options)
 
 
 def flat(batches):
@@ -198,14 +198,14 @@ def test_fitting_twice_goes_on_and_a_new_trainer_begins_again():
 
 def test_epochs_have_their_own_order_and_augmentation():
     source = Noise(8)
-    data = LatentDataModule(source, SIZE, 8, val=source)
+    data = LatentDataModule(source, 8, SIZE, val=source)
     epochs = [dict(zip(*batch_of(data), strict=True)) for _ in range(3)]
     assert all(set(epoch) == set(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     changed = [epochs[0][index] != epochs[1][index] for index in range(8)]
     assert sum(changed) >= 6  # 2 x 4 crops and flips: rarely the same
-    assert epochs[0] == dict(zip(*batch_of(LatentDataModule(source, SIZE, 8, val=source)), strict=True))
-    assert epochs[0] != dict(zip(*batch_of(LatentDataModule(source, SIZE, 8, val=source, seed=1)), strict=True))
+    assert epochs[0] == dict(zip(*batch_of(LatentDataModule(source, 8, SIZE, val=source)), strict=True))
+    assert epochs[0] != dict(zip(*batch_of(LatentDataModule(source, 8, SIZE, val=source, seed=1)), strict=True))
 
 
 def batch_of(data):
@@ -238,7 +238,7 @@ def test_test_and_predict_take_the_validation_images_by_default():
     run.test(recorder, datamodule=data, verbose=False)
     assert flat(recorder.val_batches) == list(range(11))
     assert torch.cat(run.predict(recorder, datamodule=data)).tolist() == list(range(11))
-    other = LatentDataModule(Noise(16), SIZE, 8, val=Noise(3), test=Noise(4))
+    other = LatentDataModule(Noise(16), 8, SIZE, val=Noise(3), test=Noise(4))
     other.setup()
     assert other.num_images("test") == 4
 
@@ -272,7 +272,7 @@ def test_preview_is_spread_over_the_validation_images():
 
 
 def test_holdout_is_taken_from_training_where_val_is_missing():
-    data = LatentDataModule(Digits("train"), SIZE, 8)
+    data = LatentDataModule(Digits("train"), 8, SIZE)
     data.setup()
     assert (data.num_images("train"), data.num_images("val")) == (1293, 144)
     assert data.classes == [str(i) for i in range(10)]
@@ -283,7 +283,7 @@ def test_evaluation_of_a_held_out_part_decodes_in_full(tmp_path):
     for i in range(10):
         pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
-    data = LatentDataModule(ImageFolder(str(tmp_path)), SIZE, 2)
+    data = LatentDataModule(ImageFolder(str(tmp_path)), 2, SIZE)
     data.setup()
     index = int(data.sources["val"].indices[0])
     expected = np.asarray(center_crop(read_image(tmp_path / f"{index}.jpg"), (SIZE, SIZE)))
@@ -295,7 +295,7 @@ def test_evaluation_of_a_held_out_part_decodes_in_full(tmp_path):
 def test_fingerprint_tells_images_and_crop():
     prints = []
     for source, size in ((Noise(5), 8), (Noise(6), 8), (Noise(5), 16)):
-        data = LatentDataModule(Noise(16), size, 8, val=source)
+        data = LatentDataModule(Noise(16), 8, size, val=source)
         data.setup()
         prints.append(data.fingerprint("val"))
     assert len(set(prints)) == 3
@@ -400,7 +400,7 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_files_are_named_and_skipped(pictures, capfd, workers):
     source = ImageFolder(str(pictures))
-    data, recorder = LatentDataModule(source, SIZE, 20, val=source, num_workers=workers), Recorder()
+    data, recorder = LatentDataModule(source, 20, SIZE, val=source, num_workers=workers), Recorder()
     trainer(max_steps=10, limit_val_batches=1.0).fit(recorder, datamodule=data)
     assert len(recorder.train_batches) == 10
     assert not {5, 150} & {index for ids, _ in recorder.train_batches for index in ids}
@@ -413,25 +413,25 @@ def test_bad_files_are_named_and_skipped(pictures, capfd, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_raise_is_one_clean_line(pictures, workers):
     source = ImageFolder(str(pictures))
-    data = LatentDataModule(source, SIZE, 20, val=source, num_workers=workers, on_bad_image="raise")
+    data = LatentDataModule(source, 20, SIZE, val=source, num_workers=workers, on_bad_image="raise")
     with pytest.raises(UserError) as caught:
         trainer(max_steps=10).fit(Recorder(), datamodule=data)
     message = last_message(caught.value)
     assert message.startswith("cannot read image ")
-    assert message.endswith("(data.on_bad_image is raise)")
+    assert message.endswith("(on_bad_image is raise)")
     assert "\n" not in message
 
 
 def test_a_batch_without_a_readable_image_is_left_out_of_evaluation(pictures):
     source = ImageFolder(str(pictures))
-    data, recorder = LatentDataModule(source, SIZE, 1, val=source), Recorder()
+    data, recorder = LatentDataModule(source, 1, SIZE, val=source), Recorder()
     trainer(limit_val_batches=1.0).validate(recorder, datamodule=data, verbose=False)
     assert recorder.val_batches == [[i] for i in range(200) if i not in (5, 150)]
 
 
 def test_preview_replaces_a_bad_image(pictures):
     source = ImageFolder(str(pictures))
-    data = LatentDataModule(source, SIZE, 8, val=source)
+    data = LatentDataModule(source, 8, SIZE, val=source)
     data.setup()
     assert data.preview(40).shape[0] == 40  # one of them is number 5, another 150
 
@@ -451,40 +451,40 @@ def test_folder_errors_are_one_line(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     (tmp_path / "empty").mkdir()
-    assert "there is no image folder" in setup_error(ImageFolder(str(tmp_path / "x")), SIZE, 1, val=good)
-    assert "holds no image" in setup_error(ImageFolder(str(tmp_path / "empty")), SIZE, 1, val=good)
-    assert "holds no image" in setup_error(good, SIZE, 1, val=good, test=ImageFolder(str(tmp_path / "empty")))
-    message = setup_error(good, SIZE, 1, val=ImageFolder(str(tmp_path / "bad")))
+    assert "there is no image folder" in setup_error(ImageFolder(str(tmp_path / "x")), 1, SIZE, val=good)
+    assert "holds no image" in setup_error(ImageFolder(str(tmp_path / "empty")), 1, SIZE, val=good)
+    assert "holds no image" in setup_error(good, 1, SIZE, val=good, test=ImageFolder(str(tmp_path / "empty")))
+    message = setup_error(good, 1, SIZE, val=ImageFolder(str(tmp_path / "bad")))
     assert message.startswith("data.val: no image can be read (3 of 3 tried); the last: cannot read image ")
 
 
 def test_batches_that_do_not_divide_or_fill_are_refused():
     assert "26 training images do not fill one step of data.global_batch_size 32" in setup_error(
-        Noise(26), SIZE, 32, val=Noise(4)
+        Noise(26), 32, SIZE, val=Noise(4)
     )
-    assert "global_batch_size 0" in setup_error(Noise(26), SIZE, 0, val=Noise(4))
+    assert "global_batch_size=0" in setup_error(Noise(26), 0, SIZE, val=Noise(4))
     with pytest.raises(UserError, match="global_batch_size 9 is not divisible by 1 devices x 2 accumulated"):
         fit(module(global_batch_size=9), accumulate_grad_batches=2)
 
 
 def test_an_option_without_effect_is_refused():
-    with pytest.raises(UserError, match=r"data\.crop_scale .* no effect on data\.crop center"):
-        LatentDataModule(Noise(8), SIZE, 8, crop="center", crop_scale=(0.5, 1.0))
+    with pytest.raises(UserError, match=r"crop_scale .* no effect on crop center"):
+        LatentDataModule(Noise(8), 8, SIZE, augmentation=Augmentation("center", crop_scale=(0.5, 1.0)))
 
 
 def test_empty_dataset_is_named():
-    assert "data.test holds no image" in setup_error(Noise(8), SIZE, 8, val=Noise(4), test=Noise(0))
+    assert "data.test holds no image" in setup_error(Noise(8), 8, SIZE, val=Noise(4), test=Noise(0))
 
 
 def test_classes_with_other_numbers_are_refused(tmp_path):
     for name in ("train/cat", "train/dog", "val/dog", "other/bird"):
         picture(tmp_path / name / "1.png")
     train, val, other = (ImageFolder(str(tmp_path / name)) for name in ("train", "val", "other"))
-    message = setup_error(train, SIZE, 1, val=val)
+    message = setup_error(train, 1, SIZE, val=val)
     assert message.startswith("class 'dog' is number 1 of data.train, but 0 of data.val")
     (tmp_path / "val" / "cat").mkdir()
-    LatentDataModule(train, SIZE, 1, val=ImageFolder(str(tmp_path / "val"))).setup()
-    LatentDataModule(train, SIZE, 1, val=other).setup()
+    LatentDataModule(train, 1, SIZE, val=ImageFolder(str(tmp_path / "val"))).setup()
+    LatentDataModule(train, 1, SIZE, val=other).setup()
 
 
 # --- torchvision
@@ -494,7 +494,7 @@ def test_torchvision_datasets_serve_as_they_are(tmp_path):
     for i in range(8):
         picture(tmp_path / str(i % 2) / f"{i}.png", i)
     for source in (FakeData(8, (3, 12, 10), num_classes=3), TorchvisionFolder(str(tmp_path))):
-        data = LatentDataModule(source, SIZE, 4, val=source)
+        data = LatentDataModule(source, 4, SIZE, val=source)
         batches = fit(data, max_steps=2)
         assert sorted(flat(ids for ids, _ in batches)) == list(range(8))
     assert data.classes == ["0", "1"]
@@ -502,20 +502,20 @@ def test_torchvision_datasets_serve_as_they_are(tmp_path):
 
 def test_torchvision_datasets_with_a_transform_or_other_targets_are_refused():
     tensors = FakeData(8, (3, 12, 10), transform=lambda image: torch.zeros(3, 4, 4))
-    assert "FakeData gives (Tensor, " in setup_error(tensors, SIZE, 4, val=tensors)
+    assert "FakeData gives (Tensor, " in setup_error(tensors, 4, SIZE, val=tensors)
     boxes = FakeData(8, (3, 12, 10), target_transform=lambda label: label + 0.5)
-    assert "gives the label '" in setup_error(boxes, SIZE, 4, val=boxes)
+    assert "gives the label '" in setup_error(boxes, 4, SIZE, val=boxes)
 
 
 @pytest.mark.parametrize("crop", ["random", "random_resized", "center"])
 @pytest.mark.parametrize("size", [8, (8, 12)])
 def test_every_crop_gives_the_size_of_the_config(crop, size):
-    data = LatentDataModule(Shapes(8, 20), size, 8, val=Shapes(8, 20), crop=crop)
+    data = LatentDataModule(Shapes(8, 20), 8, size, val=Shapes(8, 20), augmentation=Augmentation(crop=crop))
     data.setup()
     expected = (8, 8) if size == 8 else size
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert next(iter(loader))["image"].shape == (8, 3, *expected)
-    flips = LatentDataModule(Shapes(8, 20), size, 8, val=Shapes(8, 20), crop="center", flip=False)
+    flips = LatentDataModule(Shapes(8, 20), 8, size, val=Shapes(8, 20), augmentation=Augmentation("center", flip=False))
     flips.setup()
     assert torch.equal(flips.datasets["train"][(3, 1)]["image"], flips.datasets["val"][1]["image"])
 

@@ -7,16 +7,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from aligntok.__main__ import last_message
-from aligntok.data.dataset import ImageDataset, collate
-from aligntok.data.images import random_crop, random_flip
+from aligntok.data.dataset import Augmentation, ImageDataset
+from aligntok.data.loaders import as_it_is
 from aligntok.data.sources import ImageFolder
 from aligntok.errors import UserError
 
 SIZE = (16, 16)
-
-
-def augment(image, generator):
-    return random_flip(random_crop(image, SIZE, generator), generator)
 
 
 def noise(seed, size=(24, 40)):
@@ -36,7 +32,7 @@ def truncated(path):
 
 
 def dataset(source, replace_bad=True, on_bad_image="skip", seed=0):
-    return ImageDataset(source, augment, seed, replace_bad, on_bad_image)
+    return ImageDataset(source, SIZE, Augmentation(), seed, replace_bad, on_bad_image)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +63,20 @@ def test_sample_is_a_function_of_seed_epoch_and_index(tmp_path):
     assert not torch.equal(dataset(source, seed=1)[(0, 1)]["image"], first["image"])
 
 
-def test_collate_makes_channels_first(tmp_path):
-    samples = [dataset(folder(tmp_path, 2))[(0, i)] for i in (0, 1)]
-    batch = collate([samples[0], None, samples[1]])
+def test_a_batch_has_channels_first_and_leaves_bad_images_out(tmp_path):
+    data = dataset(folder(tmp_path, 200, bad=[(1, b"")]), replace_bad=False)
+    batch = data.__getitems__([(0, 0), (0, 1), (0, 2)])
     assert batch["image"].shape == (2, 3, 16, 16)
-    assert torch.equal(batch["image"][1, 2], samples[1]["image"][..., 2])
-    assert batch["id"].tolist() == [0, 1]
+    assert torch.equal(batch["image"][1, 2], data[(0, 2)]["image"][..., 2])
+    assert batch["id"].tolist() == [0, 2]
     assert batch["label"].dtype == torch.int64
-    assert collate([None, None]) is None
+    assert data.__getitems__([(0, 1)]) is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_named_and_counted_once_and_replaced_in_training(large, capfd, workers):
     data = dataset(large)
-    loader = DataLoader(data, 16, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(data, 16, num_workers=workers, collate_fn=as_it_is)
     for _ in range(2):
         ids = torch.cat([batch["id"] for batch in loader]).tolist()
     assert len(ids) == 400
@@ -99,7 +95,7 @@ def test_bad_images_are_named_and_counted_once_and_replaced_in_training(large, c
 
 
 def test_bad_images_are_left_out_in_evaluation(large, capfd):
-    loader = DataLoader(dataset(large, replace_bad=False), 16, collate_fn=collate)
+    loader = DataLoader(dataset(large, replace_bad=False), 16, collate_fn=as_it_is)
     ids = torch.cat([batch["id"] for batch in loader]).tolist()
     assert ids == [i for i in range(400) if i not in (7, 8, 100, 399)]
     assert len(capfd.readouterr().err.splitlines()) == 4
@@ -116,7 +112,7 @@ def one_line(error):
 @pytest.mark.parametrize("replace_bad", [False, True])
 def test_more_than_one_percent_is_an_error_of_one_line(tmp_path, workers, replace_bad):
     source = folder(tmp_path, 120, bad=[(3, b""), (90, b"x")])
-    loader = DataLoader(dataset(source, replace_bad), 8, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(dataset(source, replace_bad), 8, num_workers=workers, collate_fn=as_it_is)
     with pytest.raises(UserError) as caught:
         list(loader)
     message = one_line(caught.value)
@@ -126,12 +122,12 @@ def test_more_than_one_percent_is_an_error_of_one_line(tmp_path, workers, replac
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_raise_stops_at_the_first(large, workers):
-    loader = DataLoader(dataset(large, on_bad_image="raise"), 16, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(dataset(large, on_bad_image="raise"), 16, num_workers=workers, collate_fn=as_it_is)
     with pytest.raises(UserError) as caught:
         list(loader)
     message = one_line(caught.value)
     assert message.startswith("cannot read image ")
-    assert message.endswith("0007.png: the file is empty (data.on_bad_image is raise)")
+    assert message.endswith("0007.png: the file is empty (on_bad_image is raise)")
 
 
 def test_bad_images_of_other_sources_are_named_by_number():
@@ -152,7 +148,7 @@ def test_bad_images_of_other_sources_are_named_by_number():
 
 
 def test_a_programming_error_is_not_taken_for_a_bad_image(tmp_path):
-    data = ImageDataset(folder(tmp_path, 1), lambda image, generator: image.no_such_thing(), 0, True, "skip")
+    data = ImageDataset(folder(tmp_path, 1), SIZE, lambda image, size, generator: image.no_such_thing())
     with pytest.raises(AttributeError):
         data[(0, 0)]
 

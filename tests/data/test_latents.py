@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from aligntok.cache import Manifest, Record, shard_name
-from aligntok.data import BatchSource, LatentDataModule, LatentShards, Shapes
+from aligntok.data import Augmentation, BatchSource, LatentDataModule, LatentShards, Shapes
 from aligntok.data.images import center_crop
 from aligntok.data.sampler import shuffled
 from aligntok.data.sources import crop_id
@@ -100,7 +100,7 @@ def cache(tmp_path_factory):
 
 def module(folder, global_batch_size=8, **options):
     source = folder if isinstance(folder, Dataset) else LatentShards(str(folder))
-    return LatentDataModule(source, None, global_batch_size, **{"val": source, **options})
+    return LatentDataModule(source, global_batch_size, **{"val": source, **options})
 
 
 def opened(*args, **options):
@@ -154,7 +154,7 @@ def test_evaluation_takes_each_row_in_order_and_none_mirrored(cache, workers):
 
 
 def test_bfloat16_is_served_as_it_is_and_becomes_float_on_the_device(tmp_path):
-    data = opened(write(tmp_path / "cache", dtype=torch.bfloat16), flip=False)
+    data = opened(write(tmp_path / "cache", dtype=torch.bfloat16), augmentation=Augmentation(flip=False))
     batch = next(iter(data.val_dataloader()))
     assert batch["latent"].dtype == torch.bfloat16
     batch = data.on_after_batch_transfer(batch, 0)
@@ -173,7 +173,7 @@ def test_classes_count_and_shape_come_from_the_cache(cache):
 
 
 def test_holdout_is_a_part_of_the_rows(cache):
-    data = opened(cache, 8, val=None, holdout=0.25)
+    data = opened(cache, 8, val=0.25)
     assert (data.num_images("train"), data.num_images("val")) == (20, 6)
     indices = {split: torch.from_numpy(data.sources[split].indices) for split in ("train", "val")}
     assert not set(indices["train"].tolist()) & set(indices["val"].tolist())
@@ -200,7 +200,7 @@ def test_a_flip_is_a_function_of_seed_epoch_and_id_alone(cache):
     assert 10 <= sum(first[0, i] != first[1, i] for i in range(TOTAL)) <= 18
     seeded = flips(2, seed=1)
     assert sum(seeded[key] != first[key] for key in first) >= 10
-    assert not any(flips(2, flip=False).values())
+    assert not any(flips(2, augmentation=Augmentation(flip=False)).values())
 
 
 def test_coins_are_fair_and_independent():
@@ -462,16 +462,16 @@ def test_a_damaged_manifest(cache, tmp_path):
 def test_flips_that_are_not_there_are_refused_and_can_be_switched_off(tmp_path):
     folder = write(tmp_path / "cache", flips=False)
     message = refused(folder)
-    assert "data.flip" in message
+    assert "augmentation.flip" in message
     assert str(folder) in message
-    assert not check_rows(next(iter(opened(folder, flip=False).train_dataloader()))).any()
+    assert not check_rows(next(iter(opened(folder, augmentation=Augmentation(flip=False)).train_dataloader()))).any()
 
 
 def test_images_need_a_size_and_every_run_a_batch():
     with pytest.raises(UserError, match=r"data\.image_size is missing"):
-        LatentDataModule(Shapes(8, 8), None, 4, val=Shapes(8, 8)).setup()
-    with pytest.raises(UserError, match=r"data\.global_batch_size 0"):
-        LatentDataModule(Shapes(8, 8), 8)
+        LatentDataModule(Shapes(8, 8), 4, val=Shapes(8, 8)).setup()
+    with pytest.raises(UserError, match="global_batch_size=0"):
+        LatentDataModule(Shapes(8, 8), 0)
 
 
 # --- the tokenizer
@@ -608,7 +608,7 @@ class Numbers(BatchSource):
 
 def test_predict_takes_a_source_of_its_own_in_order():
     broken = LatentShards("nowhere")  # samples need no training data
-    data = LatentDataModule(broken, None, 4, val=broken, predict=Numbers(), num_workers=2)
+    data = LatentDataModule(broken, 4, val=broken, predict=Numbers(), num_workers=2)
     data.setup("predict")
     assert data.num_images("predict") == 9
     assert data.fingerprint("predict") == "numbers"
@@ -620,7 +620,7 @@ def test_predict_takes_a_source_of_its_own_in_order():
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_predict_takes_a_split_as_evaluation_sees_it(split):
     sources = {"train": Noise(0), "val": Noise(1), "test": Noise(2)}
-    data = LatentDataModule(sources["train"], (16, 8), 4, val=sources["val"], test=sources["test"], predict=split)
+    data = LatentDataModule(sources["train"], 4, (16, 8), val=sources["val"], test=sources["test"], predict=split)
     data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
     assert batch["id"].tolist() == [0, 1, 2, 3]

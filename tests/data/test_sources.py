@@ -202,7 +202,7 @@ def test_holdout_is_disjoint_complete_and_always_the_same():
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.001, -1, 2])
 def test_holdout_of_nothing_or_all_is_refused(share):
-    with pytest.raises(UserError, match=r"data\.holdout .*data\.val"):
+    with pytest.raises(UserError, match=r"val=.* name images"):
         split_holdout(Shapes(20, 8), share)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from aligntok.cache import TOKEN_LAYOUT, Manifest, Record, shard_name
-from aligntok.data import LatentDataModule, LatentShards, TokenShards
+from aligntok.data import Augmentation, LatentDataModule, LatentShards, TokenShards
 from aligntok.data.sampler import shuffled
 from aligntok.errors import UserError
 from aligntok.files import hash_file
@@ -60,7 +60,7 @@ def cache(tmp_path_factory):
 
 def module(folder, global_batch_size=8, **options):
     source = TokenShards(str(folder))
-    return LatentDataModule(source, None, global_batch_size, **{"val": source, **options})
+    return LatentDataModule(source, global_batch_size, **{"val": source, **options})
 
 
 def opened(*args, **options):
@@ -103,7 +103,7 @@ def test_evaluation_takes_view_0_in_order(cache):
 
 @pytest.mark.parametrize(("crops", "flip", "views"), [("ten", False, range(5)), ("center", True, range(2))])
 def test_flip_decides_whether_mirrored_views_are_taken(tmp_path, crops, flip, views):
-    data = opened(write(tmp_path / "cache", crops), flip=flip)
+    data = opened(write(tmp_path / "cache", crops), augmentation=Augmentation(flip=flip))
     assert set(torch.cat([views_of(batch) for epoch in epochs(data, 5) for batch in epoch]).tolist()) == set(views)
 
 
@@ -230,7 +230,7 @@ def test_a_cache_of_another_codebook_is_refused(cache, tiny):
 def test_latents_in_place_of_tokens_and_tokens_in_place_of_latents(cache, tmp_path, tiny):
     assert "holds tokens, but this model learns latents" in refused(opened(cache).check_latents, (3, 4, 2), None)
     folder = tiny.cache(tmp_path, tiny.measured(), num_images=16)
-    data = LatentDataModule(LatentShards(folder), None, 4, flip=False, holdout=0.25)
+    data = LatentDataModule(LatentShards(folder), 4, augmentation=Augmentation(flip=False), val=0.25)
     data.setup()
     assert "holds latents, but this model learns tokens" in refused(data.check_tokens, SIZES, None)
     assert "holds latents, not tokens" in refused(len, TokenShards(folder))

@@ -225,8 +225,8 @@ def test_a_generator_is_validated_on_images_that_its_tokenizer_did_not_learn(tmp
     """Training on images with a hold-out, and on the cache of the same images, unreadable ones among them or not."""
     source = Pictures(200, bad=bad)
     write(tmp_path, source, shard_size=100)
-    on_images = LatentDataModule(source, 8, 4, holdout=0.2)
-    on_cache = LatentDataModule(LatentShards(str(tmp_path)), None, 4, holdout=0.2)
+    on_images = LatentDataModule(source, 4, 8, val=0.2)
+    on_cache = LatentDataModule(LatentShards(str(tmp_path)), 4, val=0.2)
     for data in (on_images, on_cache):
         data.setup()
     held = on_images.sources["val"].indices

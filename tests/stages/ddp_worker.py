@@ -19,7 +19,7 @@ import aligntok.data.dataset
 import aligntok.networks.quantizers
 import aligntok.stages.stage
 from aligntok.callbacks import CodebookHealth, SaveCheckpoint
-from aligntok.data import LatentDataModule, Shapes
+from aligntok.data import Augmentation, LatentDataModule, Shapes
 from aligntok.networks import GaussianAdapter
 from aligntok.stages import CausalTokenization, DecoderRefinement, LatentAlignment, PerceptualAlignment
 
@@ -54,7 +54,8 @@ def parallel():
 def health(tiny, folder):
     """Return the use of the codes by 37 images: neither batches nor ranks divide them."""
     stage = tiny.stage(CausalTokenization, tokenizer=tiny.causal(), auxiliary="mse")
-    data = LatentDataModule(Shapes(72, 16), 16, 8, val=Shapes(37, 16, seed=1), crop="center", flip=False)
+    images = {"val": Shapes(37, 16, seed=1), "augmentation": Augmentation("center", flip=False)}
+    data = LatentDataModule(Shapes(72, 16), 8, 16, **images)
     options = {"limit_val_batches": 1.0, "enable_checkpointing": False, **parallel()}
     return tiny.trainer(folder, 1, [CodebookHealth()], **options).validate(stage, data, verbose=False)[0]
 

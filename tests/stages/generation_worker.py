@@ -43,7 +43,7 @@ def run(tiny, folder, world):
     quality = GenerationQuality(metrics, COUNT, 5, classifier=classifier, sweep=[2])
 
     def data():
-        return tiny.cached(cache, images=tiny.data().given[0], holdout=0.2)
+        return tiny.cached(cache, images=tiny.data().train, val=0.2)
 
     def trainer(*callbacks, **options):
         parallel = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": world} if world > 1 else {}

@@ -45,7 +45,7 @@ def write_cache(tiny, folder, **options):
 
 
 def cached(folder, global_batch_size=8, **options):
-    return LatentDataModule(TokenShards(folder), None, global_batch_size, **{"holdout": 0.25, **options})
+    return LatentDataModule(TokenShards(folder), global_batch_size, **{"val": 0.25, **options})
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def measure(tiny, cache, folder, **options):
     quality = GenerationQuality(GenerationMetrics(tiny.Pixels()), 11, 4, reference=Shapes(20, 16))
     trainer = tiny.trainer(folder, 1, [quality, Keep()], limit_val_batches=1.0, enable_checkpointing=False, **options)
     stage = tiny.autoregressive(sampler=TokenSampler(2.0))
-    trainer.validate(stage, datamodule=cached(cache, holdout=17 / 64), verbose=False)
+    trainer.validate(stage, datamodule=cached(cache, val=17 / 64), verbose=False)
 
 
 def test_two_ranks_measure_what_one_measures(cache, tmp_path, tiny):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aligntok.callbacks import LinearProbe, SaveCheckpoint
-from aligntok.data import LatentDataModule, LatentShards, Shapes
+from aligntok.data import Augmentation, LatentDataModule, LatentShards, Shapes
 from aligntok.errors import UserError
 from aligntok.stages import DecoderRefinement, LatentAlignment, PerceptualAlignment
 
@@ -28,7 +28,9 @@ def measured(tiny):
 
 def cached(folder, images=True, **options):
     train = LatentShards(str(folder), images=Shapes(COUNT, 16) if images else None)
-    return LatentDataModule(train, 16, 8, **{"val": Shapes(8, 16, seed=1), "flip": False, **options})
+    return LatentDataModule(
+        train, 8, 16, **{"val": Shapes(8, 16, seed=1), "augmentation": Augmentation(flip=False), **options}
+    )
 
 
 def test_learns_from_the_cache_what_it_learns_from_the_images_and_the_encoder_rests(tiny, tmp_path, measured):
@@ -59,10 +61,9 @@ def test_the_linear_probe_reads_cached_latents_and_leaves_the_encoder_alone(tiny
     write(tiny, tmp_path / "cache", measured.tokenizer)
     val = LatentShards(str(tmp_path / "cache"), images=Shapes(COUNT, 16))
     probed = {}
-    for name, data in (
-        ("cached", cached(tmp_path / "cache", val=val)),
-        ("images", LatentDataModule(Shapes(COUNT, 16), 16, 8, val=Shapes(COUNT, 16), crop="center", flip=False)),
-    ):
+    options = {"val": Shapes(COUNT, 16), "augmentation": Augmentation("center", flip=False)}
+    images = LatentDataModule(Shapes(COUNT, 16), 8, 16, **options)
+    for name, data in (("cached", cached(tmp_path / "cache", val=val)), ("images", images)):
         calls = []
         hook = measured.tokenizer.encoder.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         trainer = tiny.trainer(tmp_path, 1, [LinearProbe()], limit_val_batches=None)
@@ -74,7 +75,7 @@ def test_the_linear_probe_reads_cached_latents_and_leaves_the_encoder_alone(tiny
 
 def test_mirrored_latents_come_with_mirrored_images(tiny, tmp_path, measured):
     write(tiny, tmp_path / "cache", measured.tokenizer, flips=True)
-    data = cached(tmp_path / "cache", flip=True)
+    data = cached(tmp_path / "cache", augmentation=Augmentation())
     data.setup("fit")
     for batch in data.train_dataloader():
         batch = data.on_after_batch_transfer(batch, 0)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aligntok.callbacks import LinearProbe, SaveCheckpoint
+from aligntok.data import Augmentation
 from aligntok.errors import UserError
 from aligntok.losses import AdversarialLoss, Reference
 from aligntok.networks import BlurDiscriminator
@@ -217,7 +218,7 @@ def fit(tiny, folder, max_steps, seed=0, cls=CausalTokenization, previous=None, 
     callbacks = [SaveCheckpoint(every_n_steps=every or max_steps)]
     trainer = tiny.trainer(folder, max_steps, callbacks, gradient_clip_val=1.0)
     torch.manual_seed(seed + 77)  # a new process has another state of the generator
-    trainer.fit(stage, datamodule=tiny.data(26, crop="random_resized", flip=True), ckpt_path=ckpt_path)
+    trainer.fit(stage, datamodule=tiny.data(26, augmentation=Augmentation("random_resized")), ckpt_path=ckpt_path)
     return stage, torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
 from aligntok.callbacks import EMA, SampleGrid, SaveCheckpoint
-from aligntok.data import ClassLabels, LatentDataModule, Shapes
+from aligntok.data import Augmentation, ClassLabels, LatentDataModule, Shapes
 from aligntok.errors import UserError
 from aligntok.flow import Euler, FlowMatching, Guidance, TimeSampling
 from aligntok.losses import RepresentationAlignment
@@ -269,7 +269,7 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, cache, accumulate):
             val_check_interval=3,
             limit_val_batches=1.0,
         )
-        data = tiny.cached(cache, images=Shapes(64, 16), flip=True, num_workers=0 if seed else 1)
+        data = tiny.cached(cache, images=Shapes(64, 16), augmentation=Augmentation(), num_workers=0 if seed else 1)
         torch.manual_seed(seed + 50)
         trainer.fit(stage, datamodule=data, ckpt_path=ckpt_path)
         return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
@@ -358,7 +358,7 @@ def test_images_are_encoded_on_the_fly_to_the_latents_of_the_cache(tiny, tmp_pat
         tiny.trainer(tmp_path, 8, limit_val_batches=1.0, val_check_interval=4).fit(stage, datamodule=data)
         return torch.cat(latents), torch.stack(losses).detach()
 
-    images = LatentDataModule(Shapes(64, 16), 16, 8, holdout=0.25, crop="center", flip=False)
+    images = LatentDataModule(Shapes(64, 16), 8, 16, val=0.25, augmentation=Augmentation("center", flip=False))
     ours, theirs = fit(images), fit(tiny.cached(cache))
     assert len(ours[0]) == 8 * 8 + 16  # of validation
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aligntok.callbacks import SaveCheckpoint
-from aligntok.data import LatentDataModule
+from aligntok.data import Augmentation, LatentDataModule
 from aligntok.data.shapes import Shapes
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
@@ -62,7 +62,7 @@ def test_a_single_step_is_skipped_and_written_down(tiny, tmp_path):
 
 
 def test_images_are_named_by_their_places_in_the_source_of_which_some_are_held_out(tiny, tmp_path):
-    data = LatentDataModule(Shapes(40, 16), 16, 8, holdout=0.25, crop="center", flip=False)
+    data = LatentDataModule(Shapes(40, 16), 8, 16, val=0.25, augmentation=Augmentation("center", flip=False))
     record = Record()
     stage = tiny.stage(LatentAlignment, perceptual=tiny.NaNAt(1))
     tiny.trainer(tmp_path, 2, [record]).fit(stage, datamodule=data)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aligntok.callbacks import EMA, SaveCheckpoint
+from aligntok.data import Augmentation
 from aligntok.errors import UserError
 from aligntok.networks import GaussianAdapter
 from aligntok.stages import DecoderRefinement, LatentAlignment, PerceptualAlignment
@@ -25,7 +26,7 @@ def fit(
         stage.init_from(previous)
     callbacks = [SaveCheckpoint(every_n_steps=CUT), *([EMA(0.8)] if ema else [])]
     trainer = tiny.trainer(folder, max_steps, callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
-    data = tiny.data(26, crop="random_resized", flip=True, calibration_images=20)
+    data = tiny.data(26, augmentation=Augmentation("random_resized"), calibration_images=20)
     torch.manual_seed(seed + 77)  # a new process has another state of the generator
     trainer.fit(stage, datamodule=data, ckpt_path=ckpt_path)
     return stage, torch.load(folder / "checkpoints/last.ckpt", weights_only=True)

@@ -117,9 +117,9 @@ class Run:
         if self.kind == "generator":
             quality = {k: v for k, v in self.callback("GenerationQuality").items() if k not in ("batch_size", "sweep")}
             images = self.data("train", "init_args", "images") or self.data("train")
-            what: list[Any] = [quality, None if quality.get("reference") else [images, self.data("crop")]]
+            what: list[Any] = [quality, None if quality.get("reference") else images]
         else:
-            keys = ["val", "image_size", "crop", *([] if self.data("val") else ["train", "holdout", "seed"])]
+            keys = ["val", "image_size", *([] if isinstance(self.data("val"), dict) else ["train", "holdout", "seed"])]
             what = [{key: self.data(key) for key in keys}, setting(self.config, "trainer", "limit_val_batches")]
         return json.dumps(what, sort_keys=True, default=str)
 
