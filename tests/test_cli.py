@@ -85,13 +85,11 @@ def test_a_mistake_is_one_line(args, words, capsys):
 
 
 def test_a_required_argument_is_named(capsys, in_folder):
-    layers = "layers: [base.yaml, stage/encoder_pretraining.yaml]
-output: x
-"
-    model = "model: {init_args: {encoder: {init_args: {name: vit_tiny_patch16_224, downsampling: 8}}, num_classes: 10}}
-"
-    (in_folder / "mine.yaml").write_text(f"{layers}{model}data: {{train: aligntok.data.Digits, image_size: 32}}
-")
+    model = "{encoder: {init_args: {name: vit_tiny_patch16_224, downsampling: 8}}, num_classes: 10}"
+    (in_folder / "mine.yaml").write_text(
+        f"layers: [base.yaml, stage/encoder_pretraining.yaml]\noutput: x\nmodel: {{init_args: {model}}}\n"
+        "data: {train: aligntok.data.Digits, image_size: 32}\n"
+    )
     assert "LatentDataModule) needs global_batch_size" in fails(capsys, "fit", "--config", "mine.yaml")
 
 
