@@ -18,7 +18,8 @@ class TokenShards(Shards):
     """The tokens that ``aligntok encode --config token_cache.yaml`` cached.
 
     View 0 is the centre crop of an image, which evaluation takes. In training each access takes a view that is a
-    function of (seed, epoch, id): of ten crops any, or, without ``augmentation.flip``, any of the five that are not mirrored.
+    function of (seed, epoch, id): of ten crops any, or, without ``augmentation.flip``, any of the five that are not
+    mirrored.
 
     >>> TokenShards("runs/tokens")  # the folder is opened at the first use
     TokenShards(...runs/tokens...)

@@ -69,7 +69,9 @@ def fitted(tiny, folder, stage, steps=5):
     recorder = Recorder()
     trainer = tiny.trainer(folder, steps, [recorder], log_every_n_steps=1, **parallel())
     start = tiny.copies(stage)
-    data = tiny.data(augmentation=Augmentation("random_resized"), calibration_images=37)  # odd: shares of different sizes
+    data = tiny.data(
+        augmentation=Augmentation("random_resized"), calibration_images=37
+    )  # odd: shares of different sizes
     trainer.fit(stage, datamodule=data)
     weights = {name: value.detach().clone() for name, value in [*stage.named_parameters(), *stage.named_buffers()]}
     change = {name: float((weights[name] - start[name]).abs().max()) for name in weights}
