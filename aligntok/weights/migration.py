@@ -8,6 +8,10 @@ STAGE_KEY = "aligntok_stage"
 CHAIN_KEY = "tokenizer_chain"
 OLD_DISCRIMINATOR, DISCRIMINATOR = "adversarial.", "loss.adversarial."
 OLD_ARGUMENTS = {"checkpoint_activations": "gradient_checkpointing"}
+MOVED_ARGUMENTS = {  # of a stage; today they are arguments of one of its parts
+    "optimization": ("learning_rate", "optimizer", "max_nonfinite_steps"),
+    "objective": ("time_sampling", "uniform_from", "cosine_weight"),
+}
 
 
 def migrate(checkpoint: dict[str, Any]) -> None:
@@ -16,7 +20,7 @@ def migrate(checkpoint: dict[str, Any]) -> None:
         for key in [key for key in checkpoint.get(states, {}) if key.startswith(OLD_DISCRIMINATOR)]:
             checkpoint[states][DISCRIMINATOR + key.removeprefix(OLD_DISCRIMINATOR)] = checkpoint[states].pop(key)
     if "hyper_parameters" in checkpoint:
-        checkpoint["hyper_parameters"] = renamed(checkpoint["hyper_parameters"])
+        checkpoint["hyper_parameters"] = regrouped(renamed(checkpoint["hyper_parameters"]))
     if CHAIN_KEY not in checkpoint:  # the name of the stage told it
         stage = checkpoint.get(STAGE_KEY)
         learned = ["adapter", "quantizer", "decoder"]
@@ -24,6 +28,21 @@ def migrate(checkpoint: dict[str, Any]) -> None:
             learned.insert(0, "encoder")
         measured, causal = stage == "DecoderRefinement", stage == "CausalTokenization"
         checkpoint[CHAIN_KEY] = {"learned": learned, "measured": measured, "causal": causal}
+
+
+def regrouped(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a stage of ours with those in parts that are today parts' arguments."""
+    if not str(arguments.get("_class_path")).startswith("aligntok.stages."):
+        return arguments
+    for part, names in MOVED_ARGUMENTS.items():
+        found = {name: arguments.pop(name) for name in names if name in arguments}
+        if found:
+            arguments[part] = found
+    guide = arguments.pop("guide", None)
+    if guide is not None:
+        guidance = arguments["guidance"] or {"class_path": "aligntok.flow.Guidance", "init_args": {}}
+        arguments["guidance"] = guidance | {"init_args": guidance["init_args"] | {"guide": guide}}
+    return arguments
 
 
 def renamed(recipe: Any) -> Any:

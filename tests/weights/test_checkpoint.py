@@ -12,7 +12,13 @@ from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SaveCheckpoint
 from aligntok.errors import UserError
 from aligntok.networks import ConvDecoder, VisionEncoder
-from aligntok.stages import DecoderRefinement, EncoderPretraining, LatentAlignment, PerceptualAlignment
+from aligntok.stages import (
+    DecoderRefinement,
+    EncoderPretraining,
+    LatentAlignment,
+    PerceptualAlignment,
+    load_generator,
+)
 from aligntok.weights.checkpoint import build, load_strictly, load_tokenizer, read_checkpoint, without_encoder_weights
 from aligntok.weights.migration import renamed
 
@@ -216,6 +222,30 @@ def test_a_recipe_with_an_earlier_name_of_an_argument_is_built():
     sizes = {"latent_dim": 4, "width": 8, "multipliers": [1], "num_blocks": 1, "num_groups": 4}
     recipe = {"class_path": "aligntok.networks.ConvDecoder", "init_args": sizes | {"checkpoint_activations": True}}
     assert build(renamed(recipe), ConvDecoder).gradient_checkpointing
+
+
+def test_a_generator_of_an_earlier_version_is_built_from_its_recipe(tiny, tmp_path):
+    """Its learning rate, times of training and guide were arguments of the stage itself."""
+    sizes = {"latent_shape": [4, 4, 4], "num_classes": 12, "width": 16, "depth": 2, "num_heads": 2}
+    recipe = {
+        "_class_path": "aligntok.stages.LatentDiffusion",
+        "network": {"class_path": "aligntok.networks.DiT", "init_args": sizes},
+        "tokenizer": None,
+        "learning_rate": {"0": 0.0, "100": 0.001},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.1}},
+        "time_sampling": {"class_path": "aligntok.flow.TimeSampling", "init_args": {"shift": 0.5}},
+        "cosine_weight": 0.25,
+        "guidance": {"class_path": "aligntok.flow.Guidance", "init_args": {"scale": 2.0}},
+        "guide": {"class_path": "aligntok.networks.DiT", "init_args": sizes | {"depth": 1}},
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }
+    state = {f"network.{key}": value for key, value in tiny.dit().state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": recipe}, tmp_path / "old.ckpt")
+    generator = load_generator(tmp_path / "old.ckpt")
+    assert all_equal(generator.network.state_dict(), tiny.dit().state_dict())
+    assert generator.optimization.learning_rate == {0: 0.0, 100: 0.001}
+    assert (generator.objective.time_sampling.shift, generator.objective.cosine_weight) == (0.5, 0.25)
+    assert (generator.guidance.scale, len(generator.guide.network.blocks)) == (2.0, 1)
 
 
 def test_lora_updates_are_merged(tiny, tmp_path):
