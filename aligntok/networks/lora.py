@@ -12,20 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import check, check_positive
 
 UP, DOWN = "lora_up", "lora_down"
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a trained update of low rank, zero at the start.
+    """A frozen linear layer, its weights shared, plus a trained update of rank `rank` that is zero at the start.
 
     >>> [name for name, value in LoRALinear(nn.Linear(4, 4), rank=1).named_parameters() if value.requires_grad]
     ['bias', 'lora_down', 'lora_up']
-
-    Args:
-        layer: The layer to update; its weights are shared and frozen.
-        rank: Rank of the update.
     """
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
@@ -37,19 +33,24 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the output (..., out_features) of an input (..., in_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         return F.linear(input, self.weight + self.lora_up @ self.lora_down, self.bias)
 
 
 def add_lora(network: nn.Module, rank: int) -> None:
     """Freeze ``network`` and give each of its linear layers a trained update of the given rank, in place.
 
+    >>> network = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    >>> add_lora(network, rank=1)
+    >>> list(merge_lora(network.state_dict()))
+    ['0.weight', '0.bias']
+
     Raises:
         UserError: A rank below 1, or a network without linear layers: nothing of it would learn.
     """
     check_positive(rank=rank)
-    if not any(type(module) is nn.Linear for module in network.modules()):
-        raise UserError("rank has no effect: the encoder has no linear layers (a convolutional one?); set it to null")
+    learns = any(type(module) is nn.Linear for module in network.modules())
+    check(learns, "rank has no effect: the encoder has no linear layers (a convolutional one?); set it to null")
     network.requires_grad_(False)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
