@@ -8,16 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check_positive
-from aligntok.networks.layers import (
-    Attention,
-    ClassConditional,
-    KeyValueCache,
-    RMSNorm,
-    SwiGLU,
-    check_rotary_width,
-    run_blocks,
-)
+from aligntok.errors import UserError, check, check_positive
+from aligntok.networks import layers
+from aligntok.networks.layers import Attention, KeyValueCache, RMSNorm, SwiGLU
 from aligntok.networks.positions import class_first_rotary
 
 INIT_STD = 0.02  # arXiv:2406.06525
@@ -25,7 +18,7 @@ NORM_EPS = 1e-5  # arXiv:2302.13971
 HIDDEN_MULTIPLE = 256  # of the MLP's hidden width, arXiv:2406.06525
 
 
-class AutoregressiveTransformer(ClassConditional):
+class AutoregressiveTransformer(layers.ClassConditional):
     """Predict each token of an image from its class and the earlier tokens: first the prefix, then the grid.
 
     >>> network = AutoregressiveTransformer(8, (2, 2), 1, num_classes=3, width=16, depth=1, num_heads=2)
@@ -50,10 +43,6 @@ class AutoregressiveTransformer(ClassConditional):
 
     Attributes:
         sequence_length: N = num_prefix + h * w.
-        null_label: The label that means no class, or None.
-
-    Raises:
-        UserError: If an argument does not fit the others.
 
     Reference:
         AliTok, arXiv:2506.05289; Llama's blocks, arXiv:2302.13971, with QK-norm, arXiv:2302.05442.
@@ -76,9 +65,11 @@ class AutoregressiveTransformer(ClassConditional):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_sequence(grid, num_prefix, dropout)
-        check_positive(codebook_size=codebook_size, num_classes=num_classes, depth=depth, hidden=hidden)
-        check_rotary_width(width, num_heads)
+        layers.check_rotary_sizes(width, depth, num_heads)
+        check_positive(codebook_size=codebook_size, num_classes=num_classes, hidden=hidden)
+        check(len(grid) == 2 and min(grid) >= 1, f"grid={list(grid)}: give rows and columns of the token grid")
+        check(num_prefix >= 0, f"num_prefix={num_prefix}: give at least 0")
+        check(0 <= dropout < 1, f"dropout={dropout}: give a share from 0 to below 1")
         self.codebook_size, self.grid, self.num_prefix = codebook_size, (grid[0], grid[1]), num_prefix
         self.sequence_length = num_prefix + grid[0] * grid[1]
         self.num_classes, self.width, self.num_heads = num_classes, width, num_heads
@@ -96,15 +87,12 @@ class AutoregressiveTransformer(ClassConditional):
         self._init_weights()
 
     def forward(self, tokens: Tensor, label: Tensor | None = None) -> Tensor:
-        """Predict every token from those before it.
+        """Return logits (B, n + 1, codebook_size): at position p of token p, given the label and the tokens before it.
 
         Args:
             tokens: The first n tokens of the sequence, (B, n) int64, n from 0 to N.
             label: Classes, (B,) int64, ``null_label`` for none; None in an unconditional network. Their range is not
                 looked at: see ``check_labels``.
-
-        Returns:
-            Logits (B, n + 1, codebook_size); position p predicts token p, the last one the token after the given ones.
 
         Raises:
             UserError: More than N tokens; a token out of range, on the CPU (elsewhere that would wait for the device).
@@ -114,7 +102,7 @@ class AutoregressiveTransformer(ClassConditional):
         ids = torch.cat((self.start_ids(label, len(tokens))[:, None].to(tokens.device), tokens), dim=1)
         x = self.dropout(self.embed(ids))  # (B, n + 1, width)
         rotary = self.rotary[: ids.shape[1]]
-        x = run_blocks(self.blocks, x, rotary, recompute=self.gradient_checkpointing)  # (B, n + 1, width)
+        x = layers.run_blocks(self.blocks, x, rotary, recompute=self.gradient_checkpointing)  # (B, n + 1, width)
         logits: Tensor = self.head(self.norm(x))  # (B, n + 1, codebook_size)
         return logits
 
@@ -131,14 +119,9 @@ class AutoregressiveTransformer(ClassConditional):
                 f" {self.sequence_length}: set num_prefix={self.num_prefix} and grid={list(self.grid)} to the"
                 " tokenizer's"
             )
-        if tokens.device.type != "cpu" or not tokens.numel():
-            return
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.codebook_size:
-            raise UserError(
-                f"token {low if low < 0 else high} is none of the network's codes 0..{self.codebook_size - 1}: set"
-                " codebook_size to the tokenizer's"
-            )
+        if tokens.device.type == "cpu" and tokens.numel():
+            known = f"codes 0..{self.codebook_size - 1}: set codebook_size to the tokenizer's"
+            layers.check_range("token", tokens, self.codebook_size, known)
 
     def _init_weights(self) -> None:
         for module in self.modules():
@@ -165,12 +148,3 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache))  # (B, n, width)
         y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))  # (B, n, width)
         return y
-
-
-def _check_sequence(grid: tuple[int, int], num_prefix: int, dropout: float) -> None:
-    if len(grid) != 2 or any(side < 1 for side in grid):
-        raise UserError(f"grid={list(grid)}: give rows and columns of the token grid")
-    if num_prefix < 0:
-        raise UserError(f"num_prefix={num_prefix}: give at least 0")
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout={dropout}: give a share from 0 to below 1")

@@ -1,11 +1,6 @@
-"""Patch discriminators: real or reconstructed, judged for many patches of an image at once.
+"""Patch discriminators: for many patches of an image at once, whether it is real or a reconstruction."""
 
-PatchDiscriminator: Isola et al., Image-to-Image Translation with Conditional Adversarial Networks, arXiv:1611.07004, in
-the size of Esser et al., Taming Transformers, arXiv:2012.09841, which latent diffusion and VA-VAE use.
-BlurDiscriminator: the one of Luo et al., Open-MAGVIT2, arXiv:2409.04410, in the size of AliTok, arXiv:2506.05289; its
-anti-aliased downsampling is Zhang, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486.
-"""
-
+import itertools
 import math
 from typing import Literal
 
@@ -13,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import UserError, check, check_positive
 
 INIT_STD = 0.02  # arXiv:1611.07004 section 6.2
 MAX_GROWTH = 8  # the widest layer of a PatchGAN in units of the first, arXiv:1611.07004 section 6.1
@@ -26,47 +21,40 @@ BLUR_FILTER = (1.0, 3.0, 3.0, 1.0)  # binomial low-pass filter, arXiv:1904.11486
 class PatchDiscriminator(nn.Module):
     """PatchGAN: logits (B, 1, h', w') of an image (B, 3, H, W), each seeing a patch of it (70x70 pixels by default).
 
+    >>> PatchDiscriminator(width=8)(torch.rand(2, 3, 32, 48)).shape
+    torch.Size([2, 1, 2, 4])
+
     Args:
         width: Channels of the first convolution.
         num_layers: Convolutions with stride 2.
         norm: "batch" as published (in training a sample's logits then depend on the other samples of its batch),
             "group" (they do not) or "none". Group norm has 32 groups, or the largest power of 2 that fits.
 
-    Raises:
-        UserError: If an argument is out of range.
-
     Reference:
-        Isola et al., arXiv:1611.07004; initialisation and sizes of arXiv:2012.09841 (2,765,633 parameters by default).
+        Isola et al., Image-to-Image Translation with Conditional Adversarial Networks, arXiv:1611.07004; initialisation
+        and sizes of Esser et al., Taming Transformers, arXiv:2012.09841 (2,765,633 parameters by default).
     """
 
     def __init__(self, width: int = 64, num_layers: int = 3, norm: Literal["batch", "group", "none"] = "batch") -> None:
         super().__init__()
         check_positive(width=width, num_layers=num_layers)
-        if norm not in ("batch", "group", "none"):
-            raise UserError(f"norm={norm!r}: give 'batch', 'group' or 'none'")
+        check(norm in ("batch", "group", "none"), f"norm={norm!r}: give 'batch', 'group' or 'none'")
         self.min_size = 3 * 2**num_layers  # the two last 4x4 convolutions, padded by 1, take 2 off and need 1
         widths = [width * min(2**i, MAX_GROWTH) for i in range(num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(PATCH_SLOPE)]
-        for i in range(1, num_layers + 1):
-            stride = 2 if i < num_layers else 1
-            bias = norm != "batch"  # batch norm takes it away again
-            layers += [
-                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=bias),
-                _norm(norm, widths[i]),
-                nn.LeakyReLU(PATCH_SLOPE),
-            ]
+        bias = norm != "batch"  # batch norm takes it away again
+        for i, (before, after) in enumerate(itertools.pairwise(widths), start=1):
+            convolution = nn.Conv2d(before, after, 4, stride=2 if i < num_layers else 1, padding=1, bias=bias)
+            layers += [convolution, _norm(norm, after), nn.LeakyReLU(PATCH_SLOPE)]
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.main = nn.Sequential(*layers)
         self.apply(_init_patch)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the logits, high for real.
+        """Return logits (B, 1, H // 2**num_layers - 2, W // 2**num_layers - 2), high for real.
 
         Args:
             image: (B, 3, H, W) in [0, 1]; the layers work in [-1, 1].
-
-        Returns:
-            Logits (B, 1, H // 2**num_layers - 2, W // 2**num_layers - 2).
 
         Raises:
             UserError: If the image is too small for a single logit.
@@ -83,6 +71,9 @@ class PatchDiscriminator(nn.Module):
 class BlurDiscriminator(nn.Module):
     """Discriminator that blurs before it subsamples, without batch statistics.
 
+    >>> BlurDiscriminator(width=8, logit_size=4)(torch.rand(2, 3, 32, 48)).shape
+    torch.Size([2, 1, 4, 4])
+
     Parameter names are those of AliTok's code. The defaults are its sizes: 1,909,889 parameters.
 
     Args:
@@ -90,11 +81,9 @@ class BlurDiscriminator(nn.Module):
         num_stages: Stages, each halving the resolution.
         logit_size: Side of the grid of logits. Features are max-pooled to it (repeated if their grid is smaller).
 
-    Raises:
-        UserError: If an argument is out of range.
-
     Reference:
-        Open-MAGVIT2, arXiv:2409.04410; AliTok, arXiv:2506.05289.
+        Luo et al., Open-MAGVIT2, arXiv:2409.04410; AliTok, arXiv:2506.05289; the blur: Zhang, Making Convolutional
+        Networks Shift-Invariant Again, arXiv:1904.11486.
     """
 
     def __init__(self, width: int = 128, num_stages: int = 3, logit_size: int = 16) -> None:
@@ -117,13 +106,9 @@ class BlurDiscriminator(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the logits, high for real.
+        """Return logits (B, 1, logit_size, logit_size), high for real, of an image (B, 3, H, W).
 
-        Args:
-            image: (B, 3, H, W) in [0, 1]; used as it is, since AliTok's images are in [0, 1] end to end.
-
-        Returns:
-            Logits (B, 1, logit_size, logit_size).
+        It is in [0, 1] and used as it is, since AliTok's images are in [0, 1] end to end.
         """
         x = self.block_in(image)
         for block in self.blocks:
@@ -144,16 +129,10 @@ class _BlurDownsample(nn.Module):
         self.register_buffer("kernel", (kernel / kernel.sum())[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        padding = [amount for side in (x.shape[-1], x.shape[-2]) for amount in self._padding(side)]
-        channels = x.shape[1]
-        kernel = self.kernel.to(x.dtype).expand(channels, -1, -1, -1)
-        return F.conv2d(F.pad(x, padding), kernel, stride=2, groups=channels)
-
-    @staticmethod
-    def _padding(side: int) -> tuple[int, int]:
-        """Zeros before and after, so that the output has ceil(side / 2) pixels ("same" padding)."""
-        total = max((math.ceil(side / 2) - 1) * 2 + len(BLUR_FILTER) - side, 0)
-        return total // 2, total - total // 2
+        h, w = x.shape[-2:]
+        x = F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2))  # the least that gives ceil(side / 2) pixels
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, kernel, stride=2, groups=x.shape[1])
 
 
 def _norm(norm: str, width: int) -> nn.Module:

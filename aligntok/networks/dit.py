@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check_positive
-from aligntok.networks.layers import Attention, ClassConditional, SwiGLU, check_rotary_width, run_blocks
+from aligntok.errors import UserError, check, check_positive
+from aligntok.networks.layers import Attention, ClassConditional, SwiGLU, check_rotary_sizes, run_blocks
 from aligntok.networks.positions import grid_coordinates, rotary_table, sincos_positions, wave_frequencies
 
 INIT_STD = 0.02  # of label table and time embedding, arXiv:2212.09748
@@ -24,12 +24,10 @@ NORM_EPS = 1e-6  # arXiv:2501.01423
 
 @dataclass(frozen=True)
 class WideHead:
-    """Size of a wide and shallow head behind the blocks, for latents of many channels; RAE's is 2048, 2, 16.
+    """Size of a wide and shallow head behind the blocks, for latents of many channels.
 
-    Args:
-        width: Channels of a token in the head.
-        depth: Blocks of the head.
-        num_heads: Their attention heads.
+    >>> WideHead(width=2048, depth=2, num_heads=16)  # RAE's
+    WideHead(width=2048, depth=2, num_heads=16)
 
     Reference:
         Zheng et al., RAE, arXiv:2510.11690, section 5.
@@ -38,6 +36,9 @@ class WideHead:
     width: int
     depth: int
     num_heads: int
+
+    def __post_init__(self) -> None:
+        check_rotary_sizes(self.width, self.depth, self.num_heads)
 
 
 class DiT(ClassConditional):
@@ -64,12 +65,6 @@ class DiT(ClassConditional):
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
         compile_blocks: Compile each block with ``torch.compile`` when it first runs.
 
-    Attributes:
-        null_label: The label that means no class, or None.
-
-    Raises:
-        UserError: If an argument does not fit the others.
-
     Reference:
         Yao et al., arXiv:2501.01423, section 4.
     """
@@ -93,11 +88,11 @@ class DiT(ClassConditional):
         compile_blocks: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(latent_shape, patch_size, num_classes)
-        for prefix, size in {"": WideHead(width, depth, num_heads), "wide_head.": wide_head}.items():
-            if size is not None:
-                check_positive(**{f"{prefix}depth": size.depth})
-                check_rotary_width(size.width, size.num_heads, prefix)
+        check_rotary_sizes(width, depth, num_heads)
+        check_positive(patch_size=patch_size, num_classes=num_classes)
+        fits = len(latent_shape) == 3 and min(latent_shape) >= 1 and not any(n % patch_size for n in latent_shape[1:])
+        three = f"channels, height and width, the last two multiples of patch_size={patch_size}"
+        check(fits, f"latent_shape={list(latent_shape)}: give {three}")
         self.latent_shape = channels, h, w = (latent_shape[0], latent_shape[1], latent_shape[2])
         self.num_classes, self.width, self.patch_size = num_classes, width, patch_size
         self.null_label = num_classes if null_class else None
@@ -120,21 +115,19 @@ class DiT(ClassConditional):
                 Block(wide_head.width, wide_head.num_heads, qk_norm) for _ in range(wide_head.depth)
             )
         self.head = Head(width if wide_head is None else wide_head.width, patch_channels)
-        self._init_weights()
+        all_blocks = [module for module in self.modules() if isinstance(module, Block)]
+        self._init_weights(all_blocks)
         if compile_blocks:
-            for block in self._all_blocks():
+            for block in all_blocks:
                 block.compile()  # in place: the names in the state dict stay
 
     def forward(self, latent: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Predict the velocity.
+        """Return the velocity (B, C, h, w).
 
         Args:
             latent: Points on the way from noise to normalised latents, (B, C, h, w).
             t: Their times in [0, 1], (B,).
             label: Classes, (B,) int64; ``null_label`` for none. Their range is not looked at: see ``check_labels``.
-
-        Returns:
-            Velocity (B, C, h, w).
 
         Raises:
             UserError: A latent of another shape.
@@ -142,19 +135,13 @@ class DiT(ClassConditional):
         return self.forward_with_tokens(latent, t, label, block=len(self.blocks))[0]
 
     def forward_with_tokens(self, latent: Tensor, t: Tensor, label: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """Predict the velocity, and give the tokens behind a block, to align them with features (REPA).
+        """Return the velocity (B, C, h, w) and the tokens behind a block, to align them with features (REPA).
 
-        Args:
-            latent: As in ``forward``.
-            t: As in ``forward``.
-            label: As in ``forward``.
-            block: 1 .. depth; a wide head's blocks do not count.
-
-        Returns:
-            Velocity (B, C, h, w) and tokens (B, N, width) in raster order, N = h * w / patch_size^2.
+        Inputs are those of ``forward``; `block` is 1 .. depth, a wide head's blocks do not count. Tokens are
+        (B, N, width) in raster order, N = h * w / patch_size^2.
 
         Raises:
-            UserError: As in ``forward``; no such block.
+            UserError: A latent of another shape; no such block.
         """
         if latent.ndim != 4 or latent.shape[1:] != self.latent_shape:
             raise UserError(
@@ -181,10 +168,7 @@ class DiT(ClassConditional):
     def _rotary(self, head_dim: int) -> Tensor:
         return rotary_table(grid_coordinates(*self.grid), head_dim)
 
-    def _all_blocks(self) -> list[Block]:
-        return [module for module in self.modules() if isinstance(module, Block)]
-
-    def _init_weights(self) -> None:
+    def _init_weights(self, blocks: list[Block]) -> None:
         """Start as DiT does: every block is the identity, the velocity is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -192,7 +176,7 @@ class DiT(ClassConditional):
                 nn.init.zeros_(module.bias)
         for module in (self.embed_label, self.embed_time.proj_in, self.embed_time.proj_out):
             nn.init.normal_(module.weight, std=INIT_STD)
-        for module in (*(block.modulation for block in self._all_blocks()), self.head.modulation, self.head.proj):
+        for module in (*(block.modulation for block in blocks), self.head.modulation, self.head.proj):
             nn.init.zeros_(module.weight)
 
 
@@ -209,8 +193,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed."""
-        hidden: Tensor = self.proj_in(self.features(t).to(self.proj_in.weight.dtype))
-        embedding: Tensor = self.proj_out(F.silu(hidden))
+        embedding: Tensor = self.proj_out(F.silu(self.proj_in(self.features(t).to(self.proj_in.weight.dtype))))
         return embedding
 
     def features(self, t: Tensor) -> Tensor:
@@ -264,12 +247,3 @@ class ModulatedNorm(nn.Module):
         """Normalise (B, N, width); scale and shift are (B, 1, width) or (B, N, width)."""
         normed = F.rms_norm(x, self.weight.shape, eps=NORM_EPS)  # float32 inside, whatever the dtype
         return torch.addcmul(shift, normed, torch.addcmul(self.weight, self.weight, scale))
-
-
-def _check_sizes(latent_shape: tuple[int, int, int], patch_size: int, num_classes: int) -> None:
-    check_positive(patch_size=patch_size, num_classes=num_classes)
-    if len(latent_shape) != 3 or any(n < 1 for n in latent_shape) or any(n % patch_size for n in latent_shape[1:]):
-        raise UserError(
-            f"latent_shape={list(latent_shape)}: give channels, height and width, the last two multiples of"
-            f" patch_size={patch_size}"
-        )

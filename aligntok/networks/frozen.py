@@ -12,12 +12,11 @@ from torch import Tensor, nn
 class Frozen(nn.Module):
     """Holds a network still: eval mode, no gradients to its weights, shared by copies, absent from ``state_dict``.
 
-    Gradients still flow through it to its input. Its weights come from where the network was built (a hub, a file) or
-    from whoever owns it, so that checkpoints stay small and load strictly.
+    Gradients still flow through it to its input. Checkpoints stay small and load strictly: its weights come from where
+    the network was built.
 
-    A network whose published weights may have to be downloaded is given as the function that builds it. ``load`` calls
-    it: in a stage's ``setup``, so that a missing file stops the run early, or at the first use. Such a network is no
-    submodule, so it is in no parameter count and no average either.
+    A network whose published weights may have to be downloaded is given as the function that builds it; ``load`` or the
+    first use calls it. Such a network is no submodule, so it is in no parameter count and no average either.
 
     >>> judge = Frozen(lambda: nn.Linear(2, 2))
     >>> len(list(judge.parameters()))

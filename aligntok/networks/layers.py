@@ -13,22 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import check, check_positive
 from aligntok.networks.positions import rotate
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *inputs: Any, recompute: bool = False, **options: Any) -> Tensor:
-    """Apply blocks one after another, each to what the one before gives.
+    """Apply blocks one after another, each to what the one before gives and the same inputs and options.
 
     >>> run_blocks([nn.ReLU(), nn.Flatten()], torch.tensor([[[-1.0, 2.0]]])).tolist()
     [[0.0, 2.0]]
 
-    Args:
-        blocks: Each maps `x` and the inputs to the next `x`.
-        x: Any shape.
-        *inputs: The same for all blocks.
-        **options: Likewise, by keyword.
-        recompute: Gradient checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    With `recompute` each block is computed again in the backward pass instead of keeping its activations.
     """
     for block in blocks:
         if recompute and torch.is_grad_enabled():
@@ -38,18 +33,22 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *inputs: Any, recompute: 
     return x
 
 
-def check_rotary_width(width: int, num_heads: int, prefix: str = "") -> None:
-    """Raise a ``UserError`` where rotation by row and column does not fit a width; `prefix` is of the names."""
-    check_positive(**{f"{prefix}width": width, f"{prefix}num_heads": num_heads})
-    if width % (4 * num_heads):
-        raise UserError(
-            f"{prefix}width={width}: give a multiple of 4 * num_heads={4 * num_heads}, as half of a head turns with the"
-            " row and half with the column, in pairs"
-        )
+def check_rotary_sizes(width: int, depth: int, num_heads: int) -> None:
+    """Raise a ``UserError`` where the sizes of a transformer with rotation by row and column do not fit each other."""
+    check_positive(width=width, depth=depth, num_heads=num_heads)
+    check(
+        width % (4 * num_heads) == 0,
+        f"width={width}: give a multiple of 4 * num_heads={4 * num_heads}, as half of a head turns with the row, half"
+        " with the column, in pairs",
+    )
 
 
 class ClassConditional(nn.Module):
     """A network that takes a class, or one that takes none.
+
+    >>> network = ClassConditional()
+    >>> network.num_classes, network.null_label = 3, 3
+    >>> network.check_labels(torch.tensor([0, 2, 3]))
 
     Attributes:
         num_classes: Classes 0 .. num_classes - 1; None for an unconditional network.
@@ -61,20 +60,21 @@ class ClassConditional(nn.Module):
 
     def check_labels(self, label: Tensor | None) -> None:
         """Raise a ``UserError`` if a label (B,) is none of this network's classes; waits for a GPU."""
-        if (label is None) != (self.num_classes is None):
-            kind = "unconditional" if label is not None else f"conditional, on num_classes={self.num_classes},"
-            raise UserError(
-                f"the network is {kind} and labels were {'not ' * (label is None)}given: change one of them"
-            )
-        if label is None or self.num_classes is None or not label.numel():
-            return
-        low, high = int(label.min()), int(label.max())
-        if low < 0 or high > self.num_classes - (self.null_label is None):
+        if label is None or self.num_classes is None:
+            kind = "unconditional" if self.num_classes is None else f"conditional, on num_classes={self.num_classes},"
+            given = "not given" if label is None else "given"
+            fits = label is None and self.num_classes is None
+            check(fits, f"the network is {kind} and labels were {given}: change one of them")
+        elif label.numel():
             null = "no null class" if self.null_label is None else f"null class {self.null_label}"
-            raise UserError(
-                f"label {low if low < 0 else high} is none of the network's classes 0..{self.num_classes - 1} ({null}):"
-                " set num_classes to the number of classes in the data"
-            )
+            known = f"classes 0..{self.num_classes - 1} ({null}): set num_classes to the number of classes in the data"
+            check_range("label", label, self.num_classes + (self.null_label is not None), known)
+
+
+def check_range(name: str, ids: Tensor, count: int, known: str) -> None:
+    """Raise a ``UserError`` if one of the ids, at least one, is not in 0 .. count - 1; `known` tells what there is."""
+    low, high = int(ids.min()), int(ids.max())
+    check(0 <= low <= high < count, f"{name} {low if low < 0 else high} is none of the network's {known}")
 
 
 class RMSNorm(nn.RMSNorm):

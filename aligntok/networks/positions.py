@@ -9,18 +9,13 @@ MAX_PERIOD = 10_000  # slowest wave, arXiv:1706.03762 section 3.5
 
 
 def sincos_positions(h: int, w: int, width: int) -> Tensor:
-    """Return the fixed two-dimensional position table of a grid.
+    """Return the fixed position table of a grid of h rows and w columns, (h * w, width) float32 in raster order.
 
     The first half of the channels encodes the column, the second half the row, each as all sines, then all cosines, of
-    the integer coordinate times MAX_PERIOD^(-k / (width / 4)).
+    the integer coordinate times MAX_PERIOD^(-k / (width / 4)); `width` is a multiple of 4.
 
-    Args:
-        h: Rows of the grid.
-        w: Columns of the grid.
-        width: Channels, a multiple of 4.
-
-    Returns:
-        Table (h * w, width) in raster order, float32.
+    >>> sincos_positions(2, 3, width=8).shape
+    torch.Size([6, 8])
 
     Reference:
         He et al., arXiv:2111.06377, with frequencies of Vaswani et al., arXiv:1706.03762, section 3.5.
@@ -36,17 +31,17 @@ def grid_coordinates(h: int, w: int) -> Tensor:
 
 
 def rotary_table(coordinates: Tensor, head_dim: int) -> Tensor:
-    """Return the rotations of rotary position embedding.
+    """Return the rotations of rotary position embedding: cosine and sine, (N, head_dim / 2, 2) float32.
 
     Each of the A coordinates turns its own share of the head, head_dim / (2 A) pairs of channels, by the coordinate
     times MAX_PERIOD^(-2 i A / head_dim).
 
+    >>> rotary_table(grid_coordinates(2, 3), head_dim=8).shape
+    torch.Size([6, 4, 2])
+
     Args:
         coordinates: (N, A); A = 2 for ``grid_coordinates``, 1 for a sequence.
         head_dim: Channels of a head, a multiple of 2 A.
-
-    Returns:
-        Cosine and sine of each token and pair of channels, (N, head_dim / 2, 2), float32.
 
     Reference:
         Su et al., RoFormer, arXiv:2104.09864; in two dimensions Fang et al., EVA-02, arXiv:2303.11331.
@@ -57,19 +52,11 @@ def rotary_table(coordinates: Tensor, head_dim: int) -> Tensor:
 
 
 def class_first_rotary(grid: tuple[int, int], num_prefix: int, head_dim: int) -> Tensor:
-    """Return the rotations of a class token, prefix tokens and a grid of tokens.
+    """Return the rotations of a class token, K prefix tokens and a grid of tokens, (1 + K + h * w, head_dim / 2, 2).
 
     The class token's are all zero, cosine too: its queries and keys become zero, so that attention to it does not
-    depend on what it is. The K prefix tokens have the positions 0 .. K - 1 in one dimension over the whole head, the
-    grid has two, both counted from K.
-
-    Args:
-        grid: Rows and columns.
-        num_prefix: K, at least 0.
-        head_dim: Channels of a head, a multiple of 4.
-
-    Returns:
-        As ``rotary_table``, (1 + K + h * w, head_dim / 2, 2).
+    depend on what it is. The prefix has the positions 0 .. K - 1 in one dimension over the whole head, the grid has
+    two, both counted from K. `head_dim` is a multiple of 4.
 
     Reference:
         Sun et al., LlamaGen, arXiv:2406.06525 (the zeros); AliTok, arXiv:2506.05289 (the prefix).
@@ -86,11 +73,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate adjacent pairs of channels, (a, b) to (a cos - b sin, b cos + a sin), in float32.
 
     Args:
-        x: Queries or keys, (B, num_heads, N, head_dim), any float dtype.
+        x: Queries or keys, (B, num_heads, N, head_dim), any float dtype; the result has it too.
         table: From ``rotary_table``.
-
-    Returns:
-        As `x`, in its dtype.
     """
     pairs, table = x.float().reshape(*x.shape[:-1], -1, 2), table.float()
     if torch.compiler.is_compiling():  # the compiler fuses real numbers only

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import check, check_positive
 from aligntok.networks.layers import run_blocks
 
 INIT_STD = 0.02  # AliTok, arXiv:2506.05289
@@ -21,8 +21,7 @@ class Transformer(nn.Module):
     >>> Transformer(width=8, depth=1, num_heads=2)(torch.randn(2, 5, 8), causal=True).shape
     torch.Size([2, 5, 8])
 
-    Attention runs in the dtype of its input with a softmax in float32, as ``scaled_dot_product_attention`` does it:
-    the published code computes all of it in float32, which is the same without autocast.
+    Under autocast attention has the dtype of its input, with a softmax in float32; published code is float32.
 
     Args:
         width: Channels of a token, a multiple of `num_heads`.
@@ -30,9 +29,6 @@ class Transformer(nn.Module):
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP in units of `width`.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-
-    Raises:
-        UserError: If an argument does not fit the others.
     """
 
     def __init__(
@@ -40,8 +36,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(width=width, depth=depth, num_heads=num_heads)
-        if width % num_heads:
-            raise UserError(f"width={width}: give a multiple of num_heads={num_heads}")
+        check(width % num_heads == 0, f"width={width}: give a multiple of num_heads={num_heads}")
         self.gradient_checkpointing = gradient_checkpointing
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(

@@ -287,13 +287,20 @@ def test_tables_are_rebuilt_not_saved():
         ({"patch_size": 4}, r"latent_shape=\[4, 4, 6\]: .*patch_size=4"),
         ({"latent_shape": (4, 4)}, r"latent_shape=\[4, 4\]"),
         ({"latent_shape": (0, 4, 4)}, r"latent_shape=\[0, 4, 4\]"),
-        ({"wide_head": WideHead(48, 2, 5)}, r"wide_head\.width=48: give a multiple of 4 \* num_heads=20"),
-        ({"wide_head": WideHead(48, 0, 3)}, r"wide_head\.depth=0"),
     ],
 )
 def test_bad_arguments(changes, message):
     with pytest.raises(UserError, match=message):
         small(**changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((48, 2, 5), r"width=48: give a multiple of 4 \* num_heads=20"), ((48, 0, 3), "depth=0: give at least 1")],
+)
+def test_bad_wide_head(size, message):
+    with pytest.raises(UserError, match=message):
+        WideHead(*size)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 6, 4), (1, 5, 4, 6), (4, 4, 6)])
