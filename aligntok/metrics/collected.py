@@ -34,7 +34,7 @@ class Collected:
         self.seen = 0
 
     def add(self, id: Tensor | None, label: Tensor | None, features: Tensor) -> None:
-        """Add the features (B, D) of images with ids (B,), or numbered as they come, and labels (B,), if known."""
+        """Add features (B, D) of images with ids (B,), by default in the order they come, and labels (B,), if known."""
         if id is None:
             rank, ranks = rank_and_number()
             id = torch.arange(self.seen, self.seen + len(features)) * ranks + rank

@@ -19,12 +19,9 @@ def precision_recall(
     A point lies within a set if its distance to some member is at most that member's distance to its own
     ``num_neighbours``-th neighbour in the set, itself not counted. Equal points are neighbours at distance 0.
 
-    ADM's protocol (evaluations/evaluator.py): squared distances of ``pool_3`` features, ``<=``, 3 neighbours, the
-    10,000 images of the reference file against all samples. Where ADM takes float16, products are float64 here and
-    distances are rounded to float32, so that the chunk changes nothing.
-
-    Time: N^2 + N M + M^2 products of features; 13 TFLOP in float64 for 10,000 and 50,000 of 2,048 dimensions,
-    5 minutes on one CPU core.
+    ADM's protocol (evaluations/evaluator.py): the 10,000 images of the reference file against all samples. Where ADM
+    takes float16, products are float64 here and distances are rounded to float32, so that the chunk changes nothing.
+    For 10,000 and 50,000 of 2,048 dimensions 13 TFLOP, 5 minutes on one CPU core.
 
     >>> precision_recall(torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[2.5], [9.0]]), num_neighbours=1)
     (0.5, 1.0)
@@ -32,7 +29,7 @@ def precision_recall(
     Args:
         reference: Features (N, D), N > num_neighbours.
         samples: Features (M, D), M > num_neighbours.
-        num_neighbours: k.
+        num_neighbours: 3 in papers.
         chunk: Rows and columns that are compared at once.
 
     Raises:
@@ -75,8 +72,8 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 def kernel_distance(reference: Tensor, samples: Tensor, chunk: int = CHUNK) -> float:
     """Return the kernel distance (KID where the features are Inception's): unbiased, may be slightly below 0.
 
-    The squared maximum mean discrepancy with the kernel ``(x y / D + 1)^3``, over all pairs. Papers and torchmetrics
-    give the mean over 100 random subsets of 1,000 images: an estimate of the same number, with more noise and a seed.
+    The squared maximum mean discrepancy with the kernel ``(x y / D + 1)^3``, over all pairs. Papers estimate it by the
+    mean over 100 random subsets of 1,000 images.
 
     >>> kernel_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]]))  # 1 + 64 - 2 (1 + 1 + 8 + 64) / 4
     28.0
@@ -93,32 +90,27 @@ def kernel_distance(reference: Tensor, samples: Tensor, chunk: int = CHUNK) -> f
         Binkowski et al., Demystifying MMD GANs, arXiv:1801.01401, section 4.
     """
     check_sets(reference, samples, 2, "the kernel distance")
-    first, second = (
-        (kernel_sum(x, x, chunk) - cubic(x.double().square().sum(dim=1), x.shape[1]).sum()) / (len(x) * (len(x) - 1))
-        for x in (reference, samples)
-    )
-    between = kernel_sum(reference, samples, chunk) / (len(reference) * len(samples))
-    return (first + second - 2 * between).item()
+    within = kernel_mean(reference, None, chunk) + kernel_mean(samples, None, chunk)
+    return (within - 2 * kernel_mean(reference, samples, chunk)).item()
 
 
-def kernel_sum(a: Tensor, b: Tensor, chunk: int) -> Tensor:
-    """Return the sum () of the kernel over all pairs of rows (N, D) and (M, D), float64."""
+def kernel_mean(a: Tensor, b: Tensor | None, chunk: int) -> Tensor:
+    """Return the mean () of the kernel over pairs of a row of a and one of b, or of different rows of a, float64."""
+    others = a if b is None else b
     total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for rows, columns in blocks(a, b, chunk):
-        total += cubic(a[rows].double() @ b[columns].double().T, a.shape[1]).sum()
-    return total
-
-
-def cubic(products: Tensor, width: int) -> Tensor:
-    """Return the kernel of features with these inner products."""
-    return (products / width + 1) ** 3
+    for rows, columns in blocks(a, others, chunk):
+        kernel = (a[rows].double() @ others[columns].double().T / a.shape[1] + 1) ** 3
+        if b is None and rows == columns:
+            kernel.fill_diagonal_(0)
+        total += kernel.sum()
+    return total / (len(a) * (len(others) - int(b is None)))
 
 
 def inception_score(logits: Tensor, num_splits: int = 10) -> float:
     """Return the Inception Score: the mean over splits of exp(mean KL of a prediction from the split's mean).
 
-    ADM's convention: consecutive splits in the order of the rows, of 5,000 where there are 50,000; so rows must not be
-    sorted by class. torch-fidelity shuffles them with a seed first.
+    As in ADM, splits are consecutive rows (of 5,000 where there are 50,000), which must not be sorted by class;
+    torch-fidelity shuffles the rows first.
 
     >>> round(inception_score(100 * torch.eye(4).repeat(5, 1), num_splits=5), 3)  # certain, and of 4 classes
     4.0
@@ -126,9 +118,6 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> float:
     Args:
         logits: (N, K), N >= num_splits, in the order of the images' ids.
         num_splits: Number of splits.
-
-    Raises:
-        UserError: Fewer images than splits.
 
     Reference:
         Salimans et al., Improved Techniques for Training GANs, arXiv:1606.03498, section 4.

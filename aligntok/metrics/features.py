@@ -12,9 +12,9 @@ from aligntok.networks.encoders import VisionEncoder
 class EncoderFeatures(nn.Module):
     """One vector of a vision encoder for an image: the mean over its grid, or its class token.
 
-    FD-DINOv2 as published takes the class token of ``vit_large_patch14_dinov2.lvd142m`` at 224 px (dgm-eval), that is
-    ``pool: class`` with an encoder of downsampling 16 for images of 256 px. Here tensors are resized (bicubic,
-    antialias) and timm interpolates the positions, there PIL and DINOv2's code do: compare numbers of one tool only.
+    FD-DINOv2 as published (dgm-eval) is ``pool: class`` of ``vit_large_patch14_dinov2.lvd142m`` at 224 px, that is
+    downsampling 16 for images of 256 px. Images and positions are resized by torch and timm here, by PIL and DINOv2's
+    code there: do not mix numbers of both.
 
     >>> import torch
     >>> encoder = VisionEncoder("vit_tiny_patch16_224", (32, 32), 16, weights=None, model_args={"depth": 1})
@@ -22,7 +22,7 @@ class EncoderFeatures(nn.Module):
     torch.Size([2, 192])
 
     Args:
-        encoder: Any ``VisionEncoder``; images of another size than its own are resized.
+        encoder: Images of another size than its own are resized.
         name: What the metric is called after (``val/rfd_<name>``); by default the encoder's own name, with ``_class``
             for the class token.
         pool: ``mean`` or ``class``.

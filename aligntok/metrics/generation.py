@@ -26,10 +26,9 @@ REFERENCE_SAMPLE = 10_000  # as many reference images as ADM's protocol has for 
 class GenerationMetrics:
     """FID (or the Fréchet distance in other features) and, on request, sFID, IS, precision, recall and KID.
 
-    Measures samples, or reconstructions, against real images or a reference from a file. Images are first made what a
-    PNG would hold (clamped to [0, 1], rounded to 8 bits), so that the numbers equal those of a tool that reads the
-    written files. One pass of the feature network per image, frozen, in float32. Every image is counted once, by its
-    id; results do not depend on batch size or number of ranks. Every rank must call ``compute``, ``reference`` and
+    Measures samples, or reconstructions, against real images or a reference from a file, with one pass of the feature
+    network per image, in float32, of images as PNG files would hold them (clamped to [0, 1], rounded to 8 bits).
+    Results do not depend on batch size or number of ranks. Every rank must call ``compute``, ``reference`` and
     ``load_reference``.
 
     Memory: the Fréchet distance keeps sums only. Score, precision, recall and KID keep the features of all samples,
@@ -46,7 +45,7 @@ class GenerationMetrics:
     Args:
         features: Network from images (B, 3, H, W), float32 in [0, 1], to features (B, D), with the attributes
             ``name: str``, which is compared with that of a reference, and ``num_features: int``, D; Inception by
-            default. Resizing and pixel statistics are its own business.
+            default.
         sfid: Fréchet distance of Inception's spatial features.
         inception_score: Inception Score, in the order of the ids.
         precision_recall: Precision and recall with 3 neighbours.
@@ -58,8 +57,8 @@ class GenerationMetrics:
         conditions: One line on the conditions of the last ``compute``, to be printed and stored beside the numbers.
 
     Raises:
-        UserError: A feature network without these attributes; sFID or score of features that are not Inception's; no
-            such protocol, or one of other features.
+        UserError: A network without these attributes; sFID or score of other features than Inception's; no such
+            protocol, or one of other features.
     """
 
     def __init__(
@@ -117,8 +116,8 @@ class GenerationMetrics:
             real: Whether they belong to the reference.
 
         Raises:
-            UserError: Integer or NaN images, another shape, a range that is not [0, 1], images of two sizes, features
-                of another shape than (B, ``num_features``), or real images where a reference is given.
+            UserError: Images of another type, shape, size or range, features of another shape than (B,
+                ``num_features``), or real images where a reference is given.
         """
         check_images(image, real)
         check(not (real and self.given), "real images are given, but a reference was set, which takes their place")
@@ -137,10 +136,9 @@ class GenerationMetrics:
         (self.real if real else self.samples).add(id, label, features[0])
 
     def compute(self) -> dict[str, float]:
-        """Return all measures of the samples of all ranks by name: ``fid``, ``sfid``, ``is``, ``precision``, ...
+        """Return the measures of all ranks' samples: ``fid``, ``sfid``, ``is``, ``precision``, ``recall``, ``kid``.
 
-        Where the features are not Inception's: ``fd_<features>``, ``precision_<features>``, ``recall_<features>``,
-        ``kid_<features>``.
+        Where the features are not Inception's: ``fd_<features>``, ``precision_<features>``, ...
 
         Raises:
             UserError: Too few images, one id twice, or something that the protocol does not allow.
@@ -164,10 +162,7 @@ class GenerationMetrics:
         return values
 
     def reference(self, source: str = "") -> Reference:
-        """Return the reference: the one that was set, or the measured real images of all ranks.
-
-        Args:
-            source: Id of the real images, to be kept in the file.
+        """Return the reference that was set, or that of the real images of all ranks, whose id is ``source``.
 
         Raises:
             UserError: There are fewer than 2, or their features are not finite.
@@ -186,8 +181,7 @@ class GenerationMetrics:
         """Compare with this from now on; real images given before are forgotten. Every rank must do so.
 
         Raises:
-            UserError: It is of other features, images of another size or 1 image, lacks what the measures need, or is
-                not the protocol's.
+            UserError: It is of other features, another size or 1 image, lacks something, or is not the protocol's.
         """
         self.protocol.check_reference(reference)
         which, name = f"the reference ({reference.source or 'unnamed source'})", self.features.name
@@ -211,8 +205,8 @@ class GenerationMetrics:
     def load_reference(self, path: str | Path, batch_size: int = 64) -> None:
         """Compare with a file: ``.safetensors`` that ``Reference.save`` wrote, or an ``.npz`` as ADM's evaluator takes.
 
-        Of an ``.npz`` the stored statistics are used where the features are Inception's, and its images where features
-        are wanted, or other statistics; the ranks share this work.
+        Of an ``.npz`` the stored statistics are used where the features are Inception's; what is not stored is measured
+        on its images, by all ranks together.
 
         Raises:
             UserError: No such file, another kind of file, or a reference that ``set_reference`` refuses.
@@ -241,7 +235,7 @@ class GenerationMetrics:
         return replace(reference, image_size=file.image_size)
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Refuse images of two sizes: the Fréchet distance between them would measure the resize."""
+        """Raise a ``UserError`` for a second size: the distance would be that of the resize."""
         first = self.image_size or size
         check(
             size == first,
@@ -252,16 +246,12 @@ class GenerationMetrics:
 
 
 def check_images(image: Tensor, real: bool) -> None:
-    """Refuse what is surely no image (B, 3, H, W) in [0, 1], but not what an overshooting decoder gives.
-
-    Raises:
-        UserError: As in ``GenerationMetrics.update``.
-    """
+    """Raise a ``UserError`` for what is no image (B, 3, H, W) in [0, 1], but let a decoder overshoot."""
     check(image.is_floating_point(), f"give float images in [0, 1], got {image.dtype}: divide uint8 by 255")
     check(image.dim() == 4 and image.shape[1] == 3, f"give images (B, 3, H, W), got {tuple(image.shape)}")
     if len(image) == 0:
         return
-    # One wild pixel of a decoder is clamped like any overshoot; a whole batch beyond 2 is the range 0..255.
+    # One outlier of a decoder is clamped like any overshoot; a batch with a mean beyond 2 is in 0..255.
     low, high = (x.item() for x in image.aminmax())
     too_high = high > 2 and (real or image.mean(dtype=torch.float32).item() > 2)
     check(

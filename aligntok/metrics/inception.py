@@ -21,9 +21,8 @@ SPATIAL_CHANNELS, SPATIAL_GRID = 7, 17  # of ADM's evaluator: the first 7 channe
 class InceptionFeatures(nn.Module):
     """Pool-3 features of the Inception network of 2015 that every published FID uses.
 
-    torch-fidelity's port: the weights converted from TensorFlow, the resize to 299 of TensorFlow 1 (bilinear, no
-    half-pixel centres, no antialias), (x - 128) / 128. So numbers compare with those of torch-fidelity and the ADM
-    evaluator, not with torchmetrics' own default, which resizes with antialias.
+    torch-fidelity's port, with the weights and the resize to 299 of TensorFlow 1 (bilinear, no half-pixel centres, no
+    antialias): numbers compare with those of torch-fidelity and of ADM's evaluator.
 
     The weights are read from ``weights``, else as in ``aligntok.published``, by ``load_frozen`` or at the first use.
     They belong to no ``state_dict``.
@@ -34,6 +33,9 @@ class InceptionFeatures(nn.Module):
 
     Args:
         weights: Path of ``weights-inception-2015-12-05-6726825d.pth``.
+
+    Raises:
+        UserError: When they are needed: they are nowhere and cannot be downloaded, or the file holds something else.
     """
 
     FILE: str = URL_INCEPTION_V3.rsplit("/", 1)[-1]
@@ -47,11 +49,7 @@ class InceptionFeatures(nn.Module):
         self.network = Frozen(self._build)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits.
-
-        Raises:
-            UserError: The weights are nowhere and cannot be downloaded, or the file is not what it should be.
-        """
+        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits."""
         pixels = image.float().clamp(0, 1).mul(255).round().byte()
         return self.network.on(image.device)(pixels)[0]  # type: ignore[no-any-return]
 
@@ -64,10 +62,8 @@ class InceptionFeatures(nn.Module):
         maps: list[Tensor] = []
         branch = self.network.on(image.device).get_submodule("Mixed_6d.branch1x1")
         hook = branch.register_forward_hook(lambda module, inputs, output: maps.append(output[:, :SPATIAL_CHANNELS]))
-        try:
+        with hook:
             features = self(image)
-        finally:
-            hook.remove()
         return features, maps[0].permute(0, 2, 3, 1).flatten(1)
 
     def logits(self, features: Tensor) -> Tensor:

@@ -42,16 +42,16 @@ def linear_probe(
     (divisor N) of the training features; one that is constant there becomes 0. Minimise ``mean cross-entropy +
     weight_decay / 2 * |W|^2`` (scikit-learn's ``C = 1 / (N * weight_decay)``), the bias not decayed, by full-batch
     L-BFGS from zero until the largest gradient is below 1e-6: convex, so there is no seed and no learning rate. Compare
-    with numbers of the same protocol only (MAE's has augmentation), of the same features: say with each number whether
-    latents are flattened or averaged, before or after the adapter. Works under ``inference_mode``; beside the features
-    it takes a copy of the training features and about four times (N, K).
+    with numbers of the same protocol only (MAE's has augmentation), and of the same features (latents flattened or
+    averaged, before or after the adapter). Works under ``inference_mode``; beside the features it takes a copy of the
+    training features and about four times (N, K).
 
     Args:
         train_features: (N, D), float.
         train_labels: (N,) integers of any values; at least 2 classes.
         test_features: (M, D).
         test_labels: (M,), all of them classes of ``train_labels``.
-        weight_decay: L2 penalty of the weights on standardised features, at least 0.
+        weight_decay: L2 penalty of the weights, at least 0.
         max_iterations: Of L-BFGS.
 
     Raises:

@@ -19,12 +19,12 @@ class Protocol:
 
     Attributes:
         name: Of the protocol.
-        features: Name of the feature network; None: any.
-        count: Number of images measured; None: any.
-        reference: How the id (``source``) of the reference begins; None: any.
-        reference_hash: Part of that id, to demand one certain reference; None: any.
-        reference_count: Number of reference images; None: any.
-        crop: Of the images that the reference is made of.
+        features: Name of the feature network; None here and below: any.
+        count: Number of images measured.
+        reference: How the id (``source``) of the reference begins.
+        reference_hash: Part of that id, to demand one certain reference.
+        reference_count: Number of reference images.
+        crop: Of the reference images.
     """
 
     name: str
@@ -87,7 +87,7 @@ def find_protocol(name: str, reference_hash: str | None = None) -> Protocol:
 
     Args:
         name: Of the protocol.
-        reference_hash: Digits of a reference's hash, as the printed line has them, that are demanded from now on.
+        reference_hash: Digits that the id of the reference must contain.
 
     Raises:
         UserError: No such protocol.
@@ -105,6 +105,5 @@ def label_policy(labels: Tensor) -> str:
         return "labels unknown"
     counts = torch.unique(labels, return_counts=True)[1]
     least, most = int(counts.min()), int(counts.max())
-    if least == most:
-        return f"labels balanced ({least:,} of each of {len(counts):,})"
-    return f"labels not balanced ({least:,} to {most:,} of each of {len(counts):,})"
+    span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return f"labels {'' if least == most else 'not '}balanced ({span} of each of {len(counts):,})"

@@ -35,7 +35,7 @@ class Reference:
         mean: (D,) float64.
         cov: (D, D) float64, with the divisor ``count - 1`` like ``numpy.cov``.
         count: Number of images measured; 0 where a file of others does not tell.
-        source: What was measured (name of a file with its hash, hash of the image list and crop); "" if unknown.
+        source: Id of the images (name of a file with its hash, hash of the image list and crop); "" if unknown.
         features: ``name`` of the feature network.
         spatial_mean: Mean (S,) of the features of sFID.
         spatial_cov: Their covariance (S, S).
@@ -109,8 +109,8 @@ class AdmFile:
     """An ``.npz`` file as ADM's evaluator reads it: images, and perhaps Inception statistics of a larger set.
 
     Entries: ``arr_0``, uint8 (N, H, W, 3); ``mu`` and ``sigma`` of ``pool_3``, ``mu_s`` and ``sigma_s`` of the features
-    of sFID. ADM's ``VIRTUAL_imagenet256_labeled.npz`` has all, the statistics of all training images (how many, it does
-    not say) and 10,000 of these images. Files of samples have ``arr_0`` only. Images are read in batches.
+    of sFID. ADM's ``VIRTUAL_imagenet256_labeled.npz`` has the statistics of all training images, without their number,
+    and 10,000 of these images. Files of samples have ``arr_0`` only.
 
     >>> path = getfixture("tmp_path") / "samples.npz"
     >>> np.savez(path, arr_0=np.zeros((5, 16, 16, 3), np.uint8))
@@ -145,11 +145,7 @@ class AdmFile:
         return (self.shape[1], self.shape[2]) if self.shape[0] else None
 
     def statistics(self, suffix: str = "") -> tuple[Tensor, Tensor]:
-        """Return ``mu`` and ``sigma``, or those with a suffix.
-
-        Raises:
-            UserError: They are not there.
-        """
+        """Return ``mu`` and ``sigma``, or those with a suffix; raise a ``UserError`` if they are not there."""
         names = [f"mu{suffix}", f"sigma{suffix}"]
         found = ", ".join(sorted(self.entries))
         check(self.entries.issuperset(names), f"{self.path} has no {' and '.join(names)} (only {found})")
