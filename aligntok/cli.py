@@ -189,7 +189,7 @@ def run(args: list[str]) -> RunCLI:
     """
     sys.argv[1:] = args  # where processes that Lightning launches look for them
     if args[0] == "predict":
-        refuse_writers(args)
+        refuse_writers(args[1:])
     return RunCLI(
         pl.LightningModule,
         pl.LightningDataModule,

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from aligntok.cache.shards import LATENT_LAYOUT, MIRRORED, TOKEN_LAYOUT, Indices, Layout, Shard, numbered_shards
-from aligntok.errors import UserError
+from aligntok.cache.shards import LATENT_LAYOUT, TOKEN_LAYOUT, Indices, Layout
+from aligntok.errors import UserError, check
 from aligntok.files import write_text
 
 FORMAT = 1
@@ -53,8 +53,8 @@ class Manifest:
     """What a cache holds and where it comes from; without ``statistics`` it is unfinished.
 
     >>> manifest = Manifest({"kind": "continuous"}, {"crop": "center", "count": 9}, "float32", True, shard_size=4)
-    >>> manifest.statistics is None  # so it is unfinished
-    True
+    >>> manifest.num_views, manifest.statistics is None  # so it is unfinished
+    (2, True)
 
     Attributes:
         tokenizer: ``fingerprint`` and the fields of its ``spec``.
@@ -88,16 +88,13 @@ class Manifest:
         try:
             content = json.loads(path.read_text())
             version = content.pop("format")
-            if version != FORMAT:
-                raise UserError(f"{path} is of format {version}, this aligntok reads {FORMAT}: write the cache again")
+            check(version == FORMAT, f"{path} is of format {version}, this aligntok reads {FORMAT}: encode again")
             manifest = cls(**{**content, "shards": [Record(**shard) for shard in content["shards"]]})
             _ = manifest.shard_shape(0), manifest.count
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{path} is no manifest of a cache ({error!r}): restore it, or write the cache again"
-            ) from error
+            raise UserError(f"{path} is no manifest of a cache ({error!r}): restore it, or encode again") from error
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -109,59 +106,23 @@ class Manifest:
         """Of the shards."""
         return TOKEN_LAYOUT if self.dtype == "uint16" else LATENT_LAYOUT
 
+    @property
+    def num_views(self) -> int:
+        """Views of an image, mirrored ones included."""
+        return CROPS[self.images["crop"]] * (1 + self.flips)
+
     def shard_shape(self, count: int) -> tuple[int, ...]:
         """Return the shape of ``latents`` or ``tokens`` of ``count`` images."""
         channels, h, w = self.tokenizer["latent_shape"]
-        if self.layout is LATENT_LAYOUT:
-            return count, channels, h, w
-        return count, CROPS[self.images["crop"]] * (1 + self.flips), h * w
+        return (count, channels, h, w) if self.layout is LATENT_LAYOUT else (count, self.num_views, h * w)
 
     @property
     def count(self) -> int:
         """Number of images of the source."""
         return int(self.images["count"])
 
-    def difference(self, other: Manifest) -> tuple[str, Any, Any] | None:
-        """Return the first thing in which two caches differ, and its two values; results do not count."""
-        ours, theirs = asdict(self), asdict(other)
-        for part in ("tokenizer", "images"):
-            for values in (ours, theirs):
-                values |= {f"{part} {key}": value for key, value in values.pop(part).items()}
-        for key in sorted(ours.keys() - {"statistics", "shards", "images split"}):  # earlier versions named a split
-            if ours[key] != theirs.get(key):
-                return key, ours[key], theirs.get(key)
-        return None
-
-
-def open_shards(folder: Path, manifest: Manifest | None, layout: Layout) -> tuple[list[Shard], dict[str, str]]:
-    """Return the shards of a cache that are as they should be, and what is wrong with the others, by name.
-
-    Args:
-        folder: Of the cache.
-        manifest: Its manifest; without one, all shards must be alike.
-        layout: Of the shards.
-
-    Raises:
-        UserError: LightningDiT's folder holds none, or one is missing between others.
-    """
-    records = manifest.shards if manifest else []
-    paths = [folder / record.file for record in records] if manifest else numbered_shards(folder, layout)
-    shards: list[Shard] = []
-    problems: dict[str, str] = {}
-    for index, path in enumerate(paths):
-        try:
-            shard = Shard.open(path, layout)
-        except UserError as error:
-            problems[path.name] = str(error)
-            continue
-        if manifest:
-            mirrored = manifest.flips and layout is LATENT_LAYOUT
-            expected: Any = (manifest.shard_shape(records[index].count), f"torch.{manifest.dtype}", mirrored)
-            found: Any = (shard.shape, str(shard.dtype), MIRRORED in shard.offsets)
-        else:
-            expected, found = ((s.shape[1:], s.dtype, s.offsets.keys()) for s in ((shards or [shard])[0], shard))
-        if found == expected:
-            shards.append(shard)
-        else:
-            problems[path.name] = f"{path} is altered: it holds {found}, not {expected}"
-    return shards, problems
+    def conditions(self) -> dict[str, Any]:
+        """Return what decides on the rows, such as ``tokenizer fingerprint``: equal in all runs that go on with it."""
+        parts = {"tokenizer": self.tokenizer, "images": self.images}
+        values = {f"{part} {key}": value for part, entries in parts.items() for key, value in entries.items()}
+        return dict(sorted({**values, "dtype": self.dtype, "flips": self.flips, "shard_size": self.shard_size}.items()))

@@ -4,71 +4,101 @@ from __future__ import annotations
 
 import errno
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aligntok.cache.manifest import Manifest, open_shards
-from aligntok.cache.shards import Indices, Layout
-from aligntok.errors import UserError
+from aligntok.cache.manifest import Manifest
+from aligntok.cache.shards import Indices, Layout, Shard, numbered_shards
+from aligntok.errors import UserError, check
 from aligntok.files import hash_file
-
-REPAIR = "`aligntok repair {folder}` encodes again what is broken, and only that"
 
 
 class CacheReader:
     """The shards of a cache, opened: sizes and headers are checked, labels read, rows mapped into memory.
+
+    >>> from aligntok.cache import LATENT_LAYOUT
+    >>> CacheReader(Path("runs/nowhere"), LATENT_LAYOUT)
+    Traceback (most recent call last):
+    aligntok.errors.UserError: there is no latent cache runs/nowhere: write it with aligntok encode ...
 
     Args:
         folder: Where the shards are.
         layout: What they are.
         on_bad_shard: What to do about a shard that is missing, truncated or altered: ``raise``, or ``skip`` (name it
             and serve the others).
+        verify: Read every shard in full and compare its hash.
+        manifest: Of a cache that is being written; by default the one in the folder, which must be finished.
 
     Raises:
         UserError: No cache, an unfinished one, one of another kind, broken shards.
     """
 
-    def __init__(self, folder: Path, layout: Layout, on_bad_shard: Literal["raise", "skip"] = "raise") -> None:
-        name = layout.name
-        if not folder.is_dir():
-            raise UserError(f"there is no {name[:-1]} cache {folder}: write it with {layout.write}")
-        self.manifest = Manifest.read(folder)
-        if self.manifest is not None and self.manifest.layout is not layout:
-            raise UserError(f"{folder} holds {self.manifest.layout.name}, not {name}")
-        if self.manifest is not None and self.manifest.statistics is None:
-            raise UserError(
-                f"the {name[:-1]} cache {folder} is unfinished: the same `aligntok encode` goes on with it, or"
-                f" `aligntok repair {folder}`"
-            )
-        self.shards, problems = open_shards(folder, self.manifest, layout)
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        on_bad_shard: Literal["raise", "skip"] = "raise",
+        verify: bool = False,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.folder, self.layout, self.manifest = folder, layout, manifest or finished_manifest(folder, layout)
+        check(not verify or self.manifest is not None, f"{folder} has no manifest with hashes to verify its shards by")
+        self.records = {record.file: record for record in self.manifest.shards} if self.manifest else {}
+        paths = [folder / file for file in self.records] if self.manifest else numbered_shards(folder, layout)
+        self.shards: list[Shard] = []
+        problems: dict[str, str] = {}
+        for path in paths:
+            try:
+                self.shards.append(self.open(path, verify))
+            except UserError as error:
+                problems[path.name] = str(error)
         if problems:
             if on_bad_shard == "raise" or not self.shards:
-                remedy = REPAIR.format(folder=folder) if self.manifest else f"extract the {name} again"
-                raise UserError(f"{brief(problems)}. {remedy}")
+                repair = f"`aligntok repair {folder}` encodes again what is broken, and only that"
+                raise UserError(f"{brief(problems)}. {repair if self.manifest else f'Extract the {layout.name} again'}")
             print(f"aligntok: shards skipped: {brief(problems)}", file=sys.stderr, flush=True)
         try:
             self.views = list(zip(*(shard.views for shard in self.shards), strict=True))  # of each view, its shards
             self.labels: Indices = np.concatenate([shard.labels() for shard in self.shards])
         except OSError as error:
             many = f": its {len(self.shards)} shards are more than `ulimit -n` allows"
-            raise UserError(
-                f"cannot map the shards of {folder} ({error}){many if error.errno == errno.EMFILE else ''}"
-            ) from error
+            many = many if error.errno == errno.EMFILE else ""
+            raise UserError(f"cannot map the shards of {folder} ({error}){many}") from error
         self.starts: Indices = np.cumsum([0] + [shard.shape[0] for shard in self.shards])[:-1]
+
+    def open(self, path: Path, verify: bool) -> Shard:
+        """Open a shard, which must be as the manifest says; without one, all must be alike.
+
+        Raises:
+            UserError: It is not.
+        """
+        shard = Shard.open(path, self.layout)
+        found: Any = (shard.shape, str(shard.dtype), len(shard.starts))
+        if self.manifest:
+            record = self.records[path.name]
+            expected: Any = (
+                self.manifest.shard_shape(record.count),
+                f"torch.{self.manifest.dtype}",
+                self.manifest.num_views,
+            )
+            check(not verify or hash_file(path) == record.sha256, f"{path} is altered: its hash is not the manifest's")
+        else:
+            first = (self.shards or [shard])[0]
+            expected = (shard.shape[:1] + first.shape[1:], str(first.dtype), len(first.starts))
+        check(found == expected, f"{path} is altered: it holds {found}, not {expected}")
+        return shard
 
     @cached_property
     def image_ids(self) -> Indices:
         """Index of each row's image in its source."""
         if self.manifest is None:
             return np.arange(len(self.labels))
-        records = {record.file: record for record in self.manifest.shards}
-        return np.concatenate([records[shard.path.name].image_ids for shard in self.shards])
+        return np.concatenate([self.records[shard.path.name].image_ids for shard in self.shards])
 
     def read(self, ids: Indices, views: Indices) -> tuple[Tensor, Tensor]:
         """Return some rows as they are stored, each of one view, and their labels (B,)."""
@@ -80,23 +110,16 @@ class CacheReader:
         return self.shards[0].tensor([view.rows[row] for view, row in rows]), torch.from_numpy(self.labels[ids])
 
 
-def verify(folder: Path, layout: Layout) -> None:
-    """Read every shard in full.
-
-    Raises:
-        UserError: Some are not what was written; they are named.
-    """
+def finished_manifest(folder: Path, layout: Layout) -> Manifest | None:
+    """Return the manifest of a finished cache of this kind, none of a folder that LightningDiT wrote."""
+    kind = layout.name.removesuffix("s")
+    check(folder.is_dir(), f"there is no {kind} cache {folder}: write it with {layout.write}")
     manifest = Manifest.read(folder)
-    if manifest is None:
-        raise UserError(f"{folder} has no manifest with hashes to verify its shards by")
-    shards, problems = open_shards(folder, manifest, layout)
-    hashes = {record.file: record.sha256 for record in manifest.shards}
-    with ThreadPoolExecutor() as pool:
-        for shard, value in zip(shards, pool.map(lambda shard: hash_file(shard.path), shards), strict=True):
-            if value != hashes[shard.path.name]:
-                problems[shard.path.name] = f"{shard.path} is altered: its hash is not that of the manifest"
-    if problems:
-        raise UserError(f"{brief(problems)}. {REPAIR.format(folder=folder)}")
+    if manifest is not None:
+        check(manifest.layout is layout, f"{folder} holds {manifest.layout.name}, not {layout.name}")
+        go_on = f"the same `aligntok encode` goes on with it, or `aligntok repair {folder}`"
+        check(manifest.statistics is not None, f"the {kind} cache {folder} is unfinished: {go_on}")
+    return manifest
 
 
 def brief(problems: dict[str, str]) -> str:

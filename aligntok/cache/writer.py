@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from aligntok.cache.manifest import Manifest, Record
-from aligntok.cache.shards import LABELS, Layout, Shard, shard_name
-from aligntok.errors import UserError
+from aligntok.cache.reader import CacheReader
+from aligntok.cache.shards import LABELS, Shard, shard_name
+from aligntok.errors import UserError, check
 from aligntok.files import hash_file, write_atomically, write_text
 
 
@@ -21,6 +21,11 @@ class CacheWriter:
 
     Shard k holds the images k * shard_size to (k + 1) * shard_size - 1. It is finished when its file is there and,
     beside it, a record with the file's hash; at the end the records go into ``manifest.json``.
+
+    >>> tokenizer, images = {"kind": "discrete", "latent_shape": [8, 1, 3]}, {"crop": "center", "count": 5}
+    >>> writer = CacheWriter(getfixture("tmp_path"), Manifest(tokenizer, images, "uint16", False, shard_size=4))
+    >>> writer.blocks, writer.path(range(4, 5)).name
+    ([range(0, 4), range(4, 5)], 'tokens_rank00_shard001.safetensors')
 
     Args:
         folder: Of the cache.
@@ -31,25 +36,22 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.layout = folder, manifest, manifest.layout
         there = Manifest.read(folder)
         self.known = {record.file: record for record in there.shards} if there else {}
         if there is None:
             manifest.write(folder)
-        elif (difference := there.difference(manifest)) is not None:
-            what, theirs, ours = difference
-            raise UserError(
-                f"{folder} holds {self.layout.name} of {what} {theirs}, but this run's {what} is {ours}: give another"
-                " --output, or run it as it was"
+            return
+        theirs = there.conditions()
+        for what, ours in manifest.conditions().items():
+            check(
+                ours == theirs.get(what),
+                f"{folder} holds {there.layout.name} of {what} {theirs.get(what)}, but this run's {what} is {ours}:"
+                " give another --output, or run it as it was",
             )
 
     @property
-    def layout(self) -> Layout:
-        """Of the shards."""
-        return self.manifest.layout
-
-    @property
-    def shards(self) -> list[range]:
+    def blocks(self) -> list[range]:
         """Image ids of each shard."""
         size, count = self.manifest.shard_size, self.manifest.count
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
@@ -68,17 +70,8 @@ class CacheWriter:
         except (ValueError, TypeError):
             return None
 
-    def unfinished(self) -> list[range]:
-        """Return the shards that are missing or broken; all others are read in full."""
-        with ThreadPoolExecutor() as pool:
-            intact = list(pool.map(self.is_intact, self.shards))
-        left = [ids for ids, good in zip(self.shards, intact, strict=True) if not good]
-        if len(left) < len(intact):
-            print(f"{len(intact) - len(left)} of {len(intact)} shards are finished", flush=True)
-        return left
-
-    def is_intact(self, ids: range) -> bool:
-        """Tell whether a shard and its record are there, and whether the file has the recorded hash."""
+    def is_finished(self, ids: range) -> bool:
+        """Tell whether a shard and its record are there, and whether the file, read in full, has the recorded hash."""
         record, path = self.record(ids), self.path(ids)
         try:
             shard = Shard.open(path, self.layout)
@@ -86,10 +79,10 @@ class CacheWriter:
             return False
         if record is None or not shard.shape[0] == record.count == len(ids) - len(record.missing):
             return False
-        if hash_file(path) != record.sha256:
+        intact = hash_file(path) == record.sha256
+        if not intact:
             print(f"{path.name} is not what was written, and is written again", flush=True)
-            return False
-        return True
+        return intact
 
     def write(self, ids: range, rows: dict[str, Tensor]) -> None:
         """Write a shard, then its record.
@@ -102,8 +95,8 @@ class CacheWriter:
             UserError: Values that are not finite, or the disk is full.
         """
         tensors = {key: value.contiguous() for key, value in rows.items() if key != "id"}
-        if not all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()):
-            raise UserError(f"{self.layout.name} of the images {ids.start} to {ids.stop - 1} are not finite")
+        finite = all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point())
+        check(finite, f"{self.layout.name} of the images {ids.start} to {ids.stop - 1} are not finite")
         path, missing = self.path(ids), sorted(set(ids) - set(rows["id"].tolist()))
 
         # not safetensors' save_file, which makes files that only their owner may read
@@ -111,10 +104,14 @@ class CacheWriter:
         record = Record(path.name, ids.start, len(tensors[LABELS]), missing, hash_file(path))
         write_text(path.with_suffix(".json"), json.dumps(asdict(record)))
 
+    def written(self) -> CacheReader:
+        """Return all shards, opened, before the manifest names them."""
+        self.manifest.shards = [record for ids in self.blocks if (record := self.record(ids)) is not None]
+        return CacheReader(self.folder, self.layout, manifest=self.manifest)
+
     def finish(self, statistics: dict[str, list[float]]) -> None:
         """Write the manifest with all records, and remove these."""
-        self.manifest.shards = [record for ids in self.shards if (record := self.record(ids)) is not None]
         self.manifest.statistics = statistics
         self.manifest.write(self.folder)
-        for ids in self.shards:
+        for ids in self.blocks:
             self.path(ids).with_suffix(".json").unlink(missing_ok=True)

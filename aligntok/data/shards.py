@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from aligntok.cache import CacheReader, Layout, Manifest, verify
+from aligntok.cache import CacheReader, Layout, Manifest
 from aligntok.data.batches import Batch, BatchSource
 from aligntok.data.sources import Indices, Item
 from aligntok.errors import UserError
@@ -140,4 +140,4 @@ class Shards(BatchSource):
 
     def verify(self) -> None:
         """Read every shard in full; raise a ``UserError`` that names those which are not what was written."""
-        verify(self.folder, self.layout)
+        CacheReader(self.folder, self.layout, verify=True)

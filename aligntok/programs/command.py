@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def make_parser(verb: str, output: str, description: str) -> ShortErrors:
 def read(
     parser: ShortErrors,
     arguments: list[str],
-    keys: set[str],
-    others: set[str],
+    own: Iterable[str],
+    shared: Iterable[str],
     model: Callable[[str], Any] | None = None,
 ) -> Namespace:
     """Return the options: first the layers of YAML, in their order, then what the command line says.
@@ -43,18 +43,17 @@ def read(
     Args:
         parser: Knows the options.
         arguments: Words after the verb.
-        keys: That this program alone has.
-        others: That a training recipe may have too. Further keys of it, such as ``trainer``, are left out. Its
+        own: Keys that this program alone has.
+        shared: Keys that a training recipe may have too. Further keys of it, such as ``trainer``, are left out. Its
             precision is taken where nothing else is said, and what is written goes into a folder within the run's.
         model: Gives the recipe of the model of ``--ckpt_path`` where the layers have none.
     """
     layers, words = split_configs(arguments)
-    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--ckpt_path=") else [word])]
     config = read_configs(*layers)
     if isinstance(config.get("data"), dict):
         config["data"] = with_class(config["data"], DATA)
     recipe = OmegaConf.create(config)
-    known = config.keys() & {"output", *FABRIC, *keys, *others}
+    known = config.keys() & {"output", *FABRIC, *own, *shared}
     try:
         values = {key: recipe[key] for key in known}  # with what they say by reference to other keys
         config = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in values.items()}
@@ -63,12 +62,21 @@ def read(
     precision = OmegaConf.select(recipe, "trainer.precision")
     if precision is not None:
         config.setdefault("precision", precision)
-    if "output" in config and not known & keys:
+    if "output" in config and not known & {*own}:
         config["output"] = str(Path(config["output"]) / Path(parser.get_default("output")).name)
-    checkpoint = dict(pairwise(rest)).get("--ckpt_path", config.get("ckpt_path"))
+    checkpoint = dict(pairwise(split_values(words))).get("--ckpt_path", config.get("ckpt_path"))
     if model is not None and "model" not in config and checkpoint is not None:
         config["model"] = model(checkpoint)
-    return parser.parse_args([*(["--config", yaml.safe_dump(config)] if config else []), *rest])
+    return parser.parse_args([*(["--config", yaml.safe_dump(config)] if config else []), *words])
+
+
+def split_values(arguments: list[str]) -> list[str]:
+    """Return words with each ``--key=value`` as two of them.
+
+    >>> split_values(["--ema=0.99", "--output", "a=b"])
+    ['--ema', '0.99', '--output', 'a=b']
+    """
+    return [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def start(parser: ShortErrors, verb: str, options: Namespace) -> Fabric:

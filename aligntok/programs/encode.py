@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,30 +14,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 
-from aligntok.cache import (
-    CROPS,
-    LABELS,
-    LATENTS,
-    MIRRORED,
-    TOKENS,
-    CacheWriter,
-    Manifest,
-    Shard,
-    code_counts,
-    latent_statistics,
-)
+from aligntok.cache import CacheReader, CacheWriter, Manifest, code_counts, latent_statistics
+from aligntok.cache.manifest import CROPS
+from aligntok.cache.shards import LABELS, LATENTS, MIRRORED, TOKENS
 from aligntok.callbacks.grids import tiled
 from aligntok.data.batches import batch_source
 from aligntok.data.dataset import ImageDataset
 from aligntok.data.loaders import as_it_is
 from aligntok.data.sources import crop_id, length, spread_over
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import check, check_positive
 from aligntok.files import write_atomically
 from aligntok.messages import building
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.programs.command import make_parser, read, start
-from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of
+from aligntok.programs.command import make_parser, read, split_values, start
+from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of, unfinished
 
 DESCRIPTION = """\
 Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs.
@@ -133,8 +124,8 @@ def encode(
             images.
     """
     check_positive(shard_size=shard_size, batch_size=batch_size)
-    if batch_source(images) is not None:
-        raise UserError(f"images: {images} gives no images to encode, name a source of (PIL image, label)")
+    gives_images = batch_source(images) is None
+    check(gives_images, f"images: {images} gives no images to encode, name a source of (PIL image, label)")
     fabric, views = fabric or make_fabric(devices=1), views or Views()
     tokenizer = tokenizer.to(fabric.device).eval()
     spec = tokenizer.spec
@@ -144,8 +135,8 @@ def encode(
     def begin() -> tuple[CacheWriter, list[range]]:
         check_usable(tokenizer, views, dtype)
         dataset.check_readable()
-        about: dict[str, Any] = {key: value for key, value in asdict(spec).items() if value is not None}
-        about = {key: list(value) if isinstance(value, tuple) else value for key, value in about.items()}
+        fields = json.loads(json.dumps(asdict(spec)))  # tuples are lists, as in the file
+        written_by = {key: value for key, value in fields.items() if value is not None}
         source = {
             "source": crop_id(images, size),
             "crop": views.crops,
@@ -153,9 +144,9 @@ def encode(
             "classes": [str(name) for name in getattr(images, "classes", [])],
         }
         stored = dtype or ("float32" if spec.kind == "continuous" else "uint16")
-        written_by = {"fingerprint": tokenizer.fingerprint(), **about}
-        writer = CacheWriter(Path(folder), Manifest(written_by, source, stored, views.flips, shard_size))
-        return writer, writer.unfinished()
+        tokenizer_entry = {"fingerprint": tokenizer.fingerprint(), **written_by}
+        writer = CacheWriter(Path(folder), Manifest(tokenizer_entry, source, stored, views.flips, shard_size))
+        return writer, unfinished("shards", writer.blocks, writer.is_finished)
 
     writer, left = on_first_rank(fabric, begin)
     batches = dealt(fabric, left, batch_size)
@@ -175,44 +166,42 @@ def encode(
                 codes = [tokenizer.encode(view) for view in views.of(image, spec.image_size)]
             rows.append({**as_stored(codes, writer.manifest), LABELS: batch["label"], "id": batch["id"]})
         if ids[-1] == shard[-1]:
-            if not rows:
-                raise UserError(f"none of the images {shard.start} to {shard.stop - 1} can be read: remove these files")
+            check(bool(rows), f"none of the images {shard.start} to {shard.stop - 1} can be read: remove these files")
             writer.write(shard, {key: torch.cat([batch.pop(key) for batch in rows]) for key in list(rows[0])})
             rows = []
         progress.add(len(ids))
     fabric.barrier()
 
     def conclude() -> None:
-        shards = [Shard.open(writer.path(ids), writer.layout) for ids in writer.shards]
-        statistics, about = measured(shards, tokenizer)
-        words = self_check(writer, shards, dataset, tokenizer, views, fabric, min_psnr)
+        written = writer.written()
+        statistics, about = measured(written, tokenizer)
+        words = self_check(written, dataset, tokenizer, views, fabric, min_psnr)
         writer.finish(statistics)
-        count = f"{sum(shard.shape[0] for shard in shards):,}"
+        count = f"{len(written.labels):,}"
         what = f"{count} latents" if spec.kind == "continuous" else f"tokens of {count} images"
-        print(f"{folder}: {what} in {len(shards)} shards, {words}, {about}", flush=True)
+        print(f"{folder}: {what} in {len(written.shards)} shards, {words}, {about}", flush=True)
 
     on_first_rank(fabric, conclude)
 
 
 def check_usable(tokenizer: Tokenizer, views: Views, dtype: str | None) -> None:
     """Refuse rows that no generator could use, with a ``UserError``."""
-    spec = tokenizer.spec
-    if spec.kind == "discrete":
-        if dtype is not None:
-            raise UserError(f"dtype {dtype} has no effect on tokens, which are 16-bit integers: leave it out")
-        if spec.codebook_size is None or spec.codebook_size > MAX_CODES:
-            raise UserError(
-                f"tokenizer.quantizer.codebook_size {spec.codebook_size}: the cache holds 16-bit tokens, at most"
-                f" {MAX_CODES:,} codes; train on images instead"
-            )
-        return
-    if views.crops != "center":
-        raise UserError(f"views.crops {views.crops} is for tokens, but this tokenizer is continuous: use center")
-    if not tokenizer.is_measured:
-        raise UserError(
+    size = tokenizer.spec.codebook_size
+    if tokenizer.spec.kind == "continuous":
+        crops = f"views.crops {views.crops} is for tokens, but this tokenizer is continuous: use center"
+        check(views.crops == "center", crops)
+        check(
+            tokenizer.is_measured,
             "the latents of this tokenizer were never measured, so they would be cached unscaled: stages 2 and 3"
-            " measure them; run one, e.g. aligntok fit --config stage3.yaml --init_from CHECKPOINT"
+            " measure them; run one, e.g. aligntok fit --config stage3.yaml --init_from CHECKPOINT",
         )
+        return
+    check(dtype is None, f"dtype {dtype} has no effect on tokens, which are 16-bit integers: leave it out")
+    check(
+        size is not None and size <= MAX_CODES,
+        f"tokenizer.quantizer.codebook_size {size}: the cache holds 16-bit tokens, at most {MAX_CODES:,} codes; train"
+        " on images instead",
+    )
 
 
 def to_floats(image: Tensor, fabric: Fabric) -> Tensor:
@@ -229,21 +218,20 @@ def as_stored(codes: list[Tensor], manifest: Manifest) -> dict[str, Tensor]:
     return {key: code.to(dtype).cpu() for key, code in zip((LATENTS, MIRRORED), codes, strict=False)}
 
 
-def measured(shards: Sequence[Shard], tokenizer: Tokenizer) -> tuple[dict[str, list[float]], str]:
+def measured(written: CacheReader, tokenizer: Tokenizer) -> tuple[dict[str, list[float]], str]:
     """Return the ``statistics`` of a cache's manifest, and the same in words."""
     size = tokenizer.spec.codebook_size
     if size is not None:
-        health = VectorQuantizer.health(code_counts(shards, size))
+        health = VectorQuantizer.health(code_counts(written.shards, size))
         words = f"{health['usage']:.1%} of {size:,} codes used, perplexity {health['perplexity']:.1f}"
         return {key: [round(health[key], 6)] for key in ("usage", "perplexity")}, words
-    mean, std = latent_statistics(shards)
+    mean, std = latent_statistics(written.shards)
     words = f"channels with mean {mean.min():.2f} to {mean.max():.2f} and std {std.min():.2f} to {std.max():.2f}"
     return {key: [round(x, 6) for x in value.tolist()] for key, value in (("mean", mean), ("std", std))}, words
 
 
 def self_check(
-    writer: CacheWriter,
-    shards: Sequence[Shard],
+    written: CacheReader,
     dataset: ImageDataset,
     tokenizer: Tokenizer,
     views: Views,
@@ -255,62 +243,52 @@ def self_check(
     Raises:
         UserError: They decode to something else than their images.
     """
-    spec, folder = tokenizer.spec, writer.folder
-    records = [record for ids in writer.shards if (record := writer.record(ids)) is not None]
-    starts = np.cumsum([0] + [record.count for record in records])
-    chosen = spread_over(int(starts[-1]), NUM_CHECKED)
-    places = [(k, i - int(starts[k])) for i in chosen for k in [int(np.searchsorted(starts, i, "right")) - 1]]
-    batch = dataset.__getitems__([int(records[k].image_ids[row]) for k, row in places])
+    spec, folder = tokenizer.spec, written.folder
+    rows = np.asarray(spread_over(len(written.labels), NUM_CHECKED))
+    batch = dataset.__getitems__(written.image_ids[rows].tolist())
     assert batch is not None
     pictures, found = [], []
     for view, image in enumerate(views.of(to_floats(batch["image"], fabric), spec.image_size)):
-        stored = torch.cat([shards[k].tensor([shards[k].views[view].rows[row]]) for k, row in places]).to(fabric.device)
+        stored, _ = written.read(rows, np.full_like(rows, view))
+        code = stored.to(torch.float32 if spec.kind == "continuous" else torch.int64)
         with fabric.autocast():
-            decoded = tokenizer.decode(stored.float() if stored.is_floating_point() else stored.long()).float()
+            decoded = tokenizer.decode(fabric.to_device(code)).float()
             fresh = tokenizer.decode(tokenizer.encode(image)).float()
         found.append((psnr(decoded, image), psnr(fresh, image)))
         pictures.append(torch.cat([image, decoded]))
     num_crops = CROPS[views.crops]
-    picture = tiled(torch.cat(pictures[::num_crops]), len(places))
+    picture = tiled(torch.cat(pictures[::num_crops]), len(rows))
     write_atomically(folder / CHECK, lambda path: save_image(picture, path, format="png"))
     for view, (quality, best) in enumerate(found):
         what = f"{views.name(view, spec.kind)} in {folder} decode to {quality:.2f} dB"
-        if quality < min(best, INVISIBLE) - MAX_LOSS:
-            raise UserError(
-                f"{what}, but the tokenizer reaches {best:.2f} dB on the same images: these are not their"
-                f" {writer.layout.name} (see {CHECK}), write them into another --output"
-            )
-        if quality < min_psnr:
-            raise UserError(
-                f"{what}, less than min_psnr {min_psnr}: look at {CHECK}, train the tokenizer further, or lower"
-                " min_psnr"
-            )
+        check(
+            quality >= min(best, INVISIBLE) - MAX_LOSS,
+            f"{what}, but the tokenizer reaches {best:.2f} dB on the same images: these are not their"
+            f" {written.layout.name} (see {CHECK}), write them into another --output",
+        )
+        remedy = f"look at {CHECK}, train the tokenizer further, or lower min_psnr"
+        check(quality >= min_psnr, f"{what}, less than min_psnr {min_psnr}: {remedy}")
     means = [sum(q for q, _ in found[i : i + num_crops]) / num_crops for i in range(0, len(found), num_crops)]
     words = " and ".join(f"{mean:.2f} dB{' mirrored' * mirrored}" for mirrored, mean in enumerate(means))
-    return f"PSNR {words} on {len(places)} images ({CHECK})"
+    return f"PSNR {words} on {len(rows)} images ({CHECK})"
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
-    """Return the mean PSNR in dB of images (B, 3, H, W) in [0, 1]."""
+    """Return the mean PSNR in dB of images (B, 3, H, W) in [0, 1], at most 100."""
     error = (image - reference).square().flatten(1).mean(1).clamp_min(1e-10)
     return float(-10 * error.log10().mean())
 
 
 def encode_command(arguments: list[str]) -> None:
-    """Run ``aligntok encode`` with the words that follow it.
-
-    Raises:
-        UserError: What the user can mend.
-    """
+    """Run ``aligntok encode`` with the words that follow it."""
     parser = make_parser("encode", "runs/latents", DESCRIPTION)
     parser.add_argument("--tokenizer", type=Tokenizer, required=True, help="Checkpoint of a run, or a class path.")
-    parser.add_function_arguments(encode, skip={"tokenizer", "folder", "fabric"})
-    keys = ("images", "views", "dtype", "shard_size", "batch_size", "num_workers", "min_psnr")
-    options = read(parser, named_checkpoint(arguments), {*keys}, {"tokenizer"})
+    own = parser.add_function_arguments(encode, skip={"tokenizer", "folder", "fabric"})
+    options = read(parser, named_checkpoint(arguments), own, {"tokenizer"})
     fabric = start(parser, "encode", options)
     with building():
         given = parser.instantiate(options)
-    encode(given.tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in keys})
+    encode(given.tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in own})
 
 
 def named_checkpoint(arguments: list[str]) -> list[str]:
@@ -319,10 +297,10 @@ def named_checkpoint(arguments: list[str]) -> list[str]:
     >>> named_checkpoint(["--tokenizer", "last.ckpt", "--ema", "0.99"])
     ['--tokenizer', 'aligntok.weights.load_tokenizer', '--tokenizer.path', 'last.ckpt', '--tokenizer.ema', '0.99']
     """
-    words = []
-    for word in arguments:
-        words.extend(word.split("=", 1) if word.startswith(("--tokenizer=", "--ema=")) else [word])
-    for place in [i for i, word in enumerate(words[:-1]) if word == "--tokenizer"]:
-        if Path(words[place + 1]).suffix in CHECKPOINTS or Path(words[place + 1]).is_file():
-            words[place + 1 : place + 2] = ["aligntok.weights.load_tokenizer", "--tokenizer.path", words[place + 1]]
-    return ["--tokenizer.ema" if word == "--ema" else word for word in words]
+    words: list[str] = []
+    for word in split_values(arguments):
+        is_file = Path(word).suffix in CHECKPOINTS or Path(word).is_file()
+        if words[-1:] == ["--tokenizer"] and is_file:
+            words += ["aligntok.weights.load_tokenizer", "--tokenizer.path"]
+        words.append("--tokenizer.ema" if word == "--ema" else word)
+    return words

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aligntok.data.stored import Images, StoredFile, open_images
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check, check_positive
 from aligntok.files import write_text
 from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatures, Reference, find_protocol
 from aligntok.metrics.protocol import FREE, Protocol
@@ -48,9 +48,7 @@ def evaluate_command(arguments: list[str]) -> None:
     samples = open_images(options.samples)
     size = samples.image_size
     if size is None:
-        raise UserError(
-            f"{samples.path} has no images `arr_0`: these are the samples, --reference is what to compare with"
-        )
+        raise UserError(f"{samples.path} has no images `arr_0`: name the samples first, what they compare with after")
     output = (samples.path if samples.path.is_dir() else samples.path.parent) / "evaluation.json"
     earlier = read_records(output)
     protocol = find_protocol(options.protocol) if options.protocol else FREE
@@ -70,27 +68,16 @@ def evaluate_command(arguments: list[str]) -> None:
     for name, value in values.items():
         print(f"{name:<{width}}  {value:.4f}")
     print(metrics.conditions, flush=True)
-    record = {
-        "samples": samples.path.name,
-        "count": samples.count,
-        "values": values,
-        "conditions": metrics.conditions,
-        "reference": metrics.reference().source,
-    }
-    keys = ("samples", "conditions")
-    others = [other for other in earlier if any(other.get(key) != record[key] for key in keys)]
+    about = {"samples": samples.path.name, "conditions": metrics.conditions}
+    record = {**about, "count": samples.count, "values": values, "reference": metrics.reference().source}
+    others = [other for other in earlier if about != {key: other.get(key) for key in about}]
     write_text(output, json.dumps([*others, record], indent=1))
     print(output)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options; refuse those that have no effect."""
-    parser = Parser(
-        prog="aligntok evaluate",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("evaluate", DESCRIPTION)
     add = parser.add_argument
     add("samples", metavar="SAMPLES", type=Path, help="an .npz, or a folder of images of one size")
     add("--reference", required=True, type=Path, help=".npz as ADM's, .safetensors (--save_reference), or a folder")
@@ -108,16 +95,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=64, help="(default: 64)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: cuda if there is one)")
     options = parser.parse_args(arguments)
-    if options.batch_size < 1:
-        parser.error(f"--batch_size {options.batch_size}: give at least 1")
-    if options.image_size is not None and not (options.image_size > 0 and options.reference.is_dir()):
-        parser.error(f"--image_size {options.image_size} crops the images of a reference folder: leave it out")
-    if options.save_reference and options.save_reference.suffix != ".safetensors":
-        parser.error(f"--save_reference {options.save_reference}: name a file that ends in .safetensors")
-    if options.inception_weights and options.encoder:
-        parser.error("--inception_weights has no effect on an --encoder: give one of the two")
-    if not options.encoder and (options.pool != "mean" or options.encoder_weights != "hub"):
-        parser.error("--pool and --encoder_weights have no effect without an --encoder")
+    size, kept = options.image_size, options.save_reference
+    check_positive(batch_size=options.batch_size, image_size=size)
+    check(size is None or options.reference.is_dir(), f"--image_size {size} crops the images of a reference folder")
+    check(not kept or kept.suffix == ".safetensors", f"--save_reference {kept}: name a file that ends in .safetensors")
+    either = not (options.inception_weights and options.encoder)
+    check(either, "--inception_weights has no effect on an --encoder: give one of the two")
+    ours = options.encoder or (options.pool, options.encoder_weights) == ("mean", "hub")
+    check(ours, "--pool and --encoder_weights have no effect without an --encoder")
     return options
 
 
@@ -147,12 +132,12 @@ def find_reference(metrics: GenerationMetrics, image_size: tuple[int, int], opti
         metrics.set_reference(Reference.load(options.reference))
         return
     images = open_images(options.reference, options.image_size)
-    if images.image_size is not None and images.image_size != image_size:
-        ours, theirs = ("x".join(map(str, size)) for size in (image_size, images.image_size))
-        raise UserError(
-            f"the samples have {ours} pixels, the reference {images.path} has {theirs}: the distance would be that of"
-            " the resize. --image_size crops the images of a reference folder"
-        )
+    ours, theirs = ("x".join(map(str, size or ())) for size in (image_size, images.image_size))
+    check(
+        theirs in ("", ours),
+        f"the samples have {ours} pixels, the reference {images.path} has {theirs}: the distance would be that of the"
+        " resize. --image_size crops the images of a reference folder",
+    )
     if isinstance(images, StoredFile):
         metrics.set_reference(metrics.read_adm(images, options.batch_size))
     else:
@@ -171,7 +156,11 @@ def measure(metrics: GenerationMetrics, images: Images, batch_size: int, real: b
 
 
 def sorted_by_class(labels: Tensor | None) -> bool:
-    """Tell whether the images of a class come one after the other, by the labels (N,) of all."""
+    """Tell whether the images of a class come one after the other, by the labels (N,) of all.
+
+    >>> sorted_by_class(torch.tensor([1, 1, 0, 0])), sorted_by_class(torch.tensor([0, 1, 0, 1]))
+    (True, False)
+    """
     if labels is None:
         return False
     runs, classes = len(torch.unique_consecutive(labels)), len(torch.unique(labels))
@@ -180,10 +169,8 @@ def sorted_by_class(labels: Tensor | None) -> bool:
 
 def read_records(path: Path) -> list[dict[str, object]]:
     """Return what an earlier evaluation wrote."""
-    if not path.is_file():
-        return []
     try:
-        records = json.loads(path.read_text())
+        records = json.loads(path.read_text()) if path.is_file() else []
     except ValueError:
         records = None
     if not isinstance(records, list):

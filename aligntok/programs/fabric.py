@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from lightning.fabric import Fabric
 
 from aligntok.callbacks.measurement import on_first_rank as on_first_rank  # for the programs, from here
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.progress import Progress
-
-ROUNDING = ("bf16-true", "16-true")
 
 
 def make_fabric(
@@ -22,6 +21,9 @@ def make_fabric(
 ) -> Fabric:
     """Return Lightning's Fabric, with its processes started.
 
+    >>> make_fabric("cpu", devices=1).device
+    device(type='cpu')
+
     Args:
         accelerator: ``cpu``, ``gpu``, or whatever there is.
         devices: How many per node, or which.
@@ -32,23 +34,37 @@ def make_fabric(
     Raises:
         UserError: This machine has no such devices, or the precision rounds the weights themselves.
     """
-    if precision.startswith(ROUNDING):
-        raise UserError(
-            f"precision {precision} rounds the weights themselves, and what is written would belong to no checkpoint:"
-            " use 32-true or bf16-mixed"
-        )
+    check(
+        precision not in ("bf16-true", "16-true"),
+        f"precision {precision} rounds the weights themselves, and what is written would belong to no checkpoint: use"
+        " 32-true or bf16-mixed",
+    )
     try:
         fabric = Fabric(
             accelerator=accelerator,
+            strategy=strategy,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=strategy,
             precision=precision,  # type: ignore[arg-type]  # Lightning checks the word
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     fabric.launch()
     return fabric
+
+
+def unfinished(what: str, blocks: Sequence[range], is_finished: Callable[[range], bool]) -> list[range]:
+    """Return the blocks of ids that are not finished, and say how many are.
+
+    >>> unfinished("blocks", [range(0, 5), range(5, 6)], lambda ids: 0 in ids)
+    1 of 2 blocks are finished
+    [range(5, 6)]
+    """
+    with ThreadPoolExecutor() as pool:
+        finished = list(pool.map(is_finished, blocks))
+    if any(finished):
+        print(f"{sum(finished)} of {len(blocks)} {what} are finished", flush=True)
+    return [ids for ids, good in zip(blocks, finished, strict=True) if not good]
 
 
 def dealt(fabric: Fabric, blocks: Sequence[range], batch_size: int) -> list[tuple[range, range]]:

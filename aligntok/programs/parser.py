@@ -1,4 +1,4 @@
-"""The command line of a program."""
+"""The command line of the programs that take no YAML; it starts without jsonargparse."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from aligntok.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises a ``UserError`` for what the user mistyped, as every other mistake does.
 
-    >>> Parser(prog="aligntok report").parse_args(["--what"])
+    >>> Parser("report", "Write a page.").parse_args(["--what"])
     Traceback (most recent call last):
     aligntok.errors.UserError: aligntok report: unrecognized arguments: --what. See aligntok report --help
     """
+
+    def __init__(self, verb: str, description: str) -> None:
+        lines = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"aligntok {verb}", description=description, formatter_class=lines, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message."""

@@ -16,14 +16,15 @@ from lightning.fabric import Fabric
 from PIL import Image
 from torch import Tensor
 
+from aligntok.cache.shards import Bytes
 from aligntok.callbacks.generation import setting
 from aligntok.data.labels import ClassLabels
 from aligntok.data.sources import Indices
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import check, check_positive
 from aligntok.files import hash_tensors, write_atomically, write_text
 from aligntok.messages import building
 from aligntok.programs.command import make_parser, read, start
-from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of
+from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of, unfinished
 from aligntok.stages.generator import GeneratorStage, generator_recipe
 
 DESCRIPTION = """\
@@ -67,17 +68,18 @@ def sample(
         UserError: The folder holds samples of something else, or the generator has no such class.
     """
     check_positive(block_size=block_size, batch_size=batch_size)
-    if generator.tokenizer is None:
-        raise UserError("samples are decoded by model.tokenizer: name its checkpoint")
+    check(generator.tokenizer is not None, "samples are decoded by model.tokenizer: name its checkpoint")
     fabric = fabric or make_fabric(devices=1)
     generator.to(fabric.device).eval()
     files = SampleFolder(Path(folder), np.asarray(labels, dtype=np.int64))
+    count = len(files.labels)
+    blocks = [range(first, min(first + block_size, count)) for first in range(0, count, block_size)]
 
     def begin() -> list[range]:
         if generator.network.num_classes is not None:
             generator.network.check_labels(torch.from_numpy(files.labels))
-        files.check(what_decides(generator, files.labels, fabric))
-        return files.unfinished(block_size)
+        files.begin(what_decides(generator, files.labels, fabric))
+        return unfinished("blocks", blocks, files.hold)
 
     left = on_first_rank(fabric, begin)
     progress = progress_of(fabric, "samples", left)
@@ -88,11 +90,14 @@ def sample(
             files.write(ids, generator.predict_step(batch, 0)["image"])
         progress.add(len(ids))
     fabric.barrier()
-    on_first_rank(fabric, lambda: files.finish(npz, block_size))
+    on_first_rank(fabric, lambda: files.finish(npz, blocks))
 
 
 class SampleFolder:
     """The pictures of a folder.
+
+    >>> SampleFolder(Path("runs/samples"), np.array([7, 8])).path(1).as_posix()
+    'runs/samples/png/000001_class8.png'
 
     Args:
         folder: With ``png/`` in it.
@@ -106,26 +111,18 @@ class SampleFolder:
         """Return the place of a sample."""
         return self.folder / "png" / f"{id:06d}_class{self.labels[id]}.png"
 
-    def check(self, record: dict[str, Any]) -> None:
-        """Refuse a folder that holds samples of something else."""
+    def begin(self, record: dict[str, Any]) -> None:
+        """Keep what decides on the samples; refuse a folder that holds samples of something else."""
         path = self.folder / RECORD
         there = json.loads(path.read_text()) if path.is_file() else record
-        for key, value in record.items():
-            if there.get(key) != value:
-                raise UserError(
-                    f"{self.folder} holds samples of {key} {there.get(key)}, but this run's {key} is {value}: give"
-                    " another --output"
-                )
+        for key, ours in record.items():
+            theirs = f"{self.folder} holds samples of {key} {there.get(key)}"
+            check(there.get(key) == ours, f"{theirs}, but this run's {key} is {ours}: give another --output")
         write_text(path, json.dumps(record, indent=1))
 
-    def unfinished(self, block_size: int) -> list[range]:
-        """Return the blocks of ids of which a picture is missing; each picture was written whole or not at all."""
-        count = len(self.labels)
-        blocks = [range(first, min(first + block_size, count)) for first in range(0, count, block_size)]
-        left = [block for block in blocks if not all(self.path(id).is_file() for id in block)]
-        if len(left) < len(blocks):
-            print(f"{len(blocks) - len(left)} of {len(blocks)} blocks are finished", flush=True)
-        return left
+    def hold(self, ids: range) -> bool:
+        """Tell whether the pictures of these samples are there; each was written whole or not at all."""
+        return all(self.path(id).is_file() for id in ids)
 
     def write(self, ids: range, image: Tensor) -> None:
         """Write images (B, 3, H, W) in [0, 1]."""
@@ -138,34 +135,33 @@ class SampleFolder:
         with ThreadPoolExecutor() as pool:
             list(pool.map(save, ids))
 
-    def finish(self, npz: bool, block_size: int) -> None:
-        """Write the ``.npz`` from the pictures."""
+    def read(self, id: int) -> Bytes:
+        """Return the pixels of a sample's picture, (H, W, 3)."""
+        with Image.open(self.path(id)) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    def finish(self, npz: bool, blocks: Sequence[range]) -> None:
+        """Write the ``.npz`` from the pictures, block by block, so that 50,000 of them need no memory."""
         count = len(self.labels)
         print(f"{self.folder}: {count:,} samples in png/", flush=True)
         if not npz:
             return
-        with Image.open(self.path(0)) as picture:
-            width, height = picture.size
+        height, width, _ = self.read(0).shape
         path = self.folder / f"samples_{count}x{height}x{width}x3.npz"
-        write_atomically(path, lambda temporary: self.pack(temporary, (count, height, width, 3), block_size))
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
+
+        def pack(temporary: Path) -> None:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file, ThreadPoolExecutor() as pool:
+                    np.lib.format.write_array_header_1_0(cast(BinaryIO, file), header)
+                    for ids in blocks:
+                        for pixels in pool.map(self.read, ids):
+                            file.write(pixels.tobytes())
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(cast(BinaryIO, file), self.labels, allow_pickle=False)
+
+        write_atomically(path, pack)
         print(f"{path}: arr_0 for ADM's evaluator, or `aligntok evaluate {path} --reference REFERENCE`", flush=True)
-
-    def pack(self, path: Path, shape: tuple[int, ...], block_size: int) -> None:
-        """Write the arrays one picture at a time, so that 50,000 of them need no memory."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file, ThreadPoolExecutor() as pool:
-                np.lib.format.write_array_header_1_0(cast(BinaryIO, file), header)
-                for start in range(0, shape[0], block_size):
-                    for pixels in pool.map(self.read, range(start, min(start + block_size, shape[0]))):
-                        file.write(pixels)
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(cast(BinaryIO, file), self.labels, allow_pickle=False)
-
-    def read(self, id: int) -> bytes:
-        """Return the bytes of a sample's picture."""
-        with Image.open(self.path(id)) as picture:
-            return np.asarray(picture.convert("RGB")).tobytes()
 
 
 def what_decides(generator: Any, labels: Indices, fabric: Fabric) -> dict[str, Any]:
@@ -183,33 +179,29 @@ def what_decides(generator: Any, labels: Indices, fabric: Fabric) -> dict[str, A
 
 
 def sample_command(arguments: list[str]) -> None:
-    """Run ``aligntok sample`` with the words that follow it.
-
-    Raises:
-        UserError: What the user can mend.
-    """
+    """Run ``aligntok sample`` with the words that follow it."""
     parser = make_parser("sample", "runs/samples", DESCRIPTION)
     add = parser.add_argument
     parser.add_subclass_arguments(GeneratorStage, "model", required=True, help="The generator's stage.")
     add("--ckpt_path", type=str | None, help="Checkpoint of its run.")
     add("--ema", type=float | None, help="Decay of the average to take; 0 for none. By default the first.")
     add("--init_from", type=str | None, help="Weights alone, such as LightningDiT's, in place of --ckpt_path.")
-    parser.add_class_arguments(ClassLabels, skip={"num_classes"}, instantiate=False)
-    parser.add_function_arguments(sample, skip={"generator", "labels", "folder", "fabric"})
-    labels = ("num_samples", "policy", "classes", "seed")
-    keys = ("block_size", "batch_size", "npz")
-    options = read(parser, arguments, {*labels, *keys}, {"model", "ckpt_path", "ema", "init_from"}, generator_recipe)
-    if options.ckpt_path is None and options.init_from is None:
-        raise UserError("aligntok sample needs the weights: --ckpt_path CHECKPOINT, or else --init_from FILE")
-    if options.ckpt_path is None and options.ema is not None:
-        raise UserError("--ema picks an average of --ckpt_path CHECKPOINT, and --init_from has none: leave it out")
+    labels = parser.add_class_arguments(ClassLabels, skip={"num_classes"}, instantiate=False)
+    own = parser.add_function_arguments(sample, skip={"generator", "labels", "folder", "fabric"})
+    shared = {"model", "ckpt_path", "ema", "init_from"}
+    options = read(parser, arguments, {*labels, *own}, shared, generator_recipe)
+    given = options.ckpt_path is not None
+    check(
+        given or options.init_from is not None, "sample needs the weights: --ckpt_path CHECKPOINT or --init_from FILE"
+    )
+    check(given or options.ema is None, "--ema picks an average of --ckpt_path, and --init_from has none: leave it out")
     fabric = start(parser, "sample", options)
     with building():
         generator: GeneratorStage = parser.instantiate(options).model
-    if options.ckpt_path is None:
-        generator.init_from(options.init_from)
-    else:
+    if given:
         generator.load(options.ckpt_path, options.ema)
+    else:
+        generator.init_from(options.init_from)
     num_classes = generator.network.num_classes or 1
     wanted = ClassLabels(num_classes=num_classes, **{key: options[key] for key in labels})
-    sample(generator, wanted.labels, options.output, fabric, **{key: options[key] for key in keys})
+    sample(generator, wanted.labels, options.output, fabric, **{key: options[key] for key in own})

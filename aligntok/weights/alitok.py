@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligntok.errors import UserError, check
 from aligntok.networks.adapters import LinearAdapter
@@ -20,7 +21,7 @@ from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.query_encoder import QueryEncoder
 from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.weights.checkpoint import check_fits
+from aligntok.weights.checkpoint import build, check_fits
 from aligntok.weights.official import copy_official_, read_official, to_official
 
 TOKENIZER_NAMES = {  # ours to theirs, see ``official_names``
@@ -90,13 +91,9 @@ def from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> Token
     Raises:
         UserError: A key is missing, unknown or of another shape.
     """
-    try:
-        with torch.device("meta"):  # no drawing of weights that will be replaced
-            module = _empty_tokenizer(state) if CODES in state else _empty_generator(state)
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{what} has neither the names of AliTok's tokenizer nor of its generators (it lacks {error})"
-        ) from error
+    recipe = recipe_from_alitok(state, what)
+    with torch.device("meta"):  # no drawing of weights that will be replaced
+        module = build(recipe, Tokenizer) if CODES in state else build(recipe, AutoregressiveTransformer)
     expected = to_alitok(module)
     if USAGE not in state:  # written only where codes were clustered
         expected.pop(USAGE, None)
@@ -130,41 +127,73 @@ def to_alitok(module: Tokenizer | AutoregressiveTransformer) -> dict[str, Tensor
     return {key: value[:, :, None, None] if key in (HEAD, PREFIX_HEAD) else value for key, value in state.items()}
 
 
-def _empty_tokenizer(state: dict[str, Tensor]) -> Tokenizer:
-    """Build a tokenizer of the sizes found in an official state dict."""
+def recipe_from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> dict[str, Any]:
+    """Return class path and arguments of the network of an official state dict, as YAML names them.
+
+    Args:
+        state: The official state dict.
+        what: The file, for the message.
+
+    Raises:
+        UserError: It is neither a tokenizer's nor a generator's.
+    """
+    try:
+        return _tokenizer_recipe(state) if CODES in state else _generator_recipe(state)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{what} has neither the names of AliTok's tokenizer nor of its generators (it lacks {error})"
+        ) from error
+
+
+def _tokenizer_recipe(state: dict[str, Tensor]) -> dict[str, Any]:
     width, _, patch_size, _ = state["encoder.patch_embed.weight"].shape
     num_patches, num_queries = len(state["encoder.positional_embedding"]), len(state[QUERIES])
     decoder_width, latent_dim = state["decoder.decoder_embed.weight"].shape
-    num_buffer, num_codes, first_stage = len(state["decoder.class_embedding"]), len(state[CODES]), PREFIX_HEAD in state
+    first_stage = PREFIX_HEAD in state
     depth, decoder_depth = (
         sum(key.startswith(f"{part}.transformer.") and key.endswith(".ln_1.weight") for key in state)
         for part in ("encoder", "decoder")
     )
-    image_size, num_prefix = math.isqrt(num_patches) * patch_size, num_queries - num_patches
-    decoder = TokenDecoder(
-        latent_dim,
-        image_size,
-        patch_size,
-        decoder_width,
-        decoder_depth,
-        decoder_width // HEAD_DIM,
-        num_prefix,
-        num_buffer,
-        causal=first_stage,
-        prefix_head=first_stage,
+    sizes = {
+        "image_size": math.isqrt(num_patches) * patch_size,
+        "patch_size": patch_size,
+        "num_prefix": num_queries - num_patches,
+    }
+    heads = {"num_buffer": len(state["decoder.class_embedding"]), "causal": first_stage, "prefix_head": first_stage}
+    codes = {"codebook_size": len(state[CODES]), "update": "clustering" if first_stage else "gradient"}
+    return _recipe(
+        Tokenizer,
+        encoder=_recipe(QueryEncoder, **sizes, width=width, depth=depth, num_heads=width // HEAD_DIM),
+        adapter=_recipe(LinearAdapter, width=width, latent_dim=latent_dim),
+        decoder=_recipe(
+            TokenDecoder,
+            latent_dim=latent_dim,
+            **sizes,
+            width=decoder_width,
+            depth=decoder_depth,
+            num_heads=decoder_width // HEAD_DIM,
+            **heads,
+        ),
+        quantizer=_recipe(VectorQuantizer, latent_dim=latent_dim, **codes),
     )
-    encoder = QueryEncoder(image_size, patch_size, width, depth, width // HEAD_DIM, num_prefix)
-    quantizer = VectorQuantizer(num_codes, latent_dim, update="clustering" if first_stage else "gradient")
-    return Tokenizer(encoder, LinearAdapter(width, latent_dim), decoder, quantizer)
 
 
-def _empty_generator(state: dict[str, Tensor]) -> AutoregressiveTransformer:
-    """Build a generator's network of the sizes found in an official state dict."""
+def _generator_recipe(state: dict[str, Tensor]) -> dict[str, Any]:
     num_rows, width = state["embeddings.weight"].shape
-    codebook_size, hidden = len(state["output.bias"]), len(state["blocks.0.mlp.w1.weight"])
-    num_heads = width // len(state["blocks.0.attn.q_norm.weight"])
-    depth = sum(key.endswith(".norm1.weight") for key in state)
-    num_classes = num_rows - codebook_size - 2  # one row is unused, one the null class
-    return AutoregressiveTransformer(
-        codebook_size, GRID, NUM_PREFIX, num_classes, width, depth, num_heads, hidden=hidden
+    codebook_size = len(state["output.bias"])
+    return _recipe(
+        AutoregressiveTransformer,
+        codebook_size=codebook_size,
+        grid=list(GRID),
+        num_prefix=NUM_PREFIX,
+        num_classes=num_rows - codebook_size - 2,  # one row is unused, one the null class
+        width=width,
+        depth=sum(key.endswith(".norm1.weight") for key in state),
+        num_heads=width // len(state["blocks.0.attn.q_norm.weight"]),
+        hidden=len(state["blocks.0.mlp.w1.weight"]),
     )
+
+
+def _recipe(kind: type[nn.Module], **arguments: Any) -> dict[str, Any]:
+    """Return a module as YAML names it, by the path that users import it from."""
+    return {"class_path": f"aligntok.networks.{kind.__name__}", "init_args": arguments}

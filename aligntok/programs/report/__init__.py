@@ -45,7 +45,7 @@ MAX_WIDTH, CRISP_WIDTH = 1600, 1100  # pixels of a picture: no more, and of a sm
 def report_command(arguments: list[str]) -> None:
     """Run ``aligntok report`` with the words that follow it."""
     about = "Write one self-contained HTML page with the numbers, pictures and curves of the runs in a folder."
-    parser = Parser(prog="aligntok report", description=about, allow_abbrev=False)
+    parser = Parser("report", about)
     parser.add_argument("folder", metavar="FOLDER", help="holds one folder per run, as `aligntok fit` wrote it")
     parser.add_argument("--output", metavar="FILE", help="the page (default: FOLDER/report.html)")
     print(write_report(**vars(parser.parse_args(arguments))))
