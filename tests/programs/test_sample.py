@@ -225,6 +225,7 @@ def test_two_processes_of_fabrics_own_launcher_write_the_bytes_of_one(tmp_path, 
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
 
 
+@pytest.mark.filterwarnings("ignore:.*overridden `on_before_batch_transfer`")  # stage and data both have a say
 def test_samples_are_of_the_average_that_is_asked_for(tiny, tmp_path):
     stage = generator(tiny)
     folder = tiny.cache(tmp_path / "latents", stage.tokenizer)
