@@ -132,7 +132,8 @@ class AutoregressiveGeneration(GeneratorStage):
         prefix = self.network.num_prefix
         values = {"loss": loss, "accuracy": accuracy, f"accuracy_top{NUM_BEST}": best}
         values |= {"accuracy_grid": accuracy[prefix:]} | ({"accuracy_prefix": accuracy[:prefix]} if prefix else {})
-        self.log_dict({f"{split}/{name}": value.mean() for name, value in values.items()})
+        logged = {f"{split}/{name}": value.mean() for name, value in values.items()}
+        self.log_dict(logged, sync_dist=True)  # the mean of equal values: without it, Lightning warns
         if split == "val" and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self.write_positions(means)
 

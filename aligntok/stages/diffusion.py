@@ -173,7 +173,8 @@ class LatentDiffusion(GeneratorStage):
         sums = self.total(split)
         if sums is not None:
             pairs = enumerate(sums.T.tolist())
-            self.log_dict({f"{split}/mse_t{i / NUM_BINS}": error / count for i, (error, count) in pairs if count})
+            means = {f"{split}/mse_t{i / NUM_BINS}": error / count for i, (error, count) in pairs if count}
+            self.log_dict(means, sync_dist=split != "train")  # the mean of equal values: without it, Lightning warns
 
     # Sampling
 
