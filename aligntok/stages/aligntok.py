@@ -20,11 +20,10 @@ from aligntok.networks.frozen import Frozen
 from aligntok.networks.lora import add_lora, merge_lora
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.schedule import check_schedule, value_at
-from aligntok.stages.chain import Chain
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.tokenizer_stage import TokenizerStage
 from aligntok.weights.checkpoint import load_strictly, part_of
-from aligntok.weights.migration import STAGE_KEY
+from aligntok.weights.migration import CHAIN_KEY, STAGE_KEY
 
 
 class LatentAlignment(TokenizerStage):
@@ -99,7 +98,7 @@ class PerceptualAlignment(TokenizerStage):
             UserError: The encoder has learned before: it is no longer where its pretraining put it.
         """
         check(
-            "encoder" not in Chain.of(checkpoint).learned,
+            "encoder" not in checkpoint[CHAIN_KEY]["learned"],
             f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)}, whose encoder has learned already, but"
             f" {type(self).__name__} holds the latent near that of the pretrained encoder",
         )

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from aligntok.weights.migration import CHAIN_KEY
+from dataclasses import dataclass
 
 PARTS = ("encoder", "adapter", "quantizer", "decoder")
 
 
 @dataclass
 class Chain:
-    """How a tokenizer came to be.
+    """How a tokenizer came to be; a checkpoint holds these fields as a dict under ``tokenizer_chain``.
 
-    >>> checkpoint = {}
-    >>> Chain(["adapter", "decoder"], measured=False, causal=False).save(checkpoint)
-    >>> "encoder" in Chain.of(checkpoint).learned
+    >>> chain = Chain(["adapter", "decoder"], measured=False, causal=False)
+    >>> "encoder" in chain.learned
     False
 
     Attributes:
@@ -28,12 +24,3 @@ class Chain:
     learned: list[str]
     measured: bool
     causal: bool
-
-    @staticmethod
-    def of(checkpoint: dict[str, Any]) -> Chain:
-        """Return what a checkpoint says."""
-        return Chain(**checkpoint[CHAIN_KEY])
-
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Write it into a checkpoint."""
-        checkpoint[CHAIN_KEY] = asdict(self)

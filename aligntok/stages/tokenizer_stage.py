@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from aligntok.stages.chain import PARTS, Chain
 from aligntok.stages.optimization import Optimization, ParameterGroup
 from aligntok.stages.stage import Stage
 from aligntok.weights.checkpoint import load_strictly, part_of
-from aligntok.weights.migration import STAGE_KEY
+from aligntok.weights.migration import CHAIN_KEY, STAGE_KEY
 
 COMMITMENT_WEIGHT = 0.25  # van den Oord et al., arXiv:1711.00937, section 3.2
 
@@ -48,8 +49,7 @@ class TokenizerStage(Stage):
         tokenizer: Encoder, adapter, quantizer if it is a discrete one, decoder.
         loss: Of the reconstruction: pixel term, perceptual terms, adversarial term; by default the l1 alone.
         optimization: Of the tokenizer, and of the discriminator but for its learning rate.
-        kl_weight: Of the KL divergence, averaged over the image's pixels; needs a ``GaussianAdapter``. For the
-            ablation.
+        kl_weight: Of the KL divergence, averaged over the image's pixels (an ablation); needs a ``GaussianAdapter``.
     """
 
     trains: tuple[str, ...] = PARTS
@@ -89,7 +89,7 @@ class TokenizerStage(Stage):
         """Set the mode, but leave the frozen parts in eval mode, and the batch norms of a pretrained encoder always.
 
         Their running statistics belong to the pretrained features: with those of a batch, the latents of stage 2 would
-        jump away from the anchor before the first step, and depend on the batch size of a device.
+        differ from those of stage 1 before the first step, and depend on the batch size of a device.
         """
         super().train(mode)
         for module in self.tokenizer.encoder.modules():
@@ -170,14 +170,9 @@ class TokenizerStage(Stage):
     # Validation, prediction
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Return what the callbacks measure.
-
-        Returns:
-            ``latent`` (B, C, h, w), of a discrete tokenizer the codes; ``reconstruction`` (B, 3, H, W) in [0, 1]; of a
-            discrete tokenizer ``tokens`` (B, N).
-        """
+        """Return ``latent`` (B, C, h, w), ``reconstruction`` (B, 3, H, W) in [0, 1] and any ``tokens`` (B, N)."""
         code = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"])
-        latent = self.tokenizer.latent(code)
+        latent = self.tokenizer.latent(code)  # of tokens: their codes
         reconstruction = self.tokenizer.decode_latent(latent)
         # ReconstructionQuality is the one that measures LPIPS, of images as PNG files hold them
         terms = self.loss.terms(Reference(batch["image"]), reconstruction.float(), self.global_step, without=(LPIPS,))
@@ -265,7 +260,7 @@ class TokenizerStage(Stage):
         """
         state = merge_lora(self.held("tokenizer", checkpoint, path))
         updates = {key: value for key, value in self.tokenizer.state_dict().items() if key.endswith((UP, DOWN))}
-        self.previous = Chain.of(checkpoint)
+        self.previous = Chain(**checkpoint[CHAIN_KEY])
         text = f"--init_from {path} is of stage {checkpoint.get(STAGE_KEY)}, whose decoder is not causal"
         check(self.previous.causal or not self.causal, f"{text}, but {type(self).__name__} has one that is")
         if self.previous.causal and not self.causal and isinstance(self.tokenizer.decoder, TokenDecoder):
@@ -284,12 +279,13 @@ class TokenizerStage(Stage):
         super().on_save_checkpoint(checkpoint)
         trained = {part for part in self.trains if getattr(self.tokenizer, part) is not None}
         learned = [part for part in PARTS if part in trained | set(self.previous.learned)]
-        Chain(learned, trained <= {"decoder"} and self.tokenizer.is_measured, self.causal).save(checkpoint)
+        measured = trained <= {"decoder"} and self.tokenizer.is_measured
+        checkpoint[CHAIN_KEY] = asdict(Chain(learned, measured, self.causal))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Know what the tokenizer was before the run that goes on."""
         super().on_load_checkpoint(checkpoint)
-        self.previous = Chain.of(checkpoint)
+        self.previous = Chain(**checkpoint[CHAIN_KEY])
 
 
 def check_range(image: Tensor) -> None:

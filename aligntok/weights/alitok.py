@@ -75,7 +75,7 @@ def load_alitok(path: str | Path) -> Tokenizer | AutoregressiveTransformer:
 
 
 def from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> Tokenizer | AutoregressiveTransformer:
-    """Build the network of an official state dict, of the sizes found in it, in eval mode.
+    """Build the network of an official state dict, of the sizes found in it, in eval mode; ``what`` names the file.
 
     A tokenizer with the prefix's head is of the first stage: its decoder is causal. Images are square. A generator
     writes 17 + 16 * 16 tokens.
@@ -83,10 +83,6 @@ def from_alitok(state: dict[str, Tensor], what: str = "the state dict") -> Token
     >>> network = AutoregressiveTransformer(8, GRID, NUM_PREFIX, 2, width=16, depth=1, num_heads=1, hidden=32)
     >>> from_alitok(to_alitok(network)).num_classes
     2
-
-    Args:
-        state: The official state dict.
-        what: The file, for the message.
 
     Raises:
         UserError: A key is missing, unknown or of another shape.

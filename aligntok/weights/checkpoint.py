@@ -72,10 +72,6 @@ def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
 
     A tensor's numbers are read from the file when they are used: what is not used costs neither time nor memory.
 
-    Args:
-        path: The file.
-        map_location: Where the tensors go.
-
     Raises:
         UserError: There is no such file, torch cannot read it, or it holds pickled code.
     """
@@ -116,14 +112,7 @@ def read_exported(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def write_exported(path: Path, state: dict[str, Tensor], stage: str, parts: dict[str, Any]) -> None:
-    """Write such a file.
-
-    Args:
-        path: Ends in ``.safetensors``.
-        state: Names as in a run's ``state_dict``.
-        stage: Name of its class.
-        parts: Class path and arguments of each part, as in YAML.
-    """
+    """Write such a file from the state dict of a stage, its class name, and the recipes of its parts, as in YAML."""
     header = {"format": FORMAT, "stage": stage, "parts": parts}
     save_file({key: value.contiguous() for key, value in state.items()}, path, {HEADER: json.dumps(header)})
 
@@ -134,13 +123,7 @@ def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load ``state`` into ``module``; a ``UserError`` names what does not fit.
-
-    Args:
-        module: Takes the weights.
-        state: Its full state dict.
-        what: The file or the part, for the message.
-    """
+    """Load a full state dict; a ``UserError`` names what does not fit, and the file or part, ``what``, it came from."""
     check_fits(module.state_dict(), state, what, "Use the same sizes in both configs")
     module.load_state_dict(state)
 

@@ -56,12 +56,7 @@ def is_lightningdit(path: str | Path) -> bool:
 
 
 def from_lightningdit(state: dict[str, Tensor], network: DiT, what: str = "the state dict") -> None:
-    """Copy LightningDiT's weights into a network.
-
-    Args:
-        state: The official state dict, its constant tables included.
-        network: Of the same sizes.
-        what: The file, for the message.
+    """Copy an official state dict, its constant tables included, into a network of the same sizes.
 
     Raises:
         UserError: A key is missing, unknown or of another shape, or the constant tables are not ours.
