@@ -53,8 +53,8 @@ class Manifest:
     """What a cache holds and where it comes from; without ``statistics`` it is unfinished.
 
     >>> manifest = Manifest({"kind": "continuous"}, {"crop": "center", "count": 9}, "float32", True, shard_size=4)
-    >>> manifest.num_views, manifest.statistics is None  # so it is unfinished
-    (2, True)
+    >>> manifest.layout.name, manifest.statistics is None  # so it is unfinished
+    ('latents', True)
 
     Attributes:
         tokenizer: ``fingerprint`` and the fields of its ``spec``.
@@ -90,7 +90,7 @@ class Manifest:
             version = content.pop("format")
             check(version == FORMAT, f"{path} is of format {version}, this aligntok reads {FORMAT}: encode again")
             manifest = cls(**{**content, "shards": [Record(**shard) for shard in content["shards"]]})
-            _ = manifest.shard_shape(0), manifest.count
+            _ = manifest.count, manifest.form(0)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -106,15 +106,12 @@ class Manifest:
         """Of the shards."""
         return TOKEN_LAYOUT if self.dtype == "uint16" else LATENT_LAYOUT
 
-    @property
-    def num_views(self) -> int:
-        """Views of an image, mirrored ones included."""
-        return CROPS[self.images["crop"]] * (1 + self.flips)
-
-    def shard_shape(self, count: int) -> tuple[int, ...]:
-        """Return the shape of ``latents`` or ``tokens`` of ``count`` images."""
+    def form(self, count: int) -> tuple[tuple[int, ...], str, int]:
+        """Return what a shard of ``count`` images must be: shape of its rows, dtype, number of views of an image."""
+        num_views = CROPS[self.images["crop"]] * (1 + self.flips)
         channels, h, w = self.tokenizer["latent_shape"]
-        return (count, channels, h, w) if self.layout is LATENT_LAYOUT else (count, self.num_views, h * w)
+        latents = self.layout is LATENT_LAYOUT
+        return (count, channels, h, w) if latents else (count, num_views, h * w), f"torch.{self.dtype}", num_views
 
     @property
     def count(self) -> int:

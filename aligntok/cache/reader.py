@@ -6,7 +6,7 @@ import errno
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -66,8 +66,7 @@ class CacheReader:
             self.views = list(zip(*(shard.views for shard in self.shards), strict=True))  # of each view, its shards
             self.labels: Indices = np.concatenate([shard.labels() for shard in self.shards])
         except OSError as error:
-            many = f": its {len(self.shards)} shards are more than `ulimit -n` allows"
-            many = many if error.errno == errno.EMFILE else ""
+            many = f": more than `ulimit -n` allows, {len(self.shards)}" if error.errno == errno.EMFILE else ""
             raise UserError(f"cannot map the shards of {folder} ({error}){many}") from error
         self.starts: Indices = np.cumsum([0] + [shard.shape[0] for shard in self.shards])[:-1]
 
@@ -78,19 +77,14 @@ class CacheReader:
             UserError: It is not.
         """
         shard = Shard.open(path, self.layout)
-        found: Any = (shard.shape, str(shard.dtype), len(shard.starts))
         if self.manifest:
             record = self.records[path.name]
-            expected: Any = (
-                self.manifest.shard_shape(record.count),
-                f"torch.{self.manifest.dtype}",
-                self.manifest.num_views,
-            )
             check(not verify or hash_file(path) == record.sha256, f"{path} is altered: its hash is not the manifest's")
+            expected = self.manifest.form(record.count)
         else:
-            first = (self.shards or [shard])[0]
-            expected = (shard.shape[:1] + first.shape[1:], str(first.dtype), len(first.starts))
-        check(found == expected, f"{path} is altered: it holds {found}, not {expected}")
+            (_, *row), dtype, num_views = (self.shards or [shard])[0].form
+            expected = (shard.shape[0], *row), dtype, num_views
+        check(shard.form == expected, f"{path} is altered: it holds {shard.form}, not {expected}")
         return shard
 
     @cached_property

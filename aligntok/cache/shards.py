@@ -38,26 +38,24 @@ WRITE = "aligntok encode --config {}cache.yaml --tokenizer CHECKPOINT --output F
 class Layout(NamedTuple):
     """What the shards of a kind of cache look like.
 
-    >>> LATENT_LAYOUT.name, LATENT_LAYOUT.dtypes["BF16"], TOKEN_LAYOUT.num_axes
-    ('latents', torch.bfloat16, 3)
+    >>> LATENT_LAYOUT.name, LATENT_LAYOUT.dtypes["BF16"], TOKEN_LAYOUT.row_axes
+    ('latents', torch.bfloat16, 1)
 
     Attributes:
         name: Of the tensor that holds the rows; the files are called after it.
         dtypes: That it may have, by safetensors' names.
-        num_axes: Of the tensor.
-        row_axes: Of the row of one view of an image, the last ones of the tensor.
+        row_axes: How many of its axes, the last ones, belong to the row of one view of an image.
         write: The command that writes such a cache.
     """
 
     name: str
     dtypes: dict[str, torch.dtype]
-    num_axes: int
     row_axes: int
     write: str
 
 
-LATENT_LAYOUT = Layout(LATENTS, {"F32": torch.float32, "BF16": torch.bfloat16}, 4, 3, WRITE.format(""))
-TOKEN_LAYOUT = Layout(TOKENS, {"U16": torch.uint16}, 3, 1, WRITE.format("token_"))
+LATENT_LAYOUT = Layout(LATENTS, {"F32": torch.float32, "BF16": torch.bfloat16}, 3, WRITE.format(""))
+TOKEN_LAYOUT = Layout(TOKENS, {"U16": torch.uint16}, 1, WRITE.format("token_"))
 
 
 class View(NamedTuple):
@@ -80,6 +78,12 @@ class View(NamedTuple):
 @dataclass(frozen=True)
 class Shard:
     """One file of latents or tokens, by its header; the rows stay on disk.
+
+    >>> from safetensors.torch import save_file
+    >>> path = getfixture("tmp_path") / shard_name(0)
+    >>> save_file({"latents": torch.rand(5, 8, 4, 4), "labels": torch.arange(5)}, path)
+    >>> Shard.open(path, LATENT_LAYOUT).form
+    ((5, 8, 4, 4), 'torch.float32', 1)
 
     Attributes:
         path: The file.
@@ -124,13 +128,18 @@ class Shard:
             raise UserError(f"{path} is no shard of {layout.name}, or its header is altered ({error!r})") from error
         check(size == whole, f"{path} is truncated or altered: it has {size:,} bytes, its header says {whole:,}")
         keys = [key for key in (layout.name, MIRRORED) if key in shapes]
-        fitting = labelled and len(shape) == layout.num_axes and all(shapes[key] == shape for key in keys)
+        fitting = labelled and len(shape) > layout.row_axes and all(shapes[key] == shape for key in keys)
         check(fitting, f"{path} is no shard of {layout.name} with as many labels (int64)")
         row_shape = shape[-layout.row_axes :]
         row_size = math.prod(row_shape) * dtype.itemsize
         within = range(math.prod(shape[1 : -layout.row_axes]))  # views of an image that lie side by side
         starts = [offsets[key] + view * row_size for key in keys for view in within]
         return cls(path, dtype, shape, row_shape, starts, offsets[LABELS])
+
+    @property
+    def form(self) -> tuple[tuple[int, ...], str, int]:
+        """Shape, dtype and number of views of an image."""
+        return self.shape, str(self.dtype), len(self.starts)
 
     @cached_property
     def views(self) -> list[View]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligntok.cache.shards import Shard
-from aligntok.errors import UserError
+from aligntok.errors import check
 
 STATISTICS_COUNT = 10_000  # LightningDiT: at most so many latents give mean and standard deviation
 
@@ -42,8 +42,7 @@ def channel_statistics(
         dist.all_reduce(sums)
         sums = sums.cpu()
     total, square, count = sums
-    if count[0] < 1:
-        raise UserError("there are no images to measure the latents on")
+    check(bool(count[0] > 0), "there are no images to measure the latents on")
     variance = (square - total.square() / count) / (count - 1).clamp_min(1)
     return (total / count).float(), variance.clamp_min(0).sqrt().float()
 

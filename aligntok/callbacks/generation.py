@@ -77,7 +77,7 @@ class GenerationQuality(Measurement):
         if not isinstance(self.reference, str):
             needed_data(trainer, HasReferenceImages, "GenerationQuality", "name a file as its `reference`")
         elif not Path(self.reference).is_file():
-            raise UserError(f"there is no reference {self.reference}: see the README on evaluation")
+            raise UserError(f"there is no reference {self.reference}: see docs/generators.md on evaluation")
         load_frozen(self.metrics.network)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

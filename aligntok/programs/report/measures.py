@@ -15,7 +15,11 @@ FAR = "distance, in a network's features, between the statistics of "
 
 
 class Measure(NamedTuple):
-    """Heading, how a number is written, whether more is better (``None``: no run is the best), and what it means."""
+    """Heading, how a number is written, whether more is better (``None``: no run is the best), and what it means.
+
+    >>> Measure("rFID", "{:.3g}", up=False, meaning="distance of reconstructions and images").title
+    'rFID\N{NO-BREAK SPACE}↓'
+    """
 
     heading: str
     form: str

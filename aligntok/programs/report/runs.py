@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 
 KINDS = ("other", "tokenizer", "generator")  # in the order of training
 MARKS = ("run.json", "config.yaml", "metrics.csv", "checkpoints")  # a folder with one of these is a run's
@@ -25,6 +25,10 @@ class Run:
     """One run: its record, where it has one, its config, its measures over the steps, and the runs it builds on.
 
     ``parent`` is the run whose weights it started with; ``tokenizer`` the one whose latents a generator learns.
+
+    >>> run = Run(Path("runs/stage1"))  # a folder that is not there is an empty run
+    >>> run.name, run.steps, run.value("val/psnr")
+    ('stage1', 0, None)
     """
 
     parent: Run | None = None
@@ -156,22 +160,23 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 def read(path: Path) -> dict[str, Any]:
     """Return the mapping in a file (``rows`` of a table), empty where there is none; refuse what is broken."""
-    wrong = ""
+    if not path.is_file():
+        return {}
     try:
-        if path.suffix == ".csv" and path.is_file():
-            return {"rows": list(csv.DictReader(path.read_text().splitlines()))}
-        content = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text()) if path.is_file() else {}
+        content = path.read_text()
+        if path.suffix == ".csv":
+            return {"rows": list(csv.DictReader(content.splitlines()))}
+        found = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
     except (ValueError, csv.Error, yaml.YAMLError) as error:
-        content, wrong = None, " ".join(str(error).split())[:200]
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is broken: {wrong or 'it holds no mapping'}")
-    known = {key: kind for key, kind in TYPES.get(path.name, {}).items() if content.get(key) is not None}
-    odd = [(key, content[key]) for key, kind in known.items() if not isinstance(content[key], kind)]
-    pairs: dict[str, Any] = content["parameters"] if "parameters" in known and not odd else {}
-    odd += [(f"parameters of {part}", n) for part, n in pairs.items() if not re.fullmatch(r"\[\d+, \d+]", str(n))]
-    if odd:
-        raise UserError(f"{path} is broken: {odd[0][0]} is {odd[0][1]!r:.100}")
-    return content
+        raise UserError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from error
+    check(isinstance(found, dict), f"{path} is broken: it holds no mapping")
+    for key, kind in TYPES.get(path.name, {}).items():
+        value = found.get(key)
+        check(value is None or isinstance(value, kind), f"{path} is broken: {key} is {value!r:.100}")
+        for part, numbers in value.items() if key == "parameters" and value else ():
+            fits = re.fullmatch(r"\[\d+, \d+]", str(numbers)) is not None
+            check(fits, f"{path} is broken: parameters of {part} is {numbers!r:.100}")
+    return dict(found)
 
 
 def number(value: Any) -> float | None:
