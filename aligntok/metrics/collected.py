@@ -37,7 +37,7 @@ class Collected:
         """Add features (B, D) of images with ids (B,), by default in the order they come, and labels (B,), if known."""
         if id is None:
             rank, ranks = rank_and_number()
-            id = torch.arange(self.seen, self.seen + len(features)) * ranks + rank
+            id = torch.arange(self.seen, self.seen + len(features), device=features.device) * ranks + rank
         self.seen += len(features)
         label = torch.full_like(id, -1) if label is None else label
         keys = torch.stack([id, label], dim=1).to(features.device, torch.int64)
