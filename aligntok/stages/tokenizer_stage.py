@@ -203,9 +203,10 @@ class TokenizerStage(Stage):
         check(data.has_images, text)
 
     def on_fit_start(self) -> None:
-        """Measure the latents of the tokenizer that came, unless the run goes on from a checkpoint.
+        """Measure the latents before the first step, unless the run goes on from a checkpoint.
 
-        Cached latents are in the units of the tokenizer that wrote them: then its statistics stay.
+        Cached latents are in the units of the tokenizer that wrote them: then its statistics stay. ``setup`` is too
+        early: Lightning loads the weights of ``--ckpt_path``, statistics among them, after it.
         """
         cached = self.check_cache()
         needed = self.measures_latents and self.tokenizer.quantizer is None and not self.previous.measured
@@ -228,10 +229,7 @@ class TokenizerStage(Stage):
     on_test_start = on_validation_start
 
     def check_cache(self) -> bool:
-        """Return whether the data hold cached latents, which must be this tokenizer's.
-
-        ``setup`` is too early for that: Lightning loads the weights of ``--ckpt_path`` after it.
-        """
+        """Return whether the data hold cached latents; a ``UserError`` where another tokenizer wrote them."""
         data = offered_data(self.trainer, HasCache)
         if data is None or not data.has_latents:
             return False
