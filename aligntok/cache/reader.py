@@ -60,8 +60,10 @@ class CacheReader:
         if problems:
             if on_bad_shard == "raise" or not self.shards:
                 repair = f"`aligntok repair {folder}` encodes again what is broken, and only that"
-                raise UserError(f"{brief(problems)}. {repair if self.manifest else f'Extract the {layout.name} again'}")
-            print(f"aligntok: shards skipped: {brief(problems)}", file=sys.stderr, flush=True)
+                raise UserError(
+                    f"{summary(problems)}. {repair if self.manifest else f'Extract the {layout.name} again'}"
+                )
+            print(f"aligntok: shards skipped: {summary(problems)}", file=sys.stderr, flush=True)
         try:
             self.views = list(zip(*(shard.views for shard in self.shards), strict=True))  # of each view, its shards
             self.labels: Indices = np.concatenate([shard.labels() for shard in self.shards])
@@ -116,7 +118,7 @@ def finished_manifest(folder: Path, layout: Layout) -> Manifest | None:
     return manifest
 
 
-def brief(problems: dict[str, str]) -> str:
+def summary(problems: dict[str, str]) -> str:
     """Return the first problem, and the names of the other shards that have one."""
     first, *others = problems
     shown = f"; also {', '.join(others[:3])}" if others else ""

@@ -53,8 +53,8 @@ class CacheWriter:
     @property
     def blocks(self) -> list[range]:
         """Image ids of each shard."""
-        size, count = self.manifest.shard_size, self.manifest.count
-        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+        ids, size = range(self.manifest.count), self.manifest.shard_size
+        return [ids[first : first + size] for first in ids[::size]]
 
     def path(self, ids: range) -> Path:
         """Return the file of a shard."""

@@ -106,6 +106,8 @@ def encode(
     bytes. At the end some rows are read back, decoded and compared with their images (``check.png``: images above
     reconstructions, then the same of the mirrored ones).
 
+    >>> encode(load_tokenizer("stage3.ckpt"), ImageFolder("photos"), "runs/latents")  # doctest: +SKIP
+
     Args:
         tokenizer: Of measured latents, or a discrete one; it is left on the device, in eval mode.
         images: Items (PIL image, label), e.g. an ``ImageFolder``; those that cannot be read are named and left out.
@@ -124,8 +126,8 @@ def encode(
             images.
     """
     check_positive(shard_size=shard_size, batch_size=batch_size)
-    gives_images = batch_source(images) is None
-    check(gives_images, f"images: {images} gives no images to encode, name a source of (PIL image, label)")
+    nothing = f"images: {images} gives no images to encode, name a source of (PIL image, label)"
+    check(batch_source(images) is None, nothing)
     fabric, views = fabric or make_fabric(devices=1), views or Views()
     tokenizer = tokenizer.to(fabric.device).eval()
     spec = tokenizer.spec
@@ -136,7 +138,8 @@ def encode(
         check_usable(tokenizer, views, dtype)
         dataset.check_readable()
         fields = json.loads(json.dumps(asdict(spec)))  # tuples are lists, as in the file
-        written_by = {key: value for key, value in fields.items() if value is not None}
+        known = {key: value for key, value in fields.items() if value is not None}
+        written_by = {"fingerprint": tokenizer.fingerprint(), **known}
         source = {
             "source": crop_id(images, size),
             "crop": views.crops,
@@ -144,8 +147,7 @@ def encode(
             "classes": [str(name) for name in getattr(images, "classes", [])],
         }
         stored = dtype or ("float32" if spec.kind == "continuous" else "uint16")
-        tokenizer_entry = {"fingerprint": tokenizer.fingerprint(), **written_by}
-        writer = CacheWriter(Path(folder), Manifest(tokenizer_entry, source, stored, views.flips, shard_size))
+        writer = CacheWriter(Path(folder), Manifest(written_by, source, stored, views.flips, shard_size))
         return writer, unfinished("shards", writer.blocks, writer.is_finished)
 
     writer, left = on_first_rank(fabric, begin)

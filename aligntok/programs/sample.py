@@ -55,6 +55,8 @@ def sample(
     name says how many. A sample depends on its place and label alone, so any number of ranks writes the same files
     (another batch size may tip the rounding of a pixel); what is there from an earlier call is not drawn again.
 
+    >>> sample(load_generator("last.ckpt"), ClassLabels(64, 1000).labels, "runs/samples")  # doctest: +SKIP
+
     Args:
         generator: With a tokenizer that decodes; it is left on the device, in eval mode.
         labels: Class of each sample, e.g. ``ClassLabels(50_000, 1000).labels``.
@@ -72,23 +74,23 @@ def sample(
     fabric = fabric or make_fabric(devices=1)
     generator.to(fabric.device).eval()
     files = SampleFolder(Path(folder), np.asarray(labels, dtype=np.int64))
-    count = len(files.labels)
-    blocks = [range(first, min(first + block_size, count)) for first in range(0, count, block_size)]
+    ids = range(len(files.labels))
+    blocks = [ids[first : first + block_size] for first in ids[::block_size]]
 
     def begin() -> list[range]:
         if generator.network.num_classes is not None:
             generator.network.check_labels(torch.from_numpy(files.labels))
         files.begin(what_decides(generator, files.labels, fabric))
-        return unfinished("blocks", blocks, files.hold)
+        return unfinished("blocks", blocks, files.is_finished)
 
     left = on_first_rank(fabric, begin)
     progress = progress_of(fabric, "samples", left)
-    for _, ids in dealt(fabric, left, batch_size):
-        label = torch.from_numpy(files.labels[ids.start : ids.stop])
-        batch = fabric.to_device({"id": torch.tensor(ids), "label": label})
+    for _, part in dealt(fabric, left, batch_size):
+        label = torch.from_numpy(files.labels[part.start : part.stop])
+        batch = fabric.to_device({"id": torch.tensor(part), "label": label})
         with fabric.autocast():
-            files.write(ids, generator.predict_step(batch, 0)["image"])
-        progress.add(len(ids))
+            files.write(part, generator.predict_step(batch, 0)["image"])
+        progress.add(len(part))
     fabric.barrier()
     on_first_rank(fabric, lambda: files.finish(npz, blocks))
 
@@ -120,7 +122,7 @@ class SampleFolder:
             check(there.get(key) == ours, f"{theirs}, but this run's {key} is {ours}: give another --output")
         write_text(path, json.dumps(record, indent=1))
 
-    def hold(self, ids: range) -> bool:
+    def is_finished(self, ids: range) -> bool:
         """Tell whether the pictures of these samples are there; each was written whole or not at all."""
         return all(self.path(id).is_file() for id in ids)
 
