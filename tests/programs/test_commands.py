@@ -79,7 +79,7 @@ def test_samples_of_a_checkpoint_alone_of_a_recipe_alone_and_of_numbers_said_by_
     assert main(["encode", *where, *val]) == 0
     Path("mine.yaml").write_text(
         "layers: [quickstart/dit.yaml, run/debug.yaml]\n"
-        f"data: {{val: null, train: {{init_args: {{folder: {runs}/latents}}}}}}\n"
+        f"data: {{val: 0.1, train: {{init_args: {{folder: {runs}/latents}}}}}}\n"
         "model: {init_args: {seed: '${data.init_args.seed}'}}\n"
     )
     assert main(["fit", "--config", "mine.yaml", "--data.seed", "5", "--callbacks", "{}"]) == 0
