@@ -190,8 +190,8 @@ def check_usable(tokenizer: Tokenizer, views: Views, dtype: str | None) -> None:
     """Refuse rows that no generator could use, with a ``UserError``."""
     size = tokenizer.spec.codebook_size
     if tokenizer.spec.kind == "continuous":
-        crops = f"views.crops {views.crops} is for tokens, but this tokenizer is continuous: use center"
-        check(views.crops == "center", crops)
+        many = f"views.crops {views.crops} is for tokens, but this tokenizer is continuous: use center"
+        check(views.crops == "center", many)
         check(
             tokenizer.is_measured,
             "the latents of this tokenizer were never measured, so they would be cached unscaled: stages 2 and 3"
@@ -233,12 +233,7 @@ def measured(written: CacheReader, tokenizer: Tokenizer) -> tuple[dict[str, list
 
 
 def self_check(
-    written: CacheReader,
-    dataset: ImageDataset,
-    tokenizer: Tokenizer,
-    views: Views,
-    fabric: Fabric,
-    min_psnr: float,
+    written: CacheReader, dataset: ImageDataset, tokenizer: Tokenizer, views: Views, fabric: Fabric, min_psnr: float
 ) -> str:
     """Decode some cached rows, draw them, and return their PSNR in words.
 
