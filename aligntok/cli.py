@@ -16,15 +16,16 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonito
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from omegaconf.errors import InterpolationKeyError
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
-from aligntok.callbacks.trainer_io import AtomicCheckpointIO, MetricsCSV
-from aligntok.errors import UserError
+from aligntok.callbacks.checkpoint import AtomicCheckpointIO
+from aligntok.callbacks.progress import MetricsCSV
+from aligntok.errors import UserError, check
 from aligntok.files import write_text
-from aligntok.layers import DATA, read_configs, split_configs, to_text, with_class
-from aligntok.messages import HelpFormatter, ShortErrors, building, missing_reference
+from aligntok.layers import read_command, to_text
+from aligntok.messages import HelpFormatter, ShortErrors, building
 from aligntok.programs.repair import refuse_writers
+from aligntok.references import followed
 from aligntok.stages import Stage
 from aligntok.weights.checkpoint import read_checkpoint
 
@@ -47,10 +48,8 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, its configs merged into one."""
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # a config's root is its verb's
-        try:
+        with followed():
             self.config = parser.parse_args(merge_layers(sys.argv[1:]))
-        except InterpolationKeyError as error:
-            raise UserError(missing_reference(error)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what Lightning lacks."""
@@ -75,26 +74,26 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the checkpoint, and say what is wrong with it before anything is built."""
         config = self.config[self.subcommand]
-        config.weights_only = True  # our CheckpointIO does so anyway; said here, Lightning does not wonder
+        config.weights_only = True  # AtomicCheckpointIO reads nothing else; said here, Lightning does not warn
+        last = Path(config.output) / "checkpoints" / "last.ckpt"
         if self.subcommand == "fit":
-            self.check_start(config, Path(config.output) / "checkpoints" / "last.ckpt")
+            self.check_start(config, last)
         elif config.ckpt_path == "last":
-            config.ckpt_path = str(Path(config.output) / "checkpoints" / "last.ckpt")
-            if not Path(config.ckpt_path).is_file():
-                raise UserError(f"--ckpt_path last: there is no {config.ckpt_path}. Name a checkpoint, or its --output")
-        elif not config.ckpt_path and not config.init_from:
-            raise UserError(f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT")
+            config.ckpt_path = str(last)
+            check(last.is_file(), f"--ckpt_path last: there is no {last}. Name a checkpoint, or its --output")
+        else:
+            words = f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT"
+            check(bool(config.ckpt_path or config.init_from), words)
         if config.ckpt_path:
             read_checkpoint(config.ckpt_path, ema=config.ema)  # maps the file: no tensor is read
 
     def check_start(self, config: Namespace, last: Path) -> None:
         """Resolve ``--ckpt_path last``, and refuse to write over another run or to start a stage from nothing."""
-        if config.ema is not None:
-            raise UserError("--ema is of validate, test and predict: fit goes on with all weights that the run kept")
-        if config.ckpt_path is None and last.is_file():
-            raise UserError(
-                f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another --output"
-            )
+        check(config.ema is None, "--ema is of validate, test and predict: fit goes on with all weights that it kept")
+        check(
+            config.ckpt_path is not None or not last.is_file(),
+            f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another --output",
+        )
         if config.ckpt_path == "last":
             config.ckpt_path = str(last) if last.is_file() else None
             if config.ckpt_path is None:
@@ -104,13 +103,10 @@ class RunCLI(LightningCLI):
             raise UserError(f"{stage.__name__} starts from a previous stage: add --init_from CHECKPOINT of that stage")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Give the trainer the named callbacks, our checkpoint writer and the loggers of the run's folder.
-
-        Their order is of no meaning: Lightning calls those that write checkpoints last.
-        """
+        """Give the trainer the named callbacks (in any order), our checkpoint writer and the run's loggers."""
         config = self.config_init[self.subcommand]
         trainer, output = config.trainer, config.output
-        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
         loggers: list[Logger] | bool = False
         if self.subcommand == "fit" and not trainer.fast_dev_run:
             loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output)]
@@ -127,7 +123,7 @@ class RunCLI(LightningCLI):
             callbacks.append(ProgressBar())
         return super().instantiate_trainer(
             callbacks=[*callbacks, RunRecord()],
-            plugins=[*plugins, AtomicCheckpointIO(config.ema)],
+            plugins=[*filter(None, plugins), AtomicCheckpointIO(config.ema)],
             logger=loggers,
             **kwargs,
         )
@@ -141,23 +137,18 @@ class RunCLI(LightningCLI):
             self.model.init_from(config.init_from)
 
     def after_validate(self) -> None:
-        """Keep the measures."""
-        self.keep_measures("validate")
-
-    def after_test(self) -> None:
-        """Keep the measures."""
-        self.keep_measures("test")
-
-    def keep_measures(self, verb: str) -> None:
-        """Write the measures to ``validate.json`` or ``test.json`` in the output folder."""
+        """Write what was measured to ``validate.json`` or ``test.json`` in the output folder."""
         if self.trainer.is_global_zero:
+            config = self.config[self.subcommand]
             values = {name: round(float(value), 6) for name, value in sorted(self.trainer.callback_metrics.items())}
-            record = {"checkpoint": self._get(self.config, "ckpt_path"), "metrics": values}
+            record = {"checkpoint": config.ckpt_path, "metrics": values}
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             conditions = [c.conditions for c in callbacks if getattr(c, "conditions", "")]
             if conditions:
                 record["conditions"] = conditions[0]
-            write_text(Path(self._get(self.config, "output")) / f"{verb}.json", json.dumps(record, indent=1))
+            write_text(Path(config.output) / f"{self.subcommand}.json", json.dumps(record, indent=1))
+
+    after_test = after_validate
 
 
 class SaveConfig(SaveConfigCallback):
@@ -217,10 +208,6 @@ fit_command, validate_command, test_command, predict_command = (partial(run_verb
 
 def merge_layers(arguments: list[str]) -> list[str]:
     """Return a command with all its configs as one, before the rest: the command line overrules YAML in any order."""
-    names, others = split_configs(arguments[1:])
-    if not names:
-        return arguments
-    config = read_configs(*names)
-    if isinstance(config.get("data"), dict):
-        config["data"] = with_class(config["data"], DATA)
-    return [arguments[0], "--config", to_text(config), *others]
+    verb, *words = arguments
+    config, others = read_command(words)
+    return [verb, "--config", to_text(config), *others] if config else arguments

@@ -37,19 +37,23 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], shared: 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError in torch.save
-        if temporary.is_file():
-            temporary.unlink()
         raise UserError(
             f"cannot write {path} ({error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]});"
             " what was there before is untouched. Free some space, then go on with it (fit: --ckpt_path last)"
         ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        if temporary.is_file():  # not complete
+            temporary.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8) atomically."""
+    """Write a text file (UTF-8) atomically.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "run" / "note.txt"
+    >>> write_text(path, "done"); path.read_text()
+    'done'
+    """
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

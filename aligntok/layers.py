@@ -8,6 +8,7 @@ A key with a plus, ``callbacks+:``, appends to a list.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 from collections.abc import Mapping
@@ -21,12 +22,31 @@ from aligntok.errors import UserError
 
 Config = dict[str, Any]
 
-CONFIG_FOLDERS = (
-    Path(__file__).parent / "configs",
-    Path(__file__).parent.parent / "configs",
-)  # installed, or a checkout
-LAYERS = "layers"
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
 DATA = "aligntok.data.LatentDataModule"  # the class of `data:` where it names none
+
+
+def split_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names after ``--config``, and the other words.
+
+    Example:
+        >>> split_configs(["--config", "a.yaml", "--output", "x", "--config=b.yaml"])
+        (['a.yaml', 'b.yaml'], ['--output', 'x'])
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", nargs="?", action="append", const="", default=[])
+    named, others = parser.parse_known_args(arguments)
+    return named.config, others
+
+
+def read_command(arguments: list[str]) -> tuple[Config, list[str]]:
+    """Return the configs that a command line names as one, its data module in full, and the other words."""
+    names, others = split_configs(arguments)
+    config = read_configs(*names)
+    if isinstance(config.get("data"), dict):
+        config["data"] = with_class(config["data"], DATA)
+    return config, others
 
 
 def read_configs(*names: str) -> Config:
@@ -89,26 +109,6 @@ def with_class(part: Config, class_path: str) -> Config:
     return {"class_path": class_path, "init_args": merge(arguments, part.get("init_args") or {})}
 
 
-def split_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return the names after ``--config``, and the other words.
-
-    Example:
-        >>> split_configs(["--config", "a.yaml", "--output", "x", "--config=b.yaml"])
-        (['a.yaml', 'b.yaml'], ['--output', 'x'])
-    """
-    names: list[str] = []
-    others: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument in ("-c", "--config"):
-            names.append(next(rest, ""))
-        elif argument.startswith("--config="):
-            names.append(argument.removeprefix("--config="))
-        else:
-            others.append(argument)
-    return names, others
-
-
 def to_text(config: Config) -> str:
     """Return a config as YAML, with nothing said by reference."""
     dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
@@ -125,8 +125,7 @@ def _accepted(class_path: str, arguments: Config) -> Config:
     target: Any = locate(class_path)
     names: set[str] = set()
     for part in inspect.getmro(target) if inspect.isclass(target) else [target] if target else []:
-        call = part.__init__ if inspect.isclass(part) else part
-        parameters = inspect.signature(call).parameters.values()
+        parameters = inspect.signature(part.__init__ if inspect.isclass(part) else part).parameters.values()
         names.update(parameter.name for parameter in parameters)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break  # nothing is handed on to a parent
@@ -147,8 +146,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> Config:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} is empty or no mapping of keys to values")
     config: Config = {}
-    shipped = is_shipped(path)
-    for name in content.pop(LAYERS, None) or []:
+    shipped = path.is_relative_to(SHIPPED)
+    for name in content.pop("layers", None) or []:
         config = merge(config, _read(find_config(str(name), shipped_first=shipped), (*above, path)))
     return merge(config, content)
 
@@ -163,8 +162,7 @@ def find_config(name: str, shipped_first: bool = False) -> Path:
     Raises:
         UserError: There is none; the message gives names that are near.
     """
-    folders = [folder for folder in CONFIG_FOLDERS if folder.is_dir()]
-    for folder in [*folders, Path()] if shipped_first else [Path(), *folders]:
+    for folder in (SHIPPED, Path()) if shipped_first else (Path(), SHIPPED):
         if (folder / name).is_file():
             return folder / name
     names = shipped_configs()
@@ -172,12 +170,6 @@ def find_config(name: str, shipped_first: bool = False) -> Path:
     raise UserError(f"--config {name}: no such file here, and no shipped config. Near names: {', '.join(near)}")
 
 
-def is_shipped(path: Path) -> bool:
-    """Return whether a config is one of those that come with the package."""
-    return any(path.resolve().is_relative_to(folder.resolve()) for folder in CONFIG_FOLDERS)
-
-
 def shipped_configs() -> list[str]:
     """Return the names of the shipped configs."""
-    folder = next(folder for folder in CONFIG_FOLDERS if folder.is_dir())
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+    return sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
-from omegaconf.errors import InterpolationKeyError
 
 from aligntok.errors import UserError
 
@@ -46,13 +45,6 @@ def building() -> Iterator[None]:
         if cause is None and "Dataset not found" not in str(error):  # torchvision's words
             raise
         raise UserError(str(cause or error)) from error
-
-
-def missing_reference(error: InterpolationKeyError) -> str:
-    """Return the message of a key ``${data.init_args.image_size}`` whose other key is missing."""
-    key = str(error.full_key).partition(".")[2]
-    other = re.sub(r".*resolved to '\w+\.([\w.]+)'.*", r"\1", str(error.msg), flags=re.DOTALL)
-    return f"{key} follows {other}, which is missing: give one of the two"
 
 
 def short_message(message: str) -> str:

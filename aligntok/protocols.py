@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 
 if TYPE_CHECKING:
     from aligntok.networks.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class HasFingerprint(Protocol):
 
 
 class HasSourceIndices(Protocol):
-    """Where an image of a split, which may be a part of a source, stands in that source."""
+    """Where an image of a split, which may be a subset of a source, stands in that source."""
 
     def source_indices(self, split: str, ids: Sequence[int]) -> list[int]:
         """Return the places in the source of the images ``ids`` of ``train``, ``val`` or ``test``."""
@@ -106,11 +106,6 @@ class HasCache(Protocol):
         """Raise a ``UserError`` where cached tokens have other sizes or were written by another tokenizer."""
 
 
-def data_of(trainer: Any) -> Any:
-    """Return the data module of a trainer, or ``None`` where it was given plain data loaders."""
-    return getattr(trainer, "datamodule", None)  # Lightning sets the attribute only where there is one
-
-
 def missing(data: Any, protocol: type) -> list[str]:
     """Return the methods of a protocol that the data lacks, without calling any of them."""
     names = [name for name in vars(protocol) if not name.startswith("_")]
@@ -129,11 +124,10 @@ def needed_data(trainer: Any, protocol: type[T], who: str, remedy: str) -> T:
     Raises:
         UserError: There is no data module or some of the methods are missing; names them.
     """
-    data = data_of(trainer)
-    lacking = missing(data, protocol)
-    if lacking:
-        where = "a data module" if data is None else f"the data module {type(data).__name__}"
-        raise UserError(f"{who} needs {where} with {' and '.join(f'{name}()' for name in lacking)}; or {remedy}")
+    data: Any = getattr(trainer, "datamodule", None)  # Lightning sets the attribute only where there is one
+    methods = " and ".join(f"{name}()" for name in missing(data, protocol))
+    where = "a data module" if data is None else f"the data module {type(data).__name__}"
+    check(not methods, f"{who} needs {where} with {methods}; or {remedy}")
     return data  # type: ignore[no-any-return]
 
 
@@ -145,13 +139,14 @@ def offered_data(trainer: Any, protocol: type[T]) -> T | None:
     Raises:
         UserError: It has some of the methods but not all; names those that are missing.
     """
-    data = data_of(trainer)
+    data: Any = getattr(trainer, "datamodule", None)
     lacking = missing(data, protocol)
     if not lacking:
         return data  # type: ignore[no-any-return]
-    if {name for name in vars(protocol) if not name.startswith("_")} - set(lacking) - COMMON:
-        raise UserError(
-            f"the data module {type(data).__name__} has some methods of aligntok.protocols.{protocol.__name__}, but not"
-            f" {', '.join(lacking)}: add these"
-        )
+    offered = {name for name in vars(protocol) if not name.startswith("_")} - set(lacking) - COMMON
+    check(
+        not offered,
+        f"the data module {type(data).__name__} has some methods of aligntok.protocols.{protocol.__name__}, but not"
+        f" {', '.join(lacking)}: add these",
+    )
     return None

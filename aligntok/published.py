@@ -28,8 +28,7 @@ def published_file(url: str, needed_by: str, remedy: str = "") -> Path:
     Raises:
         UserError: They are nowhere and cannot be downloaded.
     """
-    found = find_published(url)
-    if found is not None:
+    if (found := find_published(url)) is not None:
         return found
     path, stem = _places(url)[0], url.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     try:

@@ -6,31 +6,26 @@ import math
 from bisect import bisect_right
 from itertools import pairwise
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 
 
 class CosineDecay:
-    """A linear warm-up from 0, then half a cosine down, then constant.
+    """A linear warm-up from 0 to ``peak``, then half a cosine down to ``end``, then constant.
 
-    Args:
-        peak: Value at the end of the warm-up.
-        end: Value at ``num_steps``.
-        warmup_steps: Steps of the warm-up; 0 begins at the peak.
-        num_steps: Steps of warm-up and cosine together.
-
-    Raises:
-        UserError: The cosine would have no step, or the warm-up is negative.
+    >>> decay = CosineDecay(peak=1.0, end=0.0, warmup_steps=10, num_steps=110)  # steps of both together
+    >>> [round(decay(step), 3) for step in (0, 5, 10, 60, 200)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
 
     Reference:
         Loshchilov and Hutter, SGDR, arXiv:1608.03983, without restarts.
     """
 
     def __init__(self, peak: float, end: float, warmup_steps: int, num_steps: int) -> None:
-        if not 0 <= warmup_steps < num_steps:
-            raise UserError(
-                f"CosineDecay: warmup_steps {warmup_steps}, num_steps {num_steps}: give 0 <= warmup_steps < num_steps,"
-                " which counts the warm-up too"
-            )
+        check(
+            0 <= warmup_steps < num_steps,
+            f"CosineDecay: warmup_steps {warmup_steps}, num_steps {num_steps}: give 0 <= warmup_steps < num_steps,"
+            " which counts the warm-up too",
+        )
         self.peak, self.end, self.warmup_steps, self.num_steps = peak, end, warmup_steps, num_steps
 
     def __call__(self, step: int) -> float:
@@ -50,28 +45,27 @@ steps. In YAML, ``{class_path: aligntok.schedule.CosineDecay, init_args: {...}}`
 
 
 def value_at(schedule: Schedule, step: int) -> float:
-    """Return the value of ``schedule`` at optimizer step ``step``."""
+    """Return the value of ``schedule`` at optimizer step ``step``.
+
+    >>> [value_at({0: 0.0, 1000: 1e-4}, step) for step in (0, 500, 1000, 2000)]
+    [0.0, 5e-05, 0.0001, 0.0001]
+    """
     if isinstance(schedule, CosineDecay):
         return schedule(step)
     if not isinstance(schedule, dict):
         return float(schedule)
     steps = sorted(schedule)
     right = bisect_right(steps, step)
-    if right == 0:
-        return float(schedule[steps[0]])
-    if right == len(steps):
-        return float(schedule[steps[-1]])
-    start, end = steps[right - 1], steps[right]
-    share = (step - start) / (end - start)
+    start, end = steps[max(right - 1, 0)], steps[min(right, len(steps) - 1)]
+    share = (step - start) / (end - start) if end > start else 0.0
     return float(schedule[start] + share * (schedule[end] - schedule[start]))
 
 
 def check_schedule(name: str, schedule: Schedule) -> Schedule:
     """Return ``schedule`` if it can be evaluated, else raise a ``UserError`` that names ``name``."""
-    if isinstance(schedule, dict) and not schedule:
-        raise UserError(f"{name} is an empty schedule: give a number or {{step: value, ...}}")
-    if isinstance(schedule, dict) and min(schedule) < 0:
-        raise UserError(f"{name} has a negative step {min(schedule)}: steps count from 0")
+    if isinstance(schedule, dict):
+        check(bool(schedule), f"{name} is an empty schedule: give a number or {{step: value, ...}}")
+        check(min(schedule) >= 0, f"{name} has a negative step {min(schedule)}: steps count from 0")
     return schedule
 
 
@@ -84,7 +78,4 @@ def first_nonzero_step(schedule: Schedule) -> int | None:
     steps = sorted(schedule)
     if schedule[steps[0]] != 0:
         return 0
-    for left, right in pairwise(steps):
-        if schedule[right] != 0:
-            return left + 1
-    return None
+    return next((left + 1 for left, right in pairwise(steps) if schedule[right] != 0), None)

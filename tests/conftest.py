@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from aligntok.callbacks.trainer_io import AtomicCheckpointIO
+from aligntok.callbacks.checkpoint import AtomicCheckpointIO
 from aligntok.data import Augmentation, LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.flow import FlowMatching

@@ -16,13 +16,23 @@ from aligntok.data import TokenShards
 from aligntok.layers import find_config
 from aligntok.weights import load_tokenizer
 
+SIZES = ("--model.network.codebook_size=4096", "--model.network.grid=[16,16]", "--model.network.num_prefix=16")
 DEBUG = ("--config", "run/debug.yaml")
 
 
 def build(monkeypatch, tmp_path, *args: str) -> cli.RunCLI:
     """Parse and instantiate a command on the meta device without running it."""
     monkeypatch.setattr(cli.RunCLI, "_run_subcommand", lambda self, subcommand: None)
-    args = (*args, "--model.tokenizer", "null", *DEBUG, "--output", str(tmp_path / "run"))
+    args = (
+        *args,
+        "--model.tokenizer",
+        "null",
+        *SIZES,
+        "--model.network.num_classes=1000",
+        *DEBUG,
+        "--output",
+        str(tmp_path / "run"),
+    )
     with torch.device("meta"):
         return cli.run(["fit", *args])
 
@@ -109,9 +119,9 @@ def test_quickstart_recipes_run(in_folder, capsys):
 
     ours = ("--data.train.folder", str(tokens), "--data.augmentation.flip", "false", "--model.tokenizer.path", second)
     small = ("--config", "size/ar_debug.yaml", "--data.global_batch_size", "4", *ours)
-    sizes = ("--model.network.codebook_size", "256", "--model.network.grid", "[8,8]", "--model.network.num_prefix", "8")
-    command("fit", "alitok_ar.yaml", *small, *sizes)
+    command("fit", "alitok_ar.yaml", *small)
     capsys.readouterr()
-    assert main(["fit", "--config", "alitok_ar.yaml", *small, *DEBUG, "--output", "wrong"]) == 2
+    wrong = ("--model.network.codebook_size", "32", "--output", "wrong")
+    assert main(["fit", "--config", "alitok_ar.yaml", *small, *DEBUG, *wrong]) == 2
     words = "network.codebook_size 32 differs from the codebook_size of tokenizer 256"
     assert words in capsys.readouterr().err

@@ -47,8 +47,11 @@ def encoder_run(*args: str) -> Path:
         (["--config", "quickstart/encoder.yaml", "--trainer.max_steps", "many"], ["trainer.max_steps", "many"]),
         (["--config", "base.yaml"], ["data", "train", "recipe"]),
         (["--config", "data/shapes.yaml"], ["model", "recipe"]),
-        (["--config", "quickstart/stage2.yaml"], ["PerceptualAlignment", "previous stage", "--init_from"]),
-        (["--config", "quickstart/stage1.yaml"], ["encoder.safetensors", "no file"]),
+        (["--config", "stage2.yaml"], ["PerceptualAlignment", "previous stage", "--init_from"]),
+        (
+            ["--config", "quickstart/stage1.yaml"],
+            ["model.tokenizer.encoder.name", "no checkpoint runs/quickstart/encoder"],
+        ),
         (
             ["--config", "quickstart/encoder.yaml", "--model.encoder.init_args.name", "vit_tinny_patch16_224"],
             ["vit_tiny_patch16_224"],
@@ -116,7 +119,7 @@ def test_command_line_overrules_yaml_in_any_order():
 
 def printed_config(capsys, *args: str) -> dict:
     with pytest.raises(SystemExit):
-        main(["fit", "--config", "quickstart/stage1.yaml", *args, "--print_config"])
+        main(["fit", "--config", "stage1.yaml", *args, "--print_config"])
     return yaml.safe_load(capsys.readouterr().out)
 
 

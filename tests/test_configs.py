@@ -28,7 +28,10 @@ RECIPES = [
 OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
 OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {"evaluate.yaml"}
 OPTIONAL |= {f"size/ar_{size}.yaml" for size in ("l", "xl", "debug")} | {"size/alitok_debug.yaml"}
-AFTER_OTHERS = {"quickstart/dit.yaml", "quickstart_alitok/ar.yaml"}  # built from files of other runs
+AFTER_OTHERS = {"quickstart_alitok/ar.yaml"}  # built from files of other runs
+AFTER_OTHERS |= {f"quickstart/{name}.yaml" for name in ("stage1", "control", "stage2", "stage3", "dit")}
+IMAGENET = ("--model.tokenizer", "null", "--model.network.latent_shape=[32,16,16]", "--model.network.num_classes=1000")
+TOKENS = ("--model.network.codebook_size=4096", "--model.network.grid=[16,16]", "--model.network.num_prefix=16")
 DEBUG = ("--config", "size/debug.yaml", "--config", "data/shapes.yaml", "--data.global_batch_size", "4")
 
 
@@ -62,8 +65,9 @@ def test_encode_takes_its_configs(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - AFTER_OTHERS))
 def test_recipe_builds_on_meta(name, monkeypatch, tmp_path):
-    generator = layers_of(name) & {"dit.yaml", "alitok_ar.yaml"}
-    model = build(monkeypatch, tmp_path, "--config", name, *(("--model.tokenizer", "null") if generator else ())).model
+    tokens = (IMAGENET[0], IMAGENET[1], IMAGENET[3], *TOKENS) if "alitok_ar.yaml" in layers_of(name) else ()
+    sizes = IMAGENET if "dit.yaml" in layers_of(name) else tokens
+    model = build(monkeypatch, tmp_path, "--config", name, *sizes).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     groups = model.parameter_groups()
     assert all(group.parameters for group in groups.values())
@@ -133,7 +137,7 @@ def test_comment_on_epochs_is_what_the_config_computes(name, epochs, monkeypatch
 
 @pytest.mark.parametrize(("name", "epochs"), [("dit.yaml", 64), ("dit_800ep.yaml", 800)])
 def test_generator_recipes_are_lightningdits(name, epochs, monkeypatch, tmp_path):
-    cli = build(monkeypatch, tmp_path, "--config", name, "--model.tokenizer", "null")
+    cli = build(monkeypatch, tmp_path, "--config", name, *IMAGENET)
     network = cli.model.network
     qk_norm = 28 * 2 * 72 if epochs == 800 else 0
     assert sum(p.numel() for p in network.parameters()) + network.positions.numel() == 675_256_736 + qk_norm
@@ -212,25 +216,36 @@ def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     checkpoint = fit("dit.yaml", *small)
     fit("dit_800ep.yaml", *small)
     ours = ("--model.tokenizer", "aligntok.weights.load_tokenizer", "--model.tokenizer.path", tokenizer)
+    ours = (*ours, "--model.network.latent_shape=[4,2,2]", "--model.network.num_classes=12")
     fit("lightningdit.yaml", *small, *ours)
 
     samples = (*small[:2], "--config", "sample.yaml", "--num_samples", "3")
-    assert program("sample", "dit.yaml", *samples, "--classes", "[207,360]", "--ckpt_path", str(checkpoint)) == 0
-    names = ["000000_class207.png", "000001_class360.png", "000002_class207.png"]
+    assert program("sample", "dit.yaml", *samples, "--classes", "[2,7]", "--ckpt_path", str(checkpoint)) == 0
+    names = ["000000_class2.png", "000001_class7.png", "000002_class2.png"]
     assert sorted(path.name for path in Path("runs/samples/png").iterdir()) == names
     assert Path("runs/samples/samples_3x32x32x3.npz").is_file()
     assert yaml.safe_load(Path("runs/samples/sample.yaml").read_text())["precision"] == "bf16-mixed"  # the recipe's
     assert program("sample", "dit.yaml", *samples[:2], *samples[4:], "--ckpt_path", str(checkpoint)) == 0
     assert len(list(Path("runs/dit/samples/png").iterdir())) == 3  # not among the files of the run
     drawn = ["--num_samples", "3", "--precision", "bf16-mixed", "--accelerator", "cpu", "--ckpt_path", str(checkpoint)]
-    assert main(["sample", *drawn, "--output", "alone", "--classes", "[207,360]"]) == 0  # the checkpoint says the rest
+    assert main(["sample", *drawn, "--output", "alone", "--classes", "[2,7]"]) == 0  # the checkpoint says the rest
     assert [(Path("alone/png") / name).read_bytes() for name in names] == [
         (Path("runs/samples/png") / name).read_bytes() for name in names
     ]
 
     torch.save({"ema": to_lightningdit(load_network(checkpoint))}, "theirs.pt")
     assert (
-        program("sample", "lightningdit.yaml", *samples, *ours, "--init_from", "theirs.pt", "--output", "theirs") == 0
+        program(
+            "sample",
+            "lightningdit.yaml",
+            *samples,
+            *ours,
+            "--init_from",
+            "theirs.pt",
+            "--output",
+            "theirs",
+        )
+        == 0
     )
     capsys.readouterr()
     measured = ["--config", "evaluate.yaml", "--config", "run/debug.yaml", "--ckpt_path", str(checkpoint)]

@@ -9,10 +9,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from aligntok.callbacks.measurement import Measurement, Outputs
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.protocols import Batch
 
@@ -40,8 +39,8 @@ class CodebookHealth(Measurement):
     needs = ("tokens",)
 
     def __init__(self, window: int = 100, min_usage: float = 0.1) -> None:
-        if window < 1 or not 0 <= min_usage <= 1:
-            raise UserError(f"CodebookHealth: window {window}, min_usage {min_usage}: give at least 1 and 0 to 1")
+        words = f"CodebookHealth: window {window}, min_usage {min_usage}: give at least 1 and 0 to 1"
+        check(window >= 1 and 0 <= min_usage <= 1, words)
         self.window, self.min_usage = window, min_usage
         self.batches, self.warned = 0, False
         self.health: dict[str, float] = {}
@@ -49,8 +48,7 @@ class CodebookHealth(Measurement):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Look for the quantizer, which is measured in training too."""
         self.quantizer: Any = getattr(getattr(pl_module, "tokenizer", None), "quantizer", None)
-        if self.quantizer is None:
-            raise UserError("CodebookHealth needs a tokenizer with a quantizer: remove the callback")
+        check(self.quantizer is not None, "CodebookHealth needs a tokenizer with a quantizer: remove the callback")
 
     # Training
 
@@ -59,9 +57,7 @@ class CodebookHealth(Measurement):
         self.batches = 0
         self.quantizer.reset_counts()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Measure at the end of a window; log at every step, so that no logging interval misses it."""
         if not self.quantizer.training:
             return
@@ -78,7 +74,7 @@ class CodebookHealth(Measurement):
     # Validation
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Count anew."""
+        """Start counting."""
         self.counts = torch.zeros(self.quantizer.codebook_size, dtype=torch.int64, device=module.device)
 
     def update(self, batch: Batch, outputs: Outputs) -> None:
@@ -87,10 +83,9 @@ class CodebookHealth(Measurement):
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         """Return the use of the codes by the images of all ranks."""
-        counts: Tensor = self.counts
         if trainer.world_size > 1:
-            dist.all_reduce(counts)
-        health = self.quantizer.health(counts)
+            dist.all_reduce(self.counts)
+        health = self.quantizer.health(self.counts)
         return {
             "codebook_usage": health["usage"],
             "codebook_perplexity": health["perplexity"],
@@ -109,5 +104,5 @@ def collapse(health: dict[str, float], quantizer: VectorQuantizer, window: int, 
     return (
         f"step {step}: the codebook has collapsed, {health['usage']:.1%} of its {quantizer.codebook_size} codes were"
         f" chosen in the last {window} batches (perplexity {health['perplexity']:.0f}). What helps: a lower"
-        f" learning_rate or a longer warm-up" + (f"; of model.tokenizer.quantizer {switches}" if switches else "")
+        f" learning_rate or a longer warm-up" + (f"; of the quantizer {switches}" if switches else "")
     )

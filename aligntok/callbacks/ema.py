@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from aligntok.errors import UserError
+from aligntok.errors import check
 
 WARMUP = 10  # decay (1 + n) / (10 + n) at the n-th average, until it exceeds `decay`: TensorFlow's rule for its EMA
 
@@ -23,7 +23,6 @@ class EMA(pl.Callback):
     ``current_model_state``. Thanks to the warm-up one ``decay`` is right for short and long runs: the decay of the n-th
     update is (1 + n) / (10 + n) until that exceeds ``decay``, for 0.9999 after 89,990 updates.
 
-    >>> from aligntok.callbacks import EMA
     >>> EMA(0.999).decay_after(5), EMA(0.999).decay_after(100_000)
     (0.4, 0.999)
 
@@ -40,8 +39,8 @@ class EMA(pl.Callback):
     def __init__(self, decay: float | list[float] = 0.999, warmup: bool = True) -> None:
         self.warmup = warmup
         self.decays = list(decay) if isinstance(decay, (list, tuple)) else [decay]
-        if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 <= d < 1 for d in self.decays):
-            raise UserError(f"EMA: decay {decay}, give a number in [0, 1), or a list of different ones")
+        valid = bool(self.decays) and len(set(self.decays)) == len(self.decays) and all(0 <= d < 1 for d in self.decays)
+        check(valid, f"EMA: decay {decay}, give a number in [0, 1), or a list of different ones")
         self.forget()
 
     def forget(self) -> None:
@@ -74,7 +73,10 @@ class EMA(pl.Callback):
         get_ema_multi_avg_fn(decay)(averages, weights, 0)  # type: ignore[no-untyped-call]  # torch's is untyped
 
     def exchange(self) -> None:
-        """Exchange the values of the model's parameters and of the first average; a second call undoes it."""
+        """Exchange the values of the model's parameters and of the first average; a second call undoes it.
+
+        In ``validate`` there is none, and nothing to do: the checkpoint's average is in the model already.
+        """
         self.in_use = not self.in_use
         for name, parameter in self.weights.items():
             parameter.data, self.averages[0][name] = self.averages[0][name], parameter.data
@@ -88,11 +90,11 @@ class EMA(pl.Callback):
             UserError: There is another ``EMA``: each would take the other's average for the raw weights.
         """
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, EMA) for callback in others) > 1:
-            raise UserError(
-                "EMA stands twice among the callbacks (in YAML perhaps in `callbacks` and in `trainer.callbacks`): keep"
-                " one, it takes several decays"
-            )
+        check(
+            sum(isinstance(callback, EMA) for callback in others) < 2,
+            "EMA stands twice among the callbacks (in YAML perhaps in `callbacks` and in `trainer.callbacks`): keep"
+            " one, it takes several decays",
+        )
         self.forget()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -111,22 +113,17 @@ class EMA(pl.Callback):
             self.last_step = trainer.global_step
             self.update()
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, *args: Any) -> None:
         """Validate the average."""
-        self.exchange_in_fit()
+        self.exchange()
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, *args: Any) -> None:
         """Go on with the raw weights."""
-        self.exchange_in_fit()
+        self.exchange()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, *args: Any) -> None:
         """Leave the average in the model."""
-        self.exchange_in_fit()
-
-    def exchange_in_fit(self) -> None:
-        """Exchange, where there is an average: in ``validate`` the checkpoint's is in the model already."""
-        if self.averages:
-            self.exchange()
+        self.exchange()
 
     # Checkpoints
 
@@ -136,10 +133,10 @@ class EMA(pl.Callback):
         """Save the first average as ``state_dict``, and beside it what differs from it."""
         if not self.averages:
             return
-        states = [checkpoint["state_dict"]]
         self.exchange()
-        states.append(pl_module.state_dict())
+        exchanged = pl_module.state_dict()
         self.exchange()
+        states = checkpoint["state_dict"], exchanged
         average, raw = states if self.in_use else reversed(states)
         checkpoint["state_dict"] = average
         checkpoint["current_model_state"] = {name: raw[name] for name in self.weights}
@@ -168,7 +165,7 @@ class EMA(pl.Callback):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Take what was loaded once there is something to copy it into: which comes first depends on the strategy."""
+        """Copy what was loaded into the averages, once there are both: which comes first depends on the strategy."""
         if self.loaded is None or not self.averages:
             return
         states, self.updates = self.loaded

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aligntok.callbacks.measurement import Measurement, evaluation, on_first_rank
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics, Reference
 from aligntok.networks.frozen import Frozen, load_frozen
@@ -53,10 +53,8 @@ class GenerationQuality(Measurement):
         classifier: nn.Module | None = None,
         sweep: list[int] | None = None,
     ) -> None:
-        if num_samples < 2 or batch_size < 1:
-            raise UserError(
-                f"GenerationQuality: num_samples {num_samples}, batch_size {batch_size}: give at least 2 and 1"
-            )
+        words = f"GenerationQuality: num_samples {num_samples}, batch_size {batch_size}: give at least 2 and 1"
+        check(num_samples >= 2 and batch_size >= 1, words)
         self.metrics, self.num_samples, self.batch_size = metrics, num_samples, batch_size
         self.reference = reference
         self.classifier = None if classifier is None else Frozen(classifier)
@@ -64,20 +62,21 @@ class GenerationQuality(Measurement):
         self.values: dict[str, float] = {}
         self.conditions = ""
 
-    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def prepare(self, trainer: pl.Trainer, module: Any) -> None:
         """Refuse what cannot be measured, before the first step."""
-        generator: Any = module
-        if getattr(module, "tokenizer", None) is None or not hasattr(module, "sample"):
-            raise UserError("GenerationQuality needs a generator with model.tokenizer, which decodes its samples")
-        if self.classifier is not None and generator.network.num_classes is None:
-            raise UserError("GenerationQuality.classifier: model.network has no classes to agree with, leave it out")
-        if self.sweep and not isinstance(generator.sampler, FixedSteps):
+        is_generator = getattr(module, "tokenizer", None) is not None and hasattr(module, "sample")
+        check(is_generator, "GenerationQuality needs a generator with a tokenizer, which decodes its samples")
+        if self.classifier is not None and module.network.num_classes is None:
+            raise UserError("GenerationQuality.classifier: the network has no classes to agree with, leave it out")
+        if self.sweep and not isinstance(module.sampler, FixedSteps):
             raise UserError("GenerationQuality.sweep needs a sampler with num_steps, such as aligntok.flow.Euler")
         self.metrics.protocol.check_count(self.num_samples)
-        if not isinstance(self.reference, str):
-            needed_data(trainer, HasReferenceImages, "GenerationQuality", "name a file as its `reference`")
-        elif not Path(self.reference).is_file():
-            raise UserError(f"there is no reference {self.reference}: see docs/generators.md on evaluation")
+        if isinstance(self.reference, str):
+            words = f"there is no reference {self.reference}: see docs/generators.md on evaluation"
+            check(Path(self.reference).is_file(), words)
+        else:
+            remedy = "name a file as its `reference`"
+            self.data = needed_data(trainer, HasReferenceImages, "GenerationQuality", remedy)
         load_frozen(self.metrics.network)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,15 +84,14 @@ class GenerationQuality(Measurement):
         if trainer.limit_val_batches:
             self.find_reference(trainer, pl_module)
 
-    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw and measure: only in these moments are the averaged weights in place."""
+    def start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Draw and measure, while the averaged weights are in the module."""
         self.find_reference(trainer, module)
         if self.classifier is not None:
             self.classifier.to(module.device)
-        generator: Any = module
-        sampler = generator.sampler
+        sampler = module.sampler
         self.values = self.measure(trainer, module, sampler)
-        self.conditions = f"{self.metrics.conditions}; {', '.join(map(setting, generator.sampling().values()))}"
+        self.conditions = f"{self.metrics.conditions}; {', '.join(map(setting, module.sampling().values()))}"
         if trainer.is_global_zero:
             print(f"  {self.conditions}", flush=True)
         for num_steps in [] if trainer.state.fn == "fit" else self.sweep:
@@ -141,8 +139,7 @@ class GenerationQuality(Measurement):
         if isinstance(self.reference, str):
             self.metrics.load_reference(self.reference)
             return
-        data = needed_data(trainer, HasReferenceImages, "GenerationQuality", "name a file as its `reference`")
-        source, batches = data.reference_images(self.reference, image_size)
+        source, batches = self.data.reference_images(self.reference, image_size)
         parts = {"_sample": self.metrics.needs_sample, "_spatial": self.metrics.sfid}
         suffix = "".join(part for part, wanted in parts.items() if wanted)
         name = f"{self.metrics.features.name}_{source}{suffix}.safetensors"

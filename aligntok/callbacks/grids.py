@@ -10,22 +10,24 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torchvision.utils import make_grid, save_image
 
-from aligntok.callbacks.measurement import evaluation, tokenizer_of
-from aligntok.errors import UserError
+from aligntok.callbacks.measurement import Measurement, evaluation, tokenizer_of
+from aligntok.errors import check
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasPreview, needed_data
 
 
-class Grid(pl.Callback):
+class Grid(Measurement):
     """Base: draws a picture every so many steps and at validation, to TensorBoard and ``images/<name>_<step>.png``.
 
     Args:
-        every_n_steps: Optimizer steps between two pictures; validation draws one too, with the averaged weights.
+        every_n_steps: Optimizer steps between two pictures; null draws at validation alone. Validation draws with the
+            averaged weights.
     """
 
+    needs = ()  # it draws images of its own
     name = "step"
     title = ""
 
@@ -37,26 +39,20 @@ class Grid(pl.Callback):
         """Return the picture (3, H, W) in [0, 1], or nothing where this module has none."""
         raise NotImplementedError  # a grid defines it
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepare, for training without validation too."""
+        if stage != "predict":
+            self.prepare(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Draw every so many optimizer steps."""
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step != self.last_step:
-            self.draw(trainer, pl_module)
+            self.start(trainer, pl_module)
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Draw with the averaged weights."""
-        if batch_idx == 0 and not trainer.sanity_checking:
-            self.draw(trainer, pl_module)
-
-    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw, on the first rank."""
-        if not trainer.is_global_zero:
-            return
-        picture = self.picture(trainer, module)
+        picture = self.picture(trainer, module) if trainer.is_global_zero else None
         if picture is None:
             return
         self.last_step = trainer.global_step
@@ -71,8 +67,8 @@ class Grid(pl.Callback):
 class ReconstructionGrid(Grid):
     """Originals, reconstructions and latents of the same few validation images.
 
-    The latents' three rows of numbers that vary most become red, green and blue; of a discrete tokenizer it is the
-    codes of the grid's tokens.
+    The latents' three principal components become red, green and blue; of a discrete tokenizer, those of the codes of
+    the grid's tokens.
 
     >>> ReconstructionGrid(num_images=8).name  # writes images/step_0000500.png, ...
     'step'
@@ -84,25 +80,21 @@ class ReconstructionGrid(Grid):
 
     title = "image, reconstruction, latent"
 
-    def __init__(self, every_n_steps: int = 500, num_images: int = 12) -> None:
+    def __init__(self, every_n_steps: int | None = 500, num_images: int = 12) -> None:
         super().__init__(every_n_steps)
         self.num_images = num_images
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Look for the tokenizer and the images."""
-        if stage != "predict":
-            tokenizer_of(pl_module, "ReconstructionGrid")
-            needed_data(trainer, HasPreview, "ReconstructionGrid", "remove the callback")
+        self.tokenizer = tokenizer_of(module, "ReconstructionGrid")
+        self.data = needed_data(trainer, HasPreview, "ReconstructionGrid", "remove the callback")
 
-    def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+    def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
         """Return the three rows."""
-        tokenizer = tokenizer_of(module, "ReconstructionGrid")
-        data = needed_data(trainer, HasPreview, "ReconstructionGrid", "remove the callback")
-        image = data.preview(self.num_images).to(module.device)
+        image = self.data.preview(self.num_images).to(module.device)
         with evaluation(trainer, module):
-            code = tokenizer.encode(image)
-            reconstruction, latent = tokenizer.decode(code), latent_of(tokenizer, code)
-        return rows_of(image, reconstruction, latent)
+            code = self.tokenizer.encode(image)
+            return rows_of(image, self.tokenizer.decode(code), latent_of(self.tokenizer, code))
 
 
 class SampleGrid(Grid):
@@ -112,8 +104,7 @@ class SampleGrid(Grid):
     'samples'
 
     Args:
-        every_n_steps: Optimizer steps between two pictures; null draws at validation alone, where the averaged weights
-            are in place.
+        every_n_steps: Optimizer steps between two pictures; null draws at validation alone.
         num_classes: Rows: the first classes, at most so many.
         per_class: Columns.
     """
@@ -125,22 +116,21 @@ class SampleGrid(Grid):
         super().__init__(every_n_steps)
         self.num_classes, self.per_class = num_classes, per_class
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def prepare(self, trainer: pl.Trainer, module: Any) -> None:
         """Say where nothing will be drawn: a generator may train on a cache whose tokenizer is not here."""
-        if not hasattr(pl_module, "sample"):
-            raise UserError(f"SampleGrid needs a generator, {type(pl_module).__name__} is none: remove the callback")
-        if pl_module.tokenizer is None:
+        who = type(module).__name__
+        check(hasattr(module, "sample"), f"SampleGrid needs a generator, {who} is none: remove the callback")
+        if module.tokenizer is None:
             rank_zero_warn("SampleGrid draws nothing: the generator has no tokenizer to decode its samples")
 
-    def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+    def picture(self, trainer: pl.Trainer, module: Any) -> Tensor | None:
         """Return the rows."""
-        generator: Any = module
-        if generator.tokenizer is None:
+        if module.tokenizer is None:
             return None
-        rows = min(self.num_classes, generator.network.num_classes or 1)
+        rows = min(self.num_classes, module.network.num_classes or 1)
         label = torch.arange(rows).repeat_interleave(self.per_class)
         with evaluation(trainer, module):
-            image = generator.tokenizer.decode(generator.sample(torch.arange(len(label)), label))
+            image = module.tokenizer.decode(module.sample(torch.arange(len(label)), label))
         return tiled(image, self.per_class)
 
 
@@ -173,12 +163,9 @@ def latent_colours(latent: Tensor) -> Tensor:
     cells = latent.float().movedim(1, -1).flatten(0, 2)
     cells = cells - cells.mean(0)
     _, _, directions = torch.linalg.svd(cells, full_matrices=False)
-    directions = (
-        directions[:3] * directions[:3].sum(1, keepdim=True).sign()
-    )  # a fixed sign: colours stay over the steps
+    directions = directions[:3] * directions[:3].sum(1, keepdim=True).sign()  # so colours stay over the steps
     components: Tensor = cells @ directions.T
     low, high = components.quantile(0.02, 0), components.quantile(0.98, 0)
     components = ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    if components.shape[1] < 3:
-        components = torch.nn.functional.pad(components, (0, 3 - components.shape[1]))
+    components = pad(components, (0, 3 - components.shape[1]))
     return components.view(latent.shape[0], *latent.shape[2:], 3).movedim(-1, 1)

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from aligntok.callbacks.measurement import Measurement, Outputs, evaluation, on_first_rank, tokenizer_of
-from aligntok.errors import UserError
+from aligntok.errors import check
 from aligntok.losses.perceptual import LPIPS, VGG16_URL
 from aligntok.metrics import GenerationMetrics, InceptionFeatures, Reference, linear_probe
 from aligntok.metrics.collected import Collected
@@ -39,13 +39,14 @@ class ReconstructionQuality(Measurement):
             load_frozen(self.lpips)
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Make the metrics anew."""
-        self.metrics: dict[str, Any] = {
-            "psnr": PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3)).to(module.device),
-            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0).to(module.device),
+        """Begin with empty metrics."""
+        metrics: dict[str, Any] = {
+            "psnr": PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3)),
+            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0),
         }
         if self.lpips is not None:
-            self.metrics["lpips"] = MeanMetric().to(module.device)
+            metrics["lpips"] = MeanMetric()
+        self.metrics = {name: metric.to(module.device) for name, metric in metrics.items()}
 
     def update(self, batch: Batch, outputs: Outputs) -> None:
         """Compare what PNG files would hold."""
@@ -103,19 +104,18 @@ class ReconstructionFID(Measurement):
         limit = trainer.limit_test_batches if split == "test" else trainer.limit_val_batches
         data = offered_data(trainer, HasFingerprint)
         if limit != 1.0 or data is None:
-            return  # a part of the images, or images that we know nothing of: nothing to keep
+            return  # a subset of the images, or images that we know nothing of: nothing to keep
         self.source = data.fingerprint(split)
         name = f"{self.features.name}_{self.source}.safetensors"
         self.path = path = Path(self.reference or Path(trainer.default_root_dir) / "reference" / name)
         statistics = on_first_rank(trainer, lambda: Reference.load(path) if path.is_file() else None)
-        if statistics is None:
-            return
-        if statistics.source != self.source:
-            raise UserError(
+        if statistics is not None:
+            check(
+                statistics.source == self.source,
                 f"reference {path} is of images {statistics.source}, these are {self.source}: other files or crop."
-                " Name another reference file; it will be written"
+                " Name another reference file; it will be written",
             )
-        self.metrics.set_reference(statistics)
+            self.metrics.set_reference(statistics)
 
     def update(self, batch: Batch, outputs: Outputs) -> None:
         """Add images and reconstructions."""
@@ -153,19 +153,17 @@ class LinearProbe(Measurement):
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Look for the tokenizer and the training images."""
-        tokenizer_of(module, "LinearProbe")
-        needed_data(trainer, HasCalibration, "LinearProbe", "remove the callback")
+        self.tokenizer = tokenizer_of(module, "LinearProbe")
+        self.data = needed_data(trainer, HasCalibration, "LinearProbe", "remove the callback")
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Encode the training images, where their latents are not cached."""
-        tokenizer = tokenizer_of(module, "LinearProbe")
-        data = needed_data(trainer, HasCalibration, "LinearProbe", "remove the callback")
-        self.shape = tokenizer.spec.latent_shape
-        self.train, self.test = (Collected(math.prod(self.shape)) for _ in range(2))
+        width = math.prod(self.tokenizer.spec.latent_shape)
+        self.train, self.test = Collected(width), Collected(width)
         with evaluation(trainer, module):
-            for batch in data.calibration_dataloader():
-                code = batch["latent"] if "latent" in batch else tokenizer.encode(batch["image"].to(module.device))
-                self.train.add(batch["id"], batch["label"], tokenizer.latent(code.to(module.device)).flatten(1))
+            for batch in self.data.calibration_dataloader():
+                code = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"].to(module.device))
+                self.train.add(batch["id"], batch["label"], self.tokenizer.latent(code.to(module.device)).flatten(1))
 
     def update(self, batch: Batch, outputs: Outputs) -> None:
         """Keep the latents of validation images."""
@@ -173,14 +171,14 @@ class LinearProbe(Measurement):
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         """Return both accuracies, the same on any number of ranks: images are ordered by their ids."""
-        (_, labels, latents), (_, test_labels, test_latents) = (
-            x.gather(module.device) for x in (self.train, self.test)
-        )
+        _, labels, latents = self.train.gather(module.device)
+        _, test_labels, test_latents = self.test.gather(module.device)
         del self.train, self.test  # hundreds of MB
         if bool((labels == labels[0]).all()):
             return {}
         results = {"probe": linear_probe(latents, labels, test_latents, test_labels, weight_decay=self.weight_decay)}
-        latents, test_latents = (x.view(len(x), *self.shape).mean(dim=(2, 3)) for x in (latents, test_latents))
+        shape = self.tokenizer.spec.latent_shape
+        latents, test_latents = (x.view(len(x), *shape).mean(dim=(2, 3)) for x in (latents, test_latents))
         results["probe_pooled"] = linear_probe(
             latents, labels, test_latents, test_labels, weight_decay=self.weight_decay
         )

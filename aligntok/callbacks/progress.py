@@ -1,7 +1,8 @@
-"""What a run says of itself: a summary at the start, a bar with images/s and time left, a record at the end."""
+"""What a run says of itself: a summary at the start, a bar with images/s and time left, curves, a record at the end."""
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import time
@@ -11,8 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
-from aligntok.files import write_text
+from aligntok.files import write_atomically, write_text
 from aligntok.progress import SECONDS_BETWEEN_LINES, pace, print_line
 from aligntok.protocols import HasNumImages, offered_data
 
@@ -102,6 +106,71 @@ class RunRecord(pl.Callback):
         self.seconds = state_dict["seconds"]
 
 
+class MetricsCSV(Logger):
+    """``metrics.csv`` in the run's folder: a row for what was logged at once, a column for each name.
+
+    A resumed run goes on in the same file: what the earlier attempt wrote from its first step on is dropped, and so is
+    a last line that was cut short when it was killed.
+
+    >>> import tempfile
+    >>> log = MetricsCSV(tempfile.mkdtemp())
+    >>> log.log_metrics({"train/loss": 0.5}, step=9)
+    >>> log.save(); log.path.read_text().split()
+    ['step,train/loss', '9,0.5']
+    """
+
+    name = version = ""  # of the run's folder nothing is added to the path
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self.columns: list[str] = []
+        self.rows: list[dict[str, Any]] = []  # not yet in the file
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: ``config.yaml`` has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Add a row, which ``save`` writes."""
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self.rows.append(values | {"step": step})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write: new rows behind the others, or the whole file anew where there is a new column."""
+        rows, self.rows = self.rows, []
+        new = set().union(*rows) - set(self.columns)
+        if new:
+            end = None if self.columns else min(row["step"] for row in rows)
+            rows = [*whole_rows(self.path, end), *rows]
+            self.columns = sorted(set().union(*rows))
+            write_atomically(self.path, lambda temporary: self.write(rows, temporary, "w"))
+        elif rows:
+            self.write(rows, self.path, "a")
+
+    def write(self, rows: list[dict[str, Any]], path: Path, mode: str) -> None:
+        """Write rows into a new file, under a header, or to the end of an old one."""
+        with path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+
+def whole_rows(path: Path, end: int | None) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.csv`` before step ``end`` (or all), without a last line that was cut short."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
+    return [row for row in rows if end is None or int(row["step"]) < end]
+
+
 def summary(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
     """Return what a run prints before its first step."""
     lines, left, ranks = {"stage": type(module).__name__}, steps_left(trainer), trainer.world_size
@@ -133,9 +202,8 @@ def parameters_of(module: pl.LightningModule) -> dict[str, list[int]]:
     """Return how many parameters of each part are trained, and frozen; a tokenizer's parts one by one."""
     parts = dict(module.named_children())
     parts |= dict(parts.pop("tokenizer").named_children()) if "tokenizer" in parts else {}
-    counted = {part: [(p.numel(), p.requires_grad) for p in network.parameters()] for part, network in parts.items()}
-    return {
-        part: [sum(n for n, on in pairs if on == kind) for kind in (True, False)]
-        for part, pairs in counted.items()
-        if pairs
-    }
+    counts = {part: [0, 0] for part, network in parts.items() if any(True for _ in network.parameters())}
+    for part, count in counts.items():
+        for parameter in parts[part].parameters():
+            count[not parameter.requires_grad] += parameter.numel()
+    return counts

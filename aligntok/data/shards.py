@@ -59,8 +59,9 @@ class Shards(BatchSource):
 
     @property
     def classes(self) -> list[str]:  # type: ignore[override]
-        """Names of the classes; none for LightningDiT's folders."""
-        return [str(name) for name in self.manifest.images["classes"]] if self.manifest else []
+        """Names of the classes; where the cache has none, as LightningDiT's, the numbers up to the largest label."""
+        names = self.manifest.images["classes"] if self.manifest else []
+        return [str(name) for name in names or range(int(self.opened.labels.max(initial=-1)) + 1)]
 
     @property
     def num_images(self) -> int:

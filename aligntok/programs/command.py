@@ -11,13 +11,13 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from aligntok.errors import UserError
 from aligntok.files import write_text
-from aligntok.layers import DATA, read_configs, split_configs, with_class
+from aligntok.layers import merge, read_command
 from aligntok.messages import HelpFormatter, ShortErrors
 from aligntok.programs.fabric import make_fabric, on_first_rank
+from aligntok.references import followed
+from aligntok.weights.checkpoint import read_checkpoint
 
 FABRIC = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # arguments of make_fabric
 
@@ -46,27 +46,27 @@ def read(
         own: Keys that this program alone has.
         shared: Keys that a training recipe may have too. Further keys of it, such as ``trainer``, are left out. Its
             precision is taken where nothing else is said, and what is written goes into a folder within the run's.
-        model: Gives the recipe of the model of ``--ckpt_path`` where the layers have none.
+        model: Gives the recipe of the model of ``--ckpt_path`` where the layers have none; a recipe of theirs takes its
+            network.
     """
-    layers, words = split_configs(arguments)
-    config = read_configs(*layers)
-    if isinstance(config.get("data"), dict):
-        config["data"] = with_class(config["data"], DATA)
+    config, words = read_command(arguments)
+    checkpoint = dict(pairwise(split_values(words))).get("--ckpt_path", config.get("ckpt_path"))
+    if model is not None and checkpoint is not None:
+        saved = read_checkpoint(checkpoint).get("hyper_parameters", {})
+        if "model" not in config:
+            config["model"] = model(checkpoint)
+        elif "network" in saved:  # the layers' may follow from a cache that is not here
+            config = merge(config, {"model": {"init_args": {"network": saved["network"]}}})
     recipe = OmegaConf.create(config)
     known = config.keys() & {"output", *FABRIC, *own, *shared}
-    try:
-        values = {key: recipe[key] for key in known}  # with what they say by reference to other keys
+    with followed():
+        values = {key: recipe[key] for key in known}
         config = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in values.items()}
-    except OmegaConfBaseException as error:
-        raise UserError(f"--config {layers[-1]}: {str(error).splitlines()[0]}") from error
     precision = OmegaConf.select(recipe, "trainer.precision")
     if precision is not None:
         config.setdefault("precision", precision)
     if "output" in config and not known & {*own}:
         config["output"] = str(Path(config["output"]) / Path(parser.get_default("output")).name)
-    checkpoint = dict(pairwise(split_values(words))).get("--ckpt_path", config.get("ckpt_path"))
-    if model is not None and "model" not in config and checkpoint is not None:
-        config["model"] = model(checkpoint)
     return parser.parse_args([*(["--config", yaml.safe_dump(config)] if config else []), *words])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aligntok.callbacks import SaveCheckpoint
-from aligntok.callbacks.trainer_io import MetricsCSV
+from aligntok.callbacks.progress import MetricsCSV
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
 

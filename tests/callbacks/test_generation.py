@@ -182,7 +182,7 @@ def test_what_cannot_be_measured_is_said_before_the_first_step(tiny, tmp_path):
         assert trainer.global_step == 0
         return text
 
-    assert "with model.tokenizer" in fit(quality(tiny), generator(tiny, tokenizer=None))
+    assert "with a tokenizer" in fit(quality(tiny), generator(tiny, tokenizer=None))
     assert "needs a generator" in fit(quality(tiny), tiny.stage())
     assert "num_steps" in fit(quality(tiny, sweep=[2]), generator(tiny, sampler=Adaptive()))
     assert "there is no reference nowhere.npz" in fit(quality(tiny, reference="nowhere.npz"))

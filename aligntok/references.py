@@ -1,0 +1,79 @@
+"""Values in YAML that follow from others, so that each number is said once.
+
+``${data.init_args.image_size}`` is the value of another key. ``${spec:${...tokenizer},latent_shape}`` is what the
+tokenizer three levels up says in its ``spec``, ``${num_classes:${data.init_args.train}}`` the number of classes of a
+source, ``${recipe:PATH,encoder.init_args.name}`` what the model of a checkpoint was built with. What the command line
+gives in such a value's place is taken as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
+from torch.utils.data import Dataset
+
+from aligntok.errors import UserError, check
+from aligntok.networks.tokenizer import Tokenizer
+from aligntok.weights.checkpoint import build, read_checkpoint
+
+
+def built(recipe: Any, kind: Any) -> Any:
+    """Return the module or data set that a node of the config describes."""
+    return build(cast(Any, OmegaConf.to_container(recipe, resolve=True)), kind)
+
+
+def spec(tokenizer: Any, key: str) -> Any:
+    """Return an attribute of the ``spec`` of the tokenizer that a recipe describes; its weights take no memory."""
+    check(tokenizer is not None, "there is no tokenizer that would say it: give one of the two")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: that no weight is copied
+        value = getattr(built(tokenizer, Tokenizer).spec, key)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def recipe(checkpoint: str, key: str) -> Any:
+    """Return what the run of a checkpoint was given for ``model.<key>``."""
+    return OmegaConf.select(OmegaConf.create(read_checkpoint(checkpoint)["hyper_parameters"]), key)
+
+
+def num_classes(source: Any) -> int:
+    """Return the number of classes of the source that a recipe describes; 1 where it names none.
+
+    >>> num_classes(OmegaConf.create({"class_path": "aligntok.data.Digits", "init_args": {"split": "val"}}))
+    10
+    """
+    return max(1, len(getattr(built(source, Dataset), "classes", [])))
+
+
+for resolver in (spec, recipe, num_classes):
+    OmegaConf.register_resolver(resolver.__name__, resolver, replace=True, annotation_validation="off")
+
+
+@contextmanager
+def followed() -> Iterator[None]:
+    """Around the reading of values that follow others.
+
+    Raises:
+        UserError: What a value follows is missing or wrong.
+    """
+    try:
+        yield
+    except InterpolationResolutionError as error:
+        key, problem = short_key(str(error.full_key)), str(error.msg).partition("\n    full_key")[0]
+        if isinstance(error, InterpolationKeyError):
+            other = short_key(re.findall(r"'([\w.]+)'", problem)[-1])
+            raise UserError(f"{key} follows {other}, which is missing: give one of the two") from error
+        cause = " ".join(problem.partition("interpolation: ")[2].split())
+        raise UserError(f"{key} follows from another part: {cause}") from error
+
+
+def short_key(key: str) -> str:
+    """Return a key as users write it, without the verb and ``init_args``."""
+    return re.sub(r"^(fit|validate|test|predict)\.|init_args\.", "", key)
