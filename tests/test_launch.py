@@ -35,7 +35,7 @@ MAKEFILE = MAKEFILE.replace("$(RUN)", "runs/quickstart").replace("$(ALITOK)", "r
 
 PHOTOS = ("--data.train.root", "photos")
 PAPER = (*PHOTOS, "--data.val.root", "photos", "--data.image_size", "32", "--data.global_batch_size", "4")
-STAGE3 = ("--model.tokenizer.path", f"runs/stage3/{LAST}")
+STAGE3 = ("--model.tokenizer.path", f"runs/stage3/{LAST}", "--model.network.latent_shape=[4,2,2]")
 CACHED = ("--data.val", "0.2", "--data.global_batch_size", "4")
 SMALL = {  # options for every recipe that has this layer, or is it
     "stage/lpips_gan.yaml": ("--config", "size/debug.yaml", *PAPER),
