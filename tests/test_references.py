@@ -46,7 +46,7 @@ def test_codebook_grid_and_prefix(in_folder, monkeypatch):
     fit("quickstart_alitok/stage1.yaml", *ours, "--model.tokenizer.encoder.num_prefix=11")
     ar = network(monkeypatch, "alitok_ar.yaml")
     assert (ar.codebook_size, ar.grid, ar.num_prefix, ar.num_classes) == (64, (10, 10), 11, 12)
-    digits = ("--data.train", "aligntok.data.Digits", "--data.train.split", "train", "--data.val", "null")
+    digits = ("--data.train", "aligntok.data.Digits", "--data.train.split", "train", "--data.val", "0.1")
     assert network(monkeypatch, "alitok_ar.yaml", *digits).num_classes == 10
 
 
