@@ -19,6 +19,10 @@ COSINE_EPS = 0.1  # see velocity_terms
 def sample_path(noise: Tensor, latent: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the point and the velocity at time ``t`` on the line from noise to data.
 
+    >>> point, velocity = sample_path(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 8.0), t=torch.tensor([0.25]))
+    >>> point.item(), velocity.item()
+    (2.0, 8.0)
+
     Args:
         noise: Standard normal, (B, C, h, w).
         latent: Normalised latents, (B, C, h, w).

@@ -109,6 +109,11 @@ class KeyValueCache(NamedTuple):
 class Attention(nn.Module):
     """Self-attention, positions by rotation, with biases.
 
+    >>> from aligntok.networks.positions import rotary_table
+    >>> attention = Attention(width=8, num_heads=2, causal=True)
+    >>> attention(torch.randn(2, 5, 8), rotary_table(torch.arange(5)[:, None], head_dim=4)).shape
+    torch.Size([2, 5, 8])
+
     Args:
         width: Channels of a token, a multiple of `num_heads`.
         num_heads: Attention heads.
@@ -135,15 +140,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Attend.
+        """Attend from n tokens (B, n, width) to all that they see; same shape.
 
         Args:
-            x: (B, n, width).
-            rotary: Rotations of the n positions, from ``rotary_table``.
-            cache: Of the tokens before these; without it, `x` is the whole sequence.
-
-        Returns:
-            (B, n, width).
+            x: The whole sequence, or the tokens that follow a cache.
+            rotary: Rotations of their positions, from ``rotary_table``.
+            cache: Of the tokens before them.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
@@ -159,12 +161,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP: W_out (silu(a) * b) with [a | b] = W_in x.
+    """Gated MLP: W_out (silu(a) * b) with [a | b] = W_in x, and `hidden` channels in a and in b.
 
-    Args:
-        width: Channels in and out.
-        hidden: Channels of a and of b.
-        bias: Whether both layers have one.
+    >>> SwiGLU(width=8, hidden=16)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
 
     Reference:
         Shazeer, arXiv:2002.05202.
@@ -177,6 +177,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., width)."""
-        a, b = self.proj_in(x).chunk(2, dim=-1)
+        a, b = self.proj_in(x).chunk(2, dim=-1)  # (..., hidden)
         y: Tensor = self.proj_out(F.silu(a) * b)
         return y
