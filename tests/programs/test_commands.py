@@ -148,8 +148,11 @@ def test_a_folder_of_earlier_versions_is_repaired_by_the_command_that_is_named(c
         (["encode", "--tokenizer", "no.ckpt", "--images", "aligntok.data.Digits"], "no checkpoint no.ckpt"),
         (["encode", "--tokenizer", "no.ckpt", "--bogus", "1"], "--bogus"),
         (["encode", "--config", "no.yaml"], "no shipped config"),
-        (["sample", "--config", "lightningdit.yaml"], "needs the weights"),
-        (["sample", "--config", "lightningdit.yaml", "--init_from", "a.pt", "--ema", "0"], "leave it out"),
+        (["sample", "--config", "lightningdit.yaml", "--config", "sample.yaml"], "needs the weights"),
+        (
+            ["sample", "--config", "lightningdit.yaml", "--config", "sample.yaml", "--init_from", "a.pt", "--ema", "0"],
+            "leave it out",
+        ),
         (["sample", "--num_samples", "2"], "model is missing"),
     ],
 )
