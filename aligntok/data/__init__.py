@@ -1,13 +1,12 @@
 """Images, latents or tokens in, batches out."""
 
-from aligntok.data.batches import BatchSource
 from aligntok.data.datamodule import LatentDataModule
 from aligntok.data.dataset import Augmentation
+from aligntok.data.folders import Digits, ImageFolder
 from aligntok.data.labels import ClassLabels
-from aligntok.data.latents import LatentShards
 from aligntok.data.shapes import Shapes
-from aligntok.data.sources import Digits, ImageFolder
-from aligntok.data.tokens import TokenShards
+from aligntok.data.shards import LatentShards, TokenShards
+from aligntok.data.sources import BatchSource
 
 __all__ = [
     "Augmentation",

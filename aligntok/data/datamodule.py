@@ -10,27 +10,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligntok.data.batches import Batch, BatchDataset, batch_source
-from aligntok.data.dataset import Augmentation, ImageDataset
-from aligntok.data.loaders import EvaluationLoader, Loader, TrainLoader, as_it_is
-from aligntok.data.sampler import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
+from aligntok.data.dataset import Augmentation, BatchDataset, ImageDataset, reduced
+from aligntok.data.loaders import (
+    InOrderSampler,
+    Loader,
+    Position,
+    ShuffledSampler,
+    as_it_is,
+    even_batch_size,
+    shuffled,
+)
 from aligntok.data.shards import Shards
 from aligntok.data.sources import (
-    Indices,
+    Batch,
+    batch_source,
     crop_id,
     length,
-    reduced,
     source_id,
     source_indices,
     split_holdout,
     spread_over,
 )
-from aligntok.errors import UserError, check_positive
+from aligntok.errors import UserError, check, check_positive
 from aligntok.networks.encoders import pair
 from aligntok.networks.tokenizer import Tokenizer
 
 Source = Dataset[Any]
-Split = Literal["train", "val", "test"]
 
 
 class LatentDataModule(pl.LightningDataModule):
@@ -44,8 +49,8 @@ class LatentDataModule(pl.LightningDataModule):
     run goes on with the very next image, with any number of workers and ranks. Evaluation sees each image once, in
     order.
 
-    >>> from aligntok.data.sources import Digits
-    >>> data = LatentDataModule(Digits(), image_size=8, global_batch_size=4)
+    >>> from aligntok.data import Digits
+    >>> data = LatentDataModule(Digits(), global_batch_size=4, image_size=8)
     >>> data.setup()
     >>> tuple(next(iter(data.train_dataloader()))["image"].shape)
     (4, 3, 8, 8)
@@ -84,14 +89,14 @@ class LatentDataModule(pl.LightningDataModule):
         seed: int = 0,
         on_bad_image: Literal["skip", "raise"] = "skip",
         calibration_images: int = 10_000,
-        predict: Dataset | Split = "val",  # type: ignore[type-arg]
+        predict: Dataset | Literal["train", "val", "test"] = "val",  # type: ignore[type-arg]
     ) -> None:
         super().__init__()
         check_positive(global_batch_size=global_batch_size)
         self.train: Source = train
         self.val: Source | float = val
         self.test: Source | None = test
-        self.predict: Source | Split = predict
+        self.predict: Source | str = predict
         self.image_size = None if image_size is None else pair(image_size)
         self.global_batch_size, self.augmentation = global_batch_size, augmentation
         self.num_workers, self.seed, self.on_bad_image = num_workers, seed, on_bad_image
@@ -100,7 +105,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.datasets: dict[str, ImageDataset | BatchDataset] = {}
         self.position = Position()
 
-    # What others ask
+    # What stages and callbacks ask: aligntok.protocols
 
     @property
     def classes(self) -> list[str]:
@@ -124,31 +129,31 @@ class LatentDataModule(pl.LightningDataModule):
     @property
     def has_latents(self) -> bool:
         """Whether some of the data are cached latents or tokens."""
-        return bool(self.cached_sources)
+        return bool(self.caches)
 
     @property
     def has_images(self) -> bool:
         """Whether all batches hold images, be it beside cached latents."""
-        return all(source.images is not None for source in self.cached_sources.values())
+        return all(source.images is not None for source in self.caches.values())
 
     @property
-    def cached_sources(self) -> dict[str, Shards]:
+    def caches(self) -> dict[str, Shards]:
         """The splits that are a cache."""
-        sources = {split: batch_source(self.sources[split]) for split in ("train", "val", "test")}
-        return {split: source for split, source in sources.items() if isinstance(source, Shards)}
+        found = {split: batch_source(source) for split, source in self.sources.items() if split != "predict"}
+        return {split: source for split, source in found.items() if isinstance(source, Shards)}
 
     def check_latents(
-        self, latent_shape: tuple[int, ...], tokenizer: Tokenizer | None, key: str = "model.network.latent_shape"
+        self, latent_shape: tuple[int, ...], tokenizer: Tokenizer | None, key: str = "network.latent_shape"
     ) -> None:
         """Raise a ``UserError`` where cached latents are not those of a model; images are always right.
 
         Args:
             latent_shape: (C, h, w) of the model.
             tokenizer: Of the model, if it has one.
-            key: Config key of the shape.
+            key: Name of the shape in the model, for the message.
         """
-        for split, source in self.cached_sources.items():
-            source.check_latents(latent_shape, tokenizer, f"data.{split}", key)
+        for split, source in self.caches.items():
+            source.check_rows(split, "latents", {"latent_shape": (key, tuple(latent_shape))}, tokenizer)
 
     def check_tokens(self, sizes: dict[str, Any], tokenizer: Tokenizer | None) -> None:
         """Raise a ``UserError`` where cached tokens are not those of a model; images are always right.
@@ -157,15 +162,16 @@ class LatentDataModule(pl.LightningDataModule):
             sizes: What the model's network expects of a ``TokenizerSpec``, by name.
             tokenizer: Of the model, if it has one.
         """
-        for split, source in self.cached_sources.items():
-            source.check_tokens(sizes, tokenizer, f"data.{split}")
+        for split, source in self.caches.items():
+            expected = {name: (f"network.{name}", size) for name, size in sizes.items()}
+            source.check_rows(split, "tokens", expected, tokenizer)
 
     def check_labels(self, num_classes: int, key: str) -> None:
         """Raise a ``UserError`` where a source has more classes than a model, as far as it can tell beforehand.
 
         Args:
             num_classes: Of the model.
-            key: Config key of that number.
+            key: Name of that number in the model, for the message.
         """
         for split, source in self.sources.items():
             batches = batch_source(source)
@@ -173,18 +179,17 @@ class LatentDataModule(pl.LightningDataModule):
                 count = int(batches.opened.labels.max(initial=-1)) + 1
             else:
                 count = getattr(batches, "num_classes", len(getattr(source, "classes", ())))
-            if count > num_classes:
-                raise UserError(f"data.{split} has {count} classes, but {key} is {num_classes}: change one of the two")
+            check(count <= num_classes, f"{split} has {count} classes, but {key} is {num_classes}: change one")
 
     @property
     def batch_size(self) -> int:
         """Images per batch on one rank."""
         share = self.world_size * self.accumulation
-        if self.global_batch_size < 1 or self.global_batch_size % share:
-            raise UserError(
-                f"data.global_batch_size {self.global_batch_size} is not divisible by {self.world_size} devices x"
-                f" {self.accumulation} accumulated batches: use a multiple of {share}"
-            )
+        check(
+            self.global_batch_size % share == 0,
+            f"global_batch_size {self.global_batch_size} is not divisible by {self.world_size} devices x"
+            f" {self.accumulation} accumulated batches: use a multiple of {share}",
+        )
         return self.global_batch_size // share
 
     @property
@@ -202,55 +207,10 @@ class LatentDataModule(pl.LightningDataModule):
         """Batches per optimizer step."""
         return self.trainer.accumulate_grad_batches if self.trainer else 1
 
-    # Lightning's hooks
-
-    def setup(self, stage: str | None = None) -> None:
-        """Open the sources, once; a new trainer's run begins at the first image."""
-        on_its_own = stage == "predict" and not isinstance(self.predict, str)
-        if not on_its_own:
-            if "train" not in self.sources:
-                train, val = self.train, self.val
-                if isinstance(val, (int, float)):
-                    images = (train.opened.image_ids, train.num_images) if isinstance(train, Shards) else ()
-                    train, val = split_holdout(train, val, *images)
-                self.sources = {"train": train, "val": val, "test": val if self.test is None else self.test}
-                for split in self.sources:
-                    self.open(split)
-            self.check_counts()
-        if stage in ("predict", None) and "predict" not in self.sources:
-            self.sources["predict"] = self.sources[self.predict] if isinstance(self.predict, str) else self.predict
-            self.open("predict")
-        if stage == "fit" and self.trainer and self.trainer.fit_loop.total_batch_idx < 0:
-            self.load_state_dict({"epoch": 0, "image": 0})  # before that of a checkpoint, if there is one
-
-    def train_dataloader(self) -> Loader:
-        """Shuffled and augmented, from wherever the run stands."""
-        dataset, batch = self.datasets["train"], self.batch_size
-        sampler = ShuffledSampler(
-            len(dataset), self.global_batch_size, batch, self.rank, self.world_size, self.seed, self.position
-        )
-        loading = self.loading(dataset)
-        return TrainLoader(
-            dataset, batch_size=batch, sampler=sampler, persistent_workers=loading["num_workers"] > 0, **loading
-        )
-
-    def val_dataloader(self) -> Loader:
-        """Each validation image once."""
-        return self.in_order(self.datasets["val"])
-
-    def test_dataloader(self) -> Loader:
-        """Each test image once."""
-        return self.in_order(self.datasets["test"])
-
-    def predict_dataloader(self) -> Loader:
-        """Each item of ``predict`` once, in order."""
-        return self.in_order(self.datasets["predict"])
-
     def calibration_dataloader(self) -> Iterator[Batch]:
         """Yield batches of ``calibration_images`` training images, always the same, with the crop of evaluation."""
         chosen = shuffled(self.num_images("train"), self.seed, -1)[: self.calibration_images]
-        for batch in self.in_order(self.dataset("train"), sorted(chosen)):
-            yield self.on_after_batch_transfer(batch, 0)
+        return self.on_device(self.in_order(self.dataset(self.sources["train"]), sorted(chosen.tolist())))
 
     def reference_images(self, source: Source | None, image_size: tuple[int, int]) -> tuple[str, Iterator[Batch]]:
         """Return an id of a set of images, and the set in batches, each image once over all ranks, with ADM's crop.
@@ -264,26 +224,64 @@ class LatentDataModule(pl.LightningDataModule):
         """
         if source is None:
             source = self.sources["train"]
-            latents: Any = batch_source(source)
-            source = getattr(latents, "images", None) if latents is not None else source
+            batches = batch_source(source)
+            source = batches.images if batches else source
             if source is None:
-                raise UserError("data.train gives latents alone: name the images to compare samples with (reference)")
+                raise UserError("train gives latents alone: name the images to compare samples with (reference)")
         dataset = ImageDataset(source, image_size, on_bad_image=self.on_bad_image)
-        loader = self.in_order(dataset)
-        return crop_id(source, image_size), (self.on_after_batch_transfer(batch, 0) for batch in loader)
+        return crop_id(source, image_size), self.on_device(self.in_order(dataset))
 
     def preview(self, count: int) -> Tensor:
         """Return up to ``count`` validation images from all over the set, (count, 3, H, W) in [0, 1]."""
-        batch = self.read("val", spread_over(self.num_images("val"), count), replace_bad=True)
-        if "image" not in batch:
-            raise UserError("data.val gives latents alone, but images are to be shown: add images to its init_args")
+        batch = self.read("val", spread_over(self.num_images("val"), count))
+        check("image" in batch, "val gives latents alone, but images are to be shown: give the cache its images")
         return batch["image"]
 
-    def read(self, split: str, ids: Sequence[int], replace_bad: bool = False) -> Batch:
-        """Return a batch of the images ``ids``, as evaluation sees them."""
-        dataset: Any = self.dataset(split, replace_bad=replace_bad)
-        batch = dataset.__getitems__(ids)
+    def read(self, split: str, ids: Sequence[int]) -> Batch:
+        """Return a batch of the images ``ids``, as evaluation sees them; the next one stands in for a bad one."""
+        batch = self.dataset(self.sources[split], replace_bad=True).__getitems__(ids)
+        assert batch is not None
         return self.on_after_batch_transfer(batch, 0)
+
+    # Lightning's hooks
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the sources, once; a new trainer's run begins at the first image."""
+        if "train" not in self.sources and (stage != "predict" or isinstance(self.predict, str)):
+            train, val = self.train, self.val
+            if isinstance(val, (int, float)):
+                images = (train.opened.image_ids, train.num_images) if isinstance(train, Shards) else ()
+                train, val = split_holdout(train, val, *images)
+            for split, source in (("train", train), ("val", val), ("test", val if self.test is None else self.test)):
+                self.open(split, source)
+        if stage in ("predict", None) and "predict" not in self.sources:
+            self.open("predict", self.sources[self.predict] if isinstance(self.predict, str) else self.predict)
+        if stage == "fit":
+            step, count = self.batch_size * self.accumulation * self.world_size, self.num_images("train")
+            check(count >= step, f"{count} training images do not fill one step of global_batch_size {step}: lower it")
+            # private: nothing else tells a new trainer from one that fits again and goes on; -1 before its first batch
+            if self.trainer and self.trainer.fit_loop.total_batch_idx < 0:
+                self.load_state_dict({"epoch": 0, "image": 0})  # before that of a checkpoint, if there is one
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled and augmented, from wherever the run stands."""
+        dataset, batch_size = self.datasets["train"], self.batch_size
+        sampler = ShuffledSampler(
+            len(dataset), self.global_batch_size, batch_size, self.rank, self.world_size, self.seed, self.position
+        )
+        return self.loader(dataset, batch_size, sampler)
+
+    def val_dataloader(self) -> Loader:
+        """Each validation image once."""
+        return self.in_order(self.datasets["val"])
+
+    def test_dataloader(self) -> Loader:
+        """Each test image once."""
+        return self.in_order(self.datasets["test"])
+
+    def predict_dataloader(self) -> Loader:
+        """Each item of ``predict`` once, in order."""
+        return self.in_order(self.datasets["predict"])
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn images into floats in [0, 1], and latents into fp32, on the device."""
@@ -302,83 +300,69 @@ class LatentDataModule(pl.LightningDataModule):
         """Go on from there, also with another batch size or number of ranks."""
         self.position.epoch, self.position.image = state_dict["epoch"], state_dict["image"]
 
-    # Parts
+    # Sources, datasets, loaders
 
-    def open(self, split: str) -> None:
-        """Open a source.
+    def open(self, split: str, source: Source) -> None:
+        """Take a source for ``train``, ``val``, ``test`` or ``predict``.
 
         Raises:
             UserError: It is missing, empty or unreadable, or its classes have other numbers than those of training.
         """
-        if not length(self.sources[split]):
-            raise UserError(f"data.{split} holds no image: give another dataset, or other arguments")
-        if split != "predict":
-            self.check_classes(split)
-        dataset = self.dataset(split, training=split == "train")
+        check(length(source) > 0, f"{split} holds no image: give another dataset, or other arguments")
+        self.sources[split] = source
+        numbers = {str(name): label for label, name in enumerate(getattr(source, "classes", []))}
+        for label, name in enumerate(self.classes if split != "predict" else []):
+            if numbers.get(name, label) != label:
+                raise UserError(
+                    f"class '{name}' is number {label} of train, but {numbers[name]} of {split}: give both the same"
+                    " class folders; empty ones count"
+                )
+        self.datasets[split] = dataset = self.dataset(source, training=split == "train")
         if isinstance(dataset, ImageDataset):
             try:
                 dataset.check_readable()
             except UserError as error:
-                raise UserError(f"data.{split}: {error}") from error
-        self.datasets[split] = dataset
+                raise UserError(f"{split}: {error}") from error
 
-    def dataset(self, split: str, training: bool = False, replace_bad: bool = False) -> ImageDataset | BatchDataset:
+    def dataset(self, source: Source, training: bool = False, replace_bad: bool = False) -> ImageDataset | BatchDataset:
         """Return the items of a source: augmented for training, else as evaluation sees them."""
-        source = self.sources[split]
         batches = batch_source(source)
-        if batches is not None:
-            if training and self.augmentation.flip and not batches.has_mirrored:
-                raise UserError(f"{batches} has no mirrored images: set augmentation.flip false, or encode some")
-            plain = batches.num_views // (1 + batches.has_mirrored)
-            views = 1 if not training else batches.num_views if self.augmentation.flip else plain
-            return BatchDataset(source, self.seed, views, 0 if batches.needs_processes else self.num_workers)
+        if batches:
+            views = batches.num_views(self.augmentation.flip) if training else 1
+            return BatchDataset(source, self.seed, views, self.num_workers if batches.images is None else 0)
         augmentation = self.augmentation if training else None
         if augmentation and augmentation.crop == "random":
             source = reduced(source, max(self.size))
-        return ImageDataset(
-            source, self.size, augmentation, self.seed, replace_bad or training, on_bad_image=self.on_bad_image
-        )
+        return ImageDataset(source, self.size, augmentation, self.seed, training or replace_bad, self.on_bad_image)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         if self.image_size is None:
-            raise UserError("data.image_size is missing: images need it, only cached latents do not")
+            raise UserError("image_size is missing: images need it, only cached latents do not")
         return self.image_size
 
-    def check_counts(self) -> None:
-        """Raise a ``UserError`` where the images do not fill a step, or not every device has one to evaluate."""
-        count = self.num_images("train")
-        if count < self.batch_size * self.accumulation * self.world_size:
-            raise UserError(
-                f"{count} training images do not fill one step of data.global_batch_size {self.global_batch_size}:"
-                " lower it"
-            )
-        for split in ("val", "test"):
-            if self.num_images(split) < self.world_size:
-                raise UserError(
-                    f"{self.num_images(split)} images of data.{split} on {self.world_size} devices: use as many images"
-                )
-
-    def check_classes(self, split: str) -> None:
-        """Raise a ``UserError`` where a class of training has another number in ``split``."""
-        numbers = {str(name): label for label, name in enumerate(getattr(self.sources[split], "classes", []))}
-        for label, name in enumerate(self.classes):
-            if numbers.get(name, label) != label:
-                raise UserError(
-                    f"class '{name}' is number {label} of data.train, but {numbers[name]} of data.{split}: give"
-                    " both the same class folders; empty ones count"
-                )
-
-    def in_order(self, dataset: ImageDataset | BatchDataset, indices: Sequence[int] | Indices | None = None) -> Loader:
+    def in_order(self, dataset: ImageDataset | BatchDataset, indices: Sequence[int] | None = None) -> Loader:
         """Return a loader of each image once over all ranks, equally many batches on each."""
         indices = range(len(dataset)) if indices is None else indices
-        sampler = InOrderSampler(indices, self.rank, self.world_size)
         batch_size = even_batch_size(len(indices), self.world_size, self.batch_size)
-        return EvaluationLoader(dataset, batch_size=batch_size, sampler=sampler, **self.loading(dataset))
+        return self.loader(dataset, batch_size, InOrderSampler(indices, self.rank, self.world_size))
 
-    def loading(self, dataset: ImageDataset | BatchDataset) -> dict[str, Any]:
-        """Return how a loader reads."""
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        processes = 0 if isinstance(dataset, BatchDataset) and dataset.num_threads else self.num_workers
-        return {"num_workers": processes, "collate_fn": as_it_is, "pin_memory": on_gpu}
+    def loader(
+        self, dataset: ImageDataset | BatchDataset, batch_size: int, sampler: ShuffledSampler | InOrderSampler
+    ) -> Loader:
+        """Return the loader of a dataset that is read by threads, by processes, or by neither."""
+        processes = 0 if dataset.num_threads else self.num_workers
+        return Loader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=processes,
+            persistent_workers=processes > 0 and isinstance(sampler, ShuffledSampler),
+            collate_fn=as_it_is,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def on_device(self, loader: Loader) -> Iterator[Batch]:
+        """Yield batches as a stage gets them."""
+        return (self.on_after_batch_transfer(batch, 0) for batch in loader)

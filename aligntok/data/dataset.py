@@ -1,7 +1,8 @@
-"""From a source to images of one size: crop and flip, and what to do about an image that cannot be read."""
+"""From a source to batches, each a function of (seed, epoch, ids): crop, flip, choice of views, unreadable images."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from aligntok.data.folders import ImageFolder
 from aligntok.data.images import center_crop, random_crop, random_flip, random_resized_crop, to_rgb
-from aligntok.data.sampler import Key
-from aligntok.data.sources import Item, length, read_item, spread_over
+from aligntok.data.loaders import Key
+from aligntok.data.sources import Batch, Item, Subset, length, read_item, spread_over
 from aligntok.errors import UserError, check
-from aligntok.randomness import image_generator
+from aligntok.randomness import choices, image_generator
 
 WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
 BAD_IMAGE = (UserError, OSError, SyntaxError)  # ours; Pillow's are OSError, and SyntaxError for a broken PNG
@@ -81,6 +82,8 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         on_bad_image: ``skip`` as above, or ``raise``.
     """
 
+    num_threads = 0  # that read ahead: images are read by processes
+
     def __init__(
         self,
         source: Dataset[Item],
@@ -115,7 +118,7 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
                 self.report(candidate, error)
         return None
 
-    def __getitems__(self, keys: Sequence[Key | int]) -> dict[str, Tensor] | None:
+    def __getitems__(self, keys: Sequence[Key | int]) -> Batch | None:
         """Return a batch: ``image`` (B, 3, H, W) in bytes, ``label`` (B,) and ``id`` (B,), without the bad images.
 
         ``None`` if no image is left. torch's loader calls this instead of asking for one item after the other.
@@ -156,3 +159,38 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
             else:
                 return
         raise UserError(f"no image can be read ({len(spread)} of {len(self)} tried); the last: {last}")
+
+
+class BatchDataset(Dataset[Any]):
+    """Batches of a ``BatchSource``, or of a subset of one, with their ``id``; a function of (seed, epoch, ids).
+
+    Args:
+        source: Gives the rows.
+        seed: Of the choice of views.
+        num_views: Take one of the first so many, each as often as the others.
+        num_threads: So many threads read ahead; 0 leaves it to the loader's processes.
+    """
+
+    def __init__(self, source: Dataset[Any], seed: int, num_views: int, num_threads: int) -> None:
+        self.source: Any = source
+        self.seed, self.num_views, self.num_threads = seed, num_views, num_threads
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
+        """Return the batch of these keys."""
+        epochs, ids = np.array([key if isinstance(key, tuple) else (0, key) for key in keys], dtype=np.int64).T.copy()
+        views = choices(self.num_views, self.seed, epochs, ids)
+        return {**self.source.batch(ids, views), "id": torch.from_numpy(ids)}
+
+
+def reduced(source: Dataset[Any], min_size: int) -> Dataset[Any]:
+    """Return the same images, of a folder decoded faster and a little coarser with both sides at least ``min_size``."""
+    if isinstance(source, Subset):
+        return Subset(reduced(source.source, min_size), source.indices)
+    if isinstance(source, ImageFolder):
+        smaller = copy.copy(source)
+        smaller.min_size = min_size
+        return smaller
+    return source

@@ -11,19 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aligntok.errors import UserError
 
-_DECODER_ERRORS = (  # what the decoders of Pillow raise on damaged files
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError)
+_DECODER_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 _MAX_16_BIT = 65535
 _REDUCING_GAP = 3.0  # from here on the result is "almost indistinguishable" from a full one (Pillow, Image.resize)
@@ -76,8 +65,10 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     Reference:
         Dhariwal and Nichol, ADM, arXiv:2105.05233, ``center_crop_arr`` of openai/guided-diffusion.
     """
-    image = _cover(image, size)
-    return _cut(image, size, left=(image.width - size[1]) // 2, top=(image.height - size[0]) // 2)
+    image = _halve(image, size)
+    width, height = _covering(image, size)
+    left, top = (width - size[1]) // 2, (height - size[0]) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size[1], top + size[0]))
 
 
 def random_crop(image: Image.Image, size: tuple[int, int], generator: np.random.Generator) -> Image.Image:
@@ -145,14 +136,8 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize so that the image just covers ``size`` = (H, W): box halvings first, as they are cheap, then bicubic."""
-    image = _halve(image, size)
-    return image.resize(_covering(image, size), Image.Resampling.BICUBIC)
-
-
 def _halve(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Halve the image while both sides stay at least as long as ``size`` = (H, W)."""
+    """Halve the image, which is cheap, while both sides stay at least as long as ``size`` = (H, W)."""
     image = to_rgb(image)
     while image.width >= 2 * size[1] and image.height >= 2 * size[0]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -163,10 +148,6 @@ def _covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
     """Return the width and height at which the image just covers ``size`` = (H, W)."""
     factor = max(size[1] / image.width, size[0] / image.height)
     return round(image.width * factor), round(image.height * factor)
-
-
-def _cut(image: Image.Image, size: tuple[int, int], left: int, top: int) -> Image.Image:
-    return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def _random_box(

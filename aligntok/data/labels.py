@@ -8,9 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from aligntok.data.batches import Batch, BatchSource
-from aligntok.data.sources import Indices
-from aligntok.errors import UserError, check_positive
+from aligntok.data.sources import Batch, BatchSource, Indices
+from aligntok.errors import check, check_positive
 
 
 class ClassLabels(BatchSource):
@@ -43,16 +42,15 @@ class ClassLabels(BatchSource):
         check_positive(num_samples=num_samples, num_classes=num_classes)
         chosen = list(range(num_classes)) if classes is None else classes
         wrong = [label for label in chosen if not 0 <= label < num_classes]
-        if wrong or not chosen:
-            raise UserError(f"classes {wrong or chosen}: give labels in 0 .. {num_classes - 1}")
-        self.num_samples, self.policy, self.num_classes = num_samples, policy, num_classes
+        check(bool(chosen) and not wrong, f"classes {wrong or chosen}: give labels in 0 .. {num_classes - 1}")
+        self.num_classes = num_classes
         turn = np.arange(num_samples) % len(chosen)
         if policy == "random":
             turn = np.random.default_rng(seed).integers(len(chosen), size=num_samples)
         self.labels = np.asarray(chosen, dtype=np.int64)[turn]
 
     def __len__(self) -> int:
-        return self.num_samples
+        return len(self.labels)
 
     def batch(self, ids: Indices, views: Indices) -> Batch:
         """Return the ``label`` of each id, (B,)."""

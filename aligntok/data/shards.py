@@ -1,20 +1,27 @@
-"""What caches of latents and of tokens share as sources of the data module."""
+"""Caches of latents and of tokens as sources of the data module."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
+import pickle
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligntok.cache import CacheReader, Layout, Manifest
-from aligntok.data.batches import Batch, BatchSource
-from aligntok.data.sources import Indices, Item
-from aligntok.errors import UserError
-from aligntok.networks.tokenizer import Tokenizer
+from aligntok.cache import LATENT_LAYOUT, TOKEN_LAYOUT, CacheReader, Layout, Manifest, latent_statistics
+from aligntok.data.images import center_crop, to_rgb
+from aligntok.data.sources import Batch, BatchSource, Indices, Item, crop_id, read_item
+from aligntok.errors import UserError, check
+from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
+
+STATISTICS = "latents_stats.pt"  # LightningDiT's
+MAX_SHIFT = 0.1  # of a tokenizer's statistics from those of LightningDiT's latents, in standard deviations
 
 
 class Shards(BatchSource):
@@ -30,11 +37,9 @@ class Shards(BatchSource):
     """
 
     layout: Layout
-    images: Dataset[Item] | None = None  # served beside the rows
 
     def __init__(self, folder: str, on_bad_shard: Literal["raise", "skip"] = "raise") -> None:
-        self.folder = Path(folder).expanduser()
-        self.on_bad_shard = on_bad_shard
+        self.folder, self.on_bad_shard = Path(folder).expanduser(), on_bad_shard
 
     def __len__(self) -> int:
         return len(self.opened.labels)
@@ -46,11 +51,15 @@ class Shards(BatchSource):
         """Leave out the mapped memory: a spawned process maps it for itself."""
         return {key: value for key, value in vars(self).items() if key != "opened"}
 
-    # What the data module asks
+    @cached_property
+    def opened(self) -> CacheReader:
+        """The folder, opened at the first use."""
+        reader = CacheReader(self.folder, self.layout, self.on_bad_shard)
+        self.check_images(reader.manifest)
+        return reader
 
-    @abstractmethod
-    def batch(self, ids: Indices, views: Indices) -> Batch:
-        """See ``BatchSource``."""
+    def check_images(self, manifest: Manifest | None) -> None:
+        """Raise a ``UserError`` where images beside the rows are not those that were encoded."""
 
     @property
     def manifest(self) -> Manifest | None:
@@ -68,16 +77,12 @@ class Shards(BatchSource):
         """Images of the source, those included that could not be read."""
         return len(self) if self.manifest is None else self.manifest.count
 
-    @property
-    def num_views(self) -> int:
-        """Views of an image, mirrored ones included."""
-        return len(self.opened.views)
-
-    @property
-    def has_mirrored(self) -> bool:
-        """Whether the mirrored images were encoded too."""
-        manifest = self.manifest
-        return manifest.flips if manifest is not None else self.num_views > 1
+    def num_views(self, flip: bool) -> int:
+        """See ``BatchSource``."""
+        count = len(self.opened.views)
+        has_mirrored = self.manifest.flips if self.manifest else count > 1
+        check(has_mirrored or not flip, f"{self} has no mirrored images: set augmentation.flip false, or encode some")
+        return count // 2 if has_mirrored and not flip else count
 
     def fingerprint(self) -> str:
         """Return the hash of the images that were encoded; of LightningDiT's folders, one of names and sizes."""
@@ -86,59 +91,177 @@ class Shards(BatchSource):
         text = "\n".join(f"{shard.path.name} {shard.path.stat().st_size}" for shard in self.opened.shards)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    # What a model asks
+    def size(self, name: str) -> Any:
+        """Return a size of the rows by its name in a ``TokenizerSpec``."""
+        raise NotImplementedError
 
-    def check_latents(
-        self, latent_shape: tuple[int, ...], tokenizer: Tokenizer | None, data_key: str, key: str
+    def check_rows(
+        self, where: str, kind: str, sizes: Mapping[str, tuple[str, Any]], tokenizer: Tokenizer | None
     ) -> None:
-        """Raise a ``UserError`` where these are not the latents of a model.
+        """Raise a ``UserError`` where these are not the rows that a model learns.
 
         Args:
-            latent_shape: (C, h, w) of the model.
+            where: Name of this source, for the message: ``train``, ``val`` or ``test``.
+            kind: ``latents`` or ``tokens``.
+            sizes: Of a row, by name: what the model calls it, for the message, and what it expects.
             tokenizer: Encodes and decodes them; none if the model has none.
-            data_key: Config key of this source.
-            key: Config key of the model's latent shape.
         """
-        raise UserError(f"{data_key} {self.folder} holds {self.layout.name}, but this model learns latents: change one")
+        ours = f"{where} {self.folder}"
+        check(kind == self.layout.name, f"{ours} holds {self.layout.name}, but this model learns {kind}: change one")
+        for name, (key, expected) in sizes.items():
+            found = self.size(name)
+            same = f"{ours} holds {kind} of {name} {found}, but {key} is {expected}: change one of the two"
+            check(found == expected, same)
+        if tokenizer is not None:
+            self.check_tokenizer(tokenizer, ours)
 
-    def check_tokens(self, sizes: dict[str, Any], tokenizer: Tokenizer | None, data_key: str) -> None:
-        """Raise a ``UserError`` where these are not the tokens of a model.
-
-        Args:
-            sizes: What the model's network expects of a ``TokenizerSpec``, by name.
-            tokenizer: Encodes and decodes them; none if the model has none.
-            data_key: Config key of this source.
-        """
-        raise UserError(f"{data_key} {self.folder} holds {self.layout.name}, but this model learns tokens: change one")
-
-    def check_tokenizer(self, tokenizer: Tokenizer, data_key: str) -> None:
+    def check_tokenizer(self, tokenizer: Tokenizer, ours: str) -> None:
         """Raise a ``UserError`` where another tokenizer than a model's wrote our cache."""
         assert self.manifest is not None
-        theirs, ours = self.manifest.tokenizer, f"{data_key} {self.folder}"
-        if theirs["kind"] != tokenizer.spec.kind:
-            raise UserError(
-                f"{ours} holds {theirs['kind']} {self.layout.name}, model.tokenizer makes {tokenizer.spec.kind} ones:"
-                " change one"
-            )
+        theirs, kind, name = self.manifest.tokenizer, tokenizer.spec.kind, self.layout.name
+        what = f"{ours} holds {theirs['kind']} {name}, the tokenizer makes {kind} ones: change one"
+        check(theirs["kind"] == kind, what)
         fingerprint = tokenizer.fingerprint()
-        if theirs["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{ours} was written by tokenizer {theirs['fingerprint']}, but model.tokenizer is {fingerprint}: use"
-                f" the checkpoint that wrote the cache, or write a cache with this one ({self.layout.write})"
-            )
-
-    # The files
-
-    @cached_property
-    def opened(self) -> CacheReader:
-        """The folder, opened at the first use."""
-        reader = CacheReader(self.folder, self.layout, self.on_bad_shard)
-        self.check_images(reader.manifest)
-        return reader
-
-    def check_images(self, manifest: Manifest | None) -> None:
-        """Raise a ``UserError`` where images beside the rows are not those that were encoded."""
+        check(
+            theirs["fingerprint"] == fingerprint,
+            f"{ours} was written by tokenizer {theirs['fingerprint']}, but the model's is {fingerprint}: use the"
+            f" checkpoint that wrote the cache, or write a cache with this one ({self.layout.write})",
+        )
 
     def verify(self) -> None:
         """Read every shard in full; raise a ``UserError`` that names those which are not what was written."""
         CacheReader(self.folder, self.layout, verify=True)
+
+
+class LatentShards(Shards):
+    """The latents that ``aligntok encode`` cached, or those of a folder that LightningDiT wrote.
+
+    Our caches hold normalised latents and are served as they are; LightningDiT's are normalised here with its
+    ``latents_stats.pt``, or with the statistics of up to 10,000 latents where it is missing.
+
+    >>> LatentShards("runs/latents")  # the folder is opened at the first use
+    LatentShards(...runs/latents...)
+
+    Args:
+        folder: Where the shards are.
+        images: The images that were encoded, to serve ``image`` beside ``latent``: the same centre crop, mirrored
+            where the latent is.
+        on_bad_shard: See ``Shards``.
+
+    Raises:
+        UserError: At the first use: see ``Shards``, or other images.
+    """
+
+    layout = LATENT_LAYOUT
+
+    def __init__(
+        self,
+        folder: str,
+        images: Dataset | None = None,  # type: ignore[type-arg]  # jsonargparse takes any subclass of the bare class
+        on_bad_shard: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        super().__init__(folder, on_bad_shard)
+        self.images: Dataset[Item] | None = images
+
+    def batch(self, ids: Indices, views: Indices) -> Batch:
+        """Return ``latent`` (B, C, h, w), normalised, ``label`` (B,) and, if there are images, ``image`` in bytes."""
+        latent, label = self.opened.read(ids, views)
+        if self.normalisation is not None:
+            mean, std = self.normalisation
+            latent = latent.float().sub_(mean).div_(std)
+        batch = {"latent": latent, "label": label}
+        if self.images is not None:
+            pixels = [self.image(index, bool(view)) for index, view in zip(ids.tolist(), views.tolist(), strict=True)]
+            batch["image"] = torch.stack(pixels).permute(0, 3, 1, 2)
+        return batch
+
+    def image(self, index: int, mirrored: bool) -> Tensor:
+        """Return the image of a latent, bytes (H, W, 3)."""
+        assert self.images is not None
+        assert self.manifest is not None
+        image, _ = read_item(self.images, int(self.opened.image_ids[index]))
+        pixels = np.array(center_crop(to_rgb(image), tuple(self.manifest.tokenizer["image_size"])))
+        return torch.from_numpy(pixels[:, ::-1].copy() if mirrored else pixels)
+
+    def check_images(self, manifest: Manifest | None) -> None:
+        """See ``Shards``."""
+        if self.images is None:
+            return
+        if manifest is None:
+            raise UserError(f"{self.folder} has no manifest: nothing says which images these latents belong to")
+        ours, theirs = crop_id(self.images, tuple(manifest.tokenizer["image_size"])), manifest.images["source"]
+        what = f"images of the cache {self.folder} are {ours}, but {theirs} were encoded ({manifest.count} images)"
+        check(ours == theirs, f"{what}: name the same ones")
+
+    def size(self, name: str) -> Any:
+        """Return the ``latent_shape`` (C, h, w)."""
+        return {"latent_shape": self.opened.shards[0].row_shape}[name]
+
+    def check_tokenizer(self, tokenizer: Tokenizer, ours: str) -> None:
+        """See ``Shards``; LightningDiT's statistics must be those of the tokenizer."""
+        if self.normalisation is None:
+            super().check_tokenizer(tokenizer, ours)
+            return
+        mean, std = self.normalisation
+        shift = (tokenizer.latent_mean.cpu() - mean).abs() / std
+        stretch = (tokenizer.latent_std.cpu() / std).log().abs()
+        worst = max(shift.max().item(), stretch.max().item())
+        check(
+            worst <= MAX_SHIFT,
+            f"{ours} is normalised with other statistics than the tokenizer's (a channel differs by {worst:.2f}"
+            " standard deviations): samples would be decoded wrongly; name the tokenizer that encoded these latents",
+        )
+
+    @cached_property
+    def normalisation(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation (C, 1, 1) that are still to be applied; none for our own caches."""
+        if self.manifest is not None:
+            return None
+        path = self.folder / STATISTICS
+        if path.is_file():
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                mean, std = (content[key].float().flatten() for key in ("mean", "std"))
+            except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path} is no dict of mean and std: remove it, to have them measured") from error
+        else:
+            mean, std = latent_statistics(self.opened.shards)
+        channels = self.size("latent_shape")[0]
+        good = len(mean) == len(std) == channels and bool((std > 0).all() and mean.isfinite().all())
+        words = f"must be {channels} finite means and positive standard deviations"
+        check(good, f"the statistics of {self.folder} ({path.name}, or measured where there is none) {words}")
+        return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+
+class TokenShards(Shards):
+    """The tokens that ``aligntok encode --config token_cache.yaml`` cached.
+
+    View 0 is the centre crop of an image, which evaluation takes. In training each access takes a view that is a
+    function of (seed, epoch, id): of ten crops any, or, without ``augmentation.flip``, any of the five that are not
+    mirrored.
+
+    >>> TokenShards("runs/tokens")  # the folder is opened at the first use
+    TokenShards(...runs/tokens...)
+    """
+
+    layout = TOKEN_LAYOUT
+
+    def batch(self, ids: Indices, views: Indices) -> Batch:
+        """Return ``tokens`` (B, L) int64 and ``label`` (B,)."""
+        tokens, label = self.opened.read(ids, views)
+        return {"tokens": tokens.to(torch.int64), "label": label}
+
+    def size(self, name: str) -> Any:
+        """Return a size of the tokenizer that wrote these tokens."""
+        return getattr(self.spec, name)
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """Of the tokenizer that wrote these tokens."""
+        if self.manifest is None:
+            raise UserError(f"{self.folder} has no manifest: nothing says what these tokens mean, write them again")
+        entry: dict[str, Any] = {
+            key: tuple(x) if isinstance(x, list) else x for key, x in self.manifest.tokenizer.items()
+        }
+        del entry["fingerprint"]
+        return TokenizerSpec(**entry)

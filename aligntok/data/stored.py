@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aligntok.data.folders import ImageFolder
 from aligntok.data.images import center_crop
-from aligntok.data.sources import ImageFolder, crop_id
-from aligntok.errors import UserError
+from aligntok.data.loaders import read_ahead
+from aligntok.data.sources import crop_id
+from aligntok.errors import UserError, check
 from aligntok.metrics import AdmFile
 from aligntok.progress import Progress
 
@@ -25,7 +26,13 @@ BATCHES_AHEAD = 2  # that are decoded while one is measured
 
 
 class StoredFile(AdmFile):
-    """The images of an ``.npz``; labels are ``arr_1``, if it has some."""
+    """The images of an ``.npz``; labels are ``arr_1``, if it has some.
+
+    >>> path = getfixture("tmp_path") / "samples.npz"
+    >>> np.savez(path, np.zeros((5, 8, 8, 3), np.uint8), np.arange(5))
+    >>> StoredFile(path).count, StoredFile(path).labels
+    (5, tensor([0, 1, 2, 3, 4]))
+    """
 
     @property
     def count(self) -> int:
@@ -44,11 +51,16 @@ class StoredFile(AdmFile):
 
     def images(self, batch_size: int = 64) -> Iterator[Tensor]:
         """Yield the images in order, and say how far they are."""
-        return follow(super().images(batch_size), self.count, self.path)
+        return with_progress(super().images(batch_size), self.count, self.path)
 
 
 class StoredFolder:
     """The images of a folder, in the order of their names; those of class folders, a class after the other, in turn.
+
+    >>> Image.new("RGB", (8, 6)).save(getfixture("tmp_path") / "000000_class7.png")
+    >>> folder = StoredFolder(getfixture("tmp_path"))
+    >>> folder.count, folder.image_size, folder.labels
+    (1, (6, 8), tensor([7]))
 
     Args:
         path: The folder.
@@ -86,22 +98,17 @@ class StoredFolder:
         Raises:
             UserError: An image cannot be read, or has another size.
         """
-        return follow(self.decoded(batch_size), self.count, self.path)
+        return with_progress(self.batches(batch_size), self.count, self.path)
 
-    def decoded(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield the images, some batches of which are decoded ahead."""
-        waiting: deque[list[Future[Tensor]]] = deque()
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, self.count, batch_size):
-                waiting.append([pool.submit(self.read, index) for index in self.order[start : start + batch_size]])
-                if len(waiting) > BATCHES_AHEAD:
-                    yield stack(waiting.popleft())
-            while waiting:
-                yield stack(waiting.popleft())
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield the same in silence."""
+        images = read_ahead(self.read, self.order.tolist(), (1 + BATCHES_AHEAD) * batch_size)
+        while batch := list(islice(images, batch_size)):
+            yield torch.stack(batch).permute(0, 3, 1, 2).contiguous().float() / 255
 
     def read(self, index: int) -> Tensor:
         """Return an image, bytes (H, W, 3)."""
-        image: Image.Image = self.folder[int(index)][0]
+        image: Image.Image = self.folder[index][0]
         if self.crop is not None:
             image = center_crop(image, self.crop)
         if (image.height, image.width) != self.image_size:
@@ -125,20 +132,13 @@ def open_images(path: Path, crop: int | None = None) -> Images:
     """
     if path.is_dir():
         return StoredFolder(path, crop)
-    if not path.is_file():
-        raise UserError(f"there is no {path}: name an .npz or a folder of images")
-    if path.suffix != ".npz":
-        raise UserError(f"{path} is neither an .npz nor a folder of images")
+    check(path.is_file(), f"there is no {path}: name an .npz or a folder of images")
+    check(path.suffix == ".npz", f"{path} is neither an .npz nor a folder of images")
     return StoredFile(path)
 
 
-def stack(images: list[Future[Tensor]]) -> Tensor:
-    """Return bytes (H, W, 3) as a batch (B, 3, H, W) in [0, 1]."""
-    return torch.stack([image.result() for image in images]).permute(0, 3, 1, 2).contiguous().float() / 255
-
-
-def follow(batches: Iterable[Tensor], count: int, path: Path) -> Iterator[Tensor]:
-    """Yield the batches of `count` images, and print from time to time how many are done."""
+def with_progress(batches: Iterable[Tensor], count: int, path: Path) -> Iterator[Tensor]:
+    """Yield the batches of ``count`` images, and print from time to time how many are done."""
     progress = Progress(path.name, count)
     for batch in batches:
         yield batch

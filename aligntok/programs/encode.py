@@ -18,10 +18,9 @@ from aligntok.cache import CacheReader, CacheWriter, Manifest, code_counts, late
 from aligntok.cache.manifest import CROPS
 from aligntok.cache.shards import LABELS, LATENTS, MIRRORED, TOKENS
 from aligntok.callbacks.grids import tiled
-from aligntok.data.batches import batch_source
 from aligntok.data.dataset import ImageDataset
 from aligntok.data.loaders import as_it_is
-from aligntok.data.sources import crop_id, length, spread_over
+from aligntok.data.sources import batch_source, crop_id, length, spread_over
 from aligntok.errors import check, check_positive
 from aligntok.files import write_atomically
 from aligntok.messages import building

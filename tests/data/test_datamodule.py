@@ -455,11 +455,11 @@ def test_folder_errors_are_one_line(tmp_path):
     assert "holds no image" in setup_error(ImageFolder(str(tmp_path / "empty")), 1, SIZE, val=good)
     assert "holds no image" in setup_error(good, 1, SIZE, val=good, test=ImageFolder(str(tmp_path / "empty")))
     message = setup_error(good, 1, SIZE, val=ImageFolder(str(tmp_path / "bad")))
-    assert message.startswith("data.val: no image can be read (3 of 3 tried); the last: cannot read image ")
+    assert message.startswith("val: no image can be read (3 of 3 tried); the last: cannot read image ")
 
 
 def test_batches_that_do_not_divide_or_fill_are_refused():
-    assert "26 training images do not fill one step of data.global_batch_size 32" in setup_error(
+    assert "26 training images do not fill one step of global_batch_size 32" in setup_error(
         Noise(26), 32, SIZE, val=Noise(4)
     )
     assert "global_batch_size=0" in setup_error(Noise(26), 0, SIZE, val=Noise(4))
@@ -473,7 +473,7 @@ def test_an_option_without_effect_is_refused():
 
 
 def test_empty_dataset_is_named():
-    assert "data.test holds no image" in setup_error(Noise(8), 8, SIZE, val=Noise(4), test=Noise(0))
+    assert "test holds no image" in setup_error(Noise(8), 8, SIZE, val=Noise(4), test=Noise(0))
 
 
 def test_classes_with_other_numbers_are_refused(tmp_path):
@@ -481,7 +481,7 @@ def test_classes_with_other_numbers_are_refused(tmp_path):
         picture(tmp_path / name / "1.png")
     train, val, other = (ImageFolder(str(tmp_path / name)) for name in ("train", "val", "other"))
     message = setup_error(train, 1, SIZE, val=val)
-    assert message.startswith("class 'dog' is number 1 of data.train, but 0 of data.val")
+    assert message.startswith("class 'dog' is number 1 of train, but 0 of val")
     (tmp_path / "val" / "cat").mkdir()
     LatentDataModule(train, 1, SIZE, val=ImageFolder(str(tmp_path / "val"))).setup()
     LatentDataModule(train, 1, SIZE, val=other).setup()

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 from aligntok.__main__ import last_message
 from aligntok.data.dataset import Augmentation, ImageDataset
+from aligntok.data.folders import ImageFolder
 from aligntok.data.loaders import as_it_is
-from aligntok.data.sources import ImageFolder
 from aligntok.errors import UserError
 
 SIZE = (16, 16)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from aligntok.cache import Manifest, Record, shard_name
 from aligntok.data import Augmentation, BatchSource, LatentDataModule, LatentShards, Shapes
 from aligntok.data.images import center_crop
-from aligntok.data.sampler import shuffled
+from aligntok.data.loaders import shuffled
 from aligntok.data.sources import crop_id
 from aligntok.errors import UserError
 from aligntok.files import hash_file
@@ -167,7 +167,7 @@ def test_classes_count_and_shape_come_from_the_cache(cache):
     assert data.classes == list("abcde")
     assert data.num_images("train") == TOTAL
     assert data.fingerprint("val") == "s" * 16  # of the images, so references of the same images are found again
-    assert data.sources["train"].latent_shape == SHAPE
+    assert data.sources["train"].size("latent_shape") == SHAPE
     assert data.has_latents
     assert not data.has_images
 
@@ -468,7 +468,7 @@ def test_flips_that_are_not_there_are_refused_and_can_be_switched_off(tmp_path):
 
 
 def test_images_need_a_size_and_every_run_a_batch():
-    with pytest.raises(UserError, match=r"data\.image_size is missing"):
+    with pytest.raises(UserError, match=r"image_size is missing"):
         LatentDataModule(Shapes(8, 8), 4, val=Shapes(8, 8)).setup()
     with pytest.raises(UserError, match="global_batch_size=0"):
         LatentDataModule(Shapes(8, 8), 0)
@@ -511,22 +511,22 @@ def test_latents_of_another_shape_kind_or_tokenizer_are_refused_by_both_values_a
         return str(caught.value)
 
     message = refuse(opened(cache), (4, 4, 2), None)
-    for words in ("data.train", str(cache), "[3, 4, 2]", "model.network.latent_shape", "[4, 4, 2]"):
+    for words in ("train", str(cache), "(3, 4, 2)", "network.latent_shape", "(4, 4, 2)"):
         assert words in message
     message = refuse(opened(cache), SHAPE, ours)
-    for words in ("data.train", str(cache), "f" * 16, "model.tokenizer", ours.fingerprint()):
+    for words in ("train", str(cache), "f" * 16, ours.fingerprint()):
         assert words in message
     entry = {**Manifest.read(cache).tokenizer, "kind": "discrete"}
     message = refuse(opened(write(tmp_path / "discrete", tokenizer=entry)), SHAPE, ours)
     assert "discrete" in message
-    assert "model.tokenizer makes continuous" in message
+    assert "the tokenizer makes continuous" in message
 
 
 def test_latents_of_validation_are_checked_too(cache, tmp_path):
     ours = tokenizer()
     entry = {**Manifest.read(cache).tokenizer, "fingerprint": ours.fingerprint()}
     good = LatentShards(str(write(tmp_path / "good", tokenizer=entry)))
-    with pytest.raises(UserError, match=r"data\.val .* was written by tokenizer ffff"):
+    with pytest.raises(UserError, match=r"val .* was written by tokenizer ffff"):
         opened(good, val=LatentShards(str(cache))).check_latents(SHAPE, ours)
 
 
@@ -588,7 +588,7 @@ def test_other_images_and_images_without_manifest_are_refused(tmp_path):
     assert crop_id(Noise(0), (16, 8)) in message
     write_lightningdit(tmp_path)
     assert "no manifest" in refused(LatentShards(str(tmp_path), images=Noise()))
-    with pytest.raises(UserError, match=r"data\.val gives latents alone"):
+    with pytest.raises(UserError, match=r"val gives latents alone"):
         opened(write(tmp_path / "plain")).preview(2)
 
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
-from aligntok.data.shapes import Shapes
-from aligntok.data.sources import Digits, ImageFolder, Subset, read_item, source_id, split_holdout
+from aligntok.data import Digits, ImageFolder, Shapes
+from aligntok.data.dataset import reduced
+from aligntok.data.sources import Subset, read_item, source_id, split_holdout
 from aligntok.errors import UserError
 
 
@@ -90,7 +91,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_missing_empty_and_mixed_folders_are_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match=r"no image folder .*nowhere.*data\.train\.init_args\.root"):
+    with pytest.raises(UserError, match=r"no image folder .*nowhere.*data\.train\.root"):
         len(ImageFolder(str(tmp_path / "nowhere")))
     (tmp_path / "empty" / "sub").mkdir(parents=True)
     (tmp_path / "empty" / "a.txt").write_text("")
@@ -123,7 +124,7 @@ def test_home_folder_is_expanded(tmp_path, monkeypatch):
 def test_reduced_folder_decodes_coarser_and_leaves_the_other_alone(tmp_path):
     save(tmp_path / "a.jpg", size=(256, 128))
     source = ImageFolder(str(tmp_path))
-    small = Subset(source, [0]).reduced(32)
+    small = reduced(Subset(source, [0]), 32)
     assert small[0][0].size == (64, 32)
     assert source[0][0].size == (256, 128)
 
@@ -181,7 +182,8 @@ def test_every_source_has_an_id_that_depends_on_its_images(tmp_path):
 
 
 def test_ids_are_the_same_in_another_process():
-    code = "from aligntok.data.sources import *; print(source_id(Subset(Digits('val'), [0, 5])))"
+    code = "from aligntok.data import Digits; from aligntok.data.sources import Subset, source_id;"
+    code += "print(source_id(Subset(Digits('val'), [0, 5])))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == source_id(Subset(Digits("val"), [0, 5]))
 

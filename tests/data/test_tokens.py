@@ -14,7 +14,7 @@ from torch import nn
 
 from aligntok.cache import TOKEN_LAYOUT, Manifest, Record, shard_name
 from aligntok.data import Augmentation, LatentDataModule, LatentShards, TokenShards
-from aligntok.data.sampler import shuffled
+from aligntok.data.loaders import shuffled
 from aligntok.errors import UserError
 from aligntok.files import hash_file
 from aligntok.randomness import choices
@@ -216,14 +216,14 @@ def test_tokens_of_the_network_are_accepted(cache):
 )
 def test_tokens_of_other_sizes_are_refused_by_both_values_and_keys(cache, name, value):
     message = refused(opened(cache).check_tokens, {**SIZES, name: value}, None)
-    for words in ("data.train", str(cache), f"{name} {SIZES[name]}", f"network.{name} is {value}"):
+    for words in ("train", str(cache), f"{name} {SIZES[name]}", f"network.{name} is {value}"):
         assert words in message
 
 
 def test_a_cache_of_another_codebook_is_refused(cache, tiny):
     tokenizer = tiny.discrete()
     message = refused(opened(cache).check_tokens, SIZES, tokenizer)
-    for words in ("data.train", "f" * 16, "model.tokenizer", tokenizer.fingerprint(), "token_cache.yaml"):
+    for words in ("train", "f" * 16, tokenizer.fingerprint(), "token_cache.yaml"):
         assert words in message
 
 

@@ -142,9 +142,9 @@ def test_latents_of_another_shape_are_refused_by_both_keys(tiny, tmp_path, measu
     write(tiny, tmp_path / "cache", measured.tokenizer)
     other = DecoderRefinement(tiny.tokenizer(latent_dim=8))
     message = fit_error(tiny, tmp_path, other, cached(tmp_path / "cache"))
-    assert "data.train" in message
-    assert "[4, 4, 4]" in message
-    assert "tokenizer is [8, 4, 4]" in message
+    assert "train " in message
+    assert "(4, 4, 4)" in message
+    assert "tokenizer is (8, 4, 4)" in message
 
 
 @pytest.mark.parametrize("cls", [LatentAlignment, PerceptualAlignment])

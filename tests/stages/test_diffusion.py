@@ -520,8 +520,8 @@ def test_a_cache_of_another_tokenizer_or_shape_is_refused(tiny, tmp_path, cache)
         LatentDiffusion(network, optimization=Optimization(1e-3)),
         datamodule=tiny.cached(cache),
     )
-    assert "[4, 4, 4]" in text
-    assert "network.latent_shape is [4, 2, 2]" in text
+    assert "(4, 4, 4)" in text
+    assert "network.latent_shape is (4, 2, 2)" in text
 
 
 def test_going_on_with_another_tokenizer_is_refused_but_not_with_another_decoder(tiny, tmp_path, cache):

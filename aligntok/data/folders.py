@@ -1,0 +1,162 @@
+"""Images that are at hand: in a folder, or with scikit-learn. Any torchvision dataset serves as well."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from aligntok.data.images import read_image
+from aligntok.data.sources import Indices, Item
+from aligntok.errors import UserError, check
+
+
+class ImageFolder(Dataset[Item]):
+    """Images in class folders, or in one flat folder (then every label is 0).
+
+    Class folders are searched to any depth, through links too; hidden files and folders are left out. Classes are
+    numbered by sorted name, images sorted by path: the same on every machine.
+
+    >>> root = getfixture("tmp_path")
+    >>> (root / "cat").mkdir()
+    >>> Image.new("RGB", (8, 8)).save(root / "cat" / "1.png")
+    >>> len(ImageFolder(str(root))), ImageFolder(str(root)).classes
+    (1, ['cat'])
+
+    Args:
+        root: The folder.
+
+    Raises:
+        UserError: At the first use, if the folder is missing, holds no image, or holds images both in class folders
+            and beside them.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(root).expanduser()
+        self.min_size: int | None = None  # of ``read_image``
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; none for a flat folder."""
+        return self.index[0]
+
+    @cached_property
+    def index(self) -> tuple[list[str], npt.NDArray[np.bytes_], Indices]:
+        """Names of the classes; path below the root, and label, of each image."""
+        root = self.root
+        check(root.is_dir(), f"there is no image folder {root}: set its root, e.g. --data.train.root, to yours")
+        entries = visible(root)
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        beside = [entry.name for entry in entries if not entry.is_dir() and is_image(entry.name)]
+        found = [(name, label) for label, folder in enumerate(folders) for name in find_images(root, folder)]
+        if found and beside:
+            raise UserError(
+                f"image folder {root} holds images in folders ({found[0][0]}) and beside them ({beside[0]}): put every"
+                " image into a class folder, or all into one folder without subfolders"
+            )
+        if not found:
+            folders, found = [], [(name, 0) for name in beside]
+        known = ", ".join(IMG_EXTENSIONS)
+        check(bool(found), f"image folder {root} holds no image, also not in subfolders: name another folder ({known})")
+        found.sort()
+        # arrays, because workers copy every page of a list of a million names, by counting references to them
+        names = np.array([os.fsencode(name) for name, _ in found])
+        return folders, names, np.array([label for _, label in found])
+
+    def __len__(self) -> int:
+        return len(self.index[1])
+
+    def __getitem__(self, index: int) -> Item:
+        _, names, labels = self.index
+        return read_image(self.root / os.fsdecode(names[index]), self.min_size), int(labels[index])
+
+    def fingerprint(self) -> str:
+        """Return a hash of names, labels and file sizes, wherever the folder lies."""
+        digest = hashlib.sha256()
+        root = os.fsencode(self.root)
+        for name, label in zip(*self.index[1:], strict=True):
+            path = os.path.join(root, name)
+            size = os.stat(path).st_size if os.path.exists(path) else -1  # a broken link is a bad image like others
+            digest.update(b"%s %d %d\n" % (name, label, size))
+        return digest.hexdigest()[:16]
+
+
+class Digits(Dataset[Item]):
+    """Scanned handwritten digits, 8x8 pixels, that scikit-learn brings: real images for an offline start.
+
+    >>> digits = Digits("val")
+    >>> len(digits), digits[0][0].size
+    (360, (8, 8))
+
+    Args:
+        split: ``train`` (the first 1,437 images) or ``val`` (the last 360).
+
+    Reference:
+        Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+    """
+
+    NUM_TRAIN = 1437
+    classes = [str(digit) for digit in range(10)]  # noqa: RUF012
+
+    def __init__(self, split: Literal["train", "val"] = "train") -> None:
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        part = slice(None, self.NUM_TRAIN) if split == "train" else slice(self.NUM_TRAIN, None)
+        self.split = split
+        self.pixels = np.round(data.images[part] * (255 / 16)).astype(np.uint8)
+        self.labels = data.target[part].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
+
+    def __repr__(self) -> str:
+        return f"Digits(split={self.split!r})"
+
+
+def find_images(root: Path, folder: str) -> Iterator[str]:
+    """Yield the paths below ``root`` of the images in one of its folders, to any depth, each real folder once."""
+    seen = set()
+    todo = [folder]
+    while todo:
+        folder = todo.pop(0)
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link to a folder that we come or came from
+        seen.add((status.st_dev, status.st_ino))
+        for entry in visible(root / folder):
+            name = f"{folder}/{entry.name}"
+            if entry.is_dir():
+                todo.append(name)
+            elif is_image(entry.name):
+                yield name
+
+
+def visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, sorted by name, without hidden entries.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read image folder {folder}: {error.strerror}. Check its permissions") from error
+
+
+def is_image(name: str) -> bool:
+    """Tell by the name whether a file is meant to be an image."""
+    return name.lower().endswith(IMG_EXTENSIONS)
