@@ -11,8 +11,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aligntok.errors import UserError
 
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError)
-_DECODER_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises on damaged files
+_DECODER_ERRORS = (  # what the decoders of Pillow raise on damaged files
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 _MAX_16_BIT = 65535
 _REDUCING_GAP = 3.0  # from here on the result is "almost indistinguishable" from a full one (Pillow, Image.resize)
