@@ -112,7 +112,7 @@ def parts(folder: Path, size: int) -> str:
     ours = milliseconds(lambda: [dataset[(0, index)] for index in indices])
     decode = milliseconds(lambda: [dataset.source[index] for index in indices])
     rng = np.random.default_rng(0)
-    crop = milliseconds(lambda: [dataset.transform(image, rng) for image in images])
+    crop = milliseconds(lambda: [dataset.augmentation(image, (size, size), rng) for image in images])
     values = [value / len(indices) for value in (full, ours, decode, crop)]
     return f"| {folder.name} | " + " | ".join(f"{value:.2f}" for value in values) + " |"
 
