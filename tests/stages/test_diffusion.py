@@ -328,8 +328,8 @@ def test_the_grid_is_drawn_with_the_average_at_validation(tiny, tmp_path, cache)
     stage = tiny.generator(sampler=Euler(2))
     callbacks = [EMA(0.5), SampleGrid(), SampleGrid(every_n_steps=2)]
     drawn, alone = [], []
-    callbacks[2].draw = lambda trainer, module: alone.append(trainer.global_step)
-    callbacks[1].draw = lambda trainer, module: drawn.append((trainer.global_step, tiny.copies(module.network)))
+    callbacks[2].start = lambda trainer, module: alone.append(trainer.global_step)
+    callbacks[1].start = lambda trainer, module: drawn.append((trainer.global_step, tiny.copies(module.network)))
     options = {"val_check_interval": 3, "limit_val_batches": 1, "enable_checkpointing": False}
     tiny.trainer(tmp_path, 3, callbacks, **options).fit(stage, datamodule=tiny.cached(cache))
     assert alone == [2, 3]
