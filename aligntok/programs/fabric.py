@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from aligntok.callbacks.measurement import on_first_rank as on_first_rank  # for the programs, from here
@@ -50,7 +52,17 @@ def make_fabric(
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     fabric.launch()
+    atexit.register(leave)
     return fabric
+
+
+def leave() -> None:
+    """Leave the group of processes before the interpreter ends.
+
+    Lightning does so for NCCL alone; threads of gloo that are still there abort the process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def unfinished(what: str, blocks: Sequence[range], is_finished: Callable[[range], bool]) -> list[range]:
