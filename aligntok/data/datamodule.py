@@ -93,6 +93,7 @@ class LatentDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         check_positive(global_batch_size=global_batch_size)
+        check(val is not None, "val is null: give images, or the share of train to hold out, such as 0.1")
         self.train: Source = train
         self.val: Source | float = val
         self.test: Source | None = test

@@ -528,3 +528,8 @@ def test_random_state_of_the_process_is_left_alone():
     assert data.datasets["train"][(0, 0)] is not None
     assert states[0] == random.getstate()
     assert np.array_equal(states[2], np.random.get_state()[1])
+
+
+def test_val_is_images_or_a_share():
+    with pytest.raises(UserError, match="val is null: give images, or the share"):
+        LatentDataModule(Digits(), global_batch_size=4, image_size=8, val=None)
