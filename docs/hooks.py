@@ -1,4 +1,4 @@
-"""Hook of the documentation site: `{{ configs }}` becomes all shipped configs, `{{ aligntok.data }}` what that package offers."""
+"""Hook of the site: `{{ configs }}` becomes all shipped configs, `{{ aligntok.data }}` what that package offers."""
 
 import ast
 import re
