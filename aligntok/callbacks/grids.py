@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ class Grid(Measurement):
         self.every_n_steps = every_n_steps
         self.last_step = -1
 
+    @abstractmethod
     def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
         """Return the picture (3, H, W) in [0, 1], or nothing where this module has none."""
-        raise NotImplementedError  # a grid defines it
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare, for training without validation too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -91,9 +92,9 @@ class Shards(BatchSource):
         text = "\n".join(f"{shard.path.name} {shard.path.stat().st_size}" for shard in self.opened.shards)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @abstractmethod
     def size(self, name: str) -> Any:
         """Return a size of the rows by its name in a ``TokenizerSpec``."""
-        raise NotImplementedError
 
     def check_rows(
         self, where: str, kind: str, sizes: Mapping[str, tuple[str, Any]], tokenizer: Tokenizer | None
