@@ -10,6 +10,7 @@ import warnings
 
 from aligntok import __version__
 from aligntok.errors import UserError
+from aligntok.layers import check_configs
 
 VERBS = {  # verb: function that takes the words after it, and a line of help
     "fit": ("aligntok.cli.fit_command", "train a stage; --ckpt_path last goes on with a run that was cut off"),
@@ -52,6 +53,8 @@ def main(args: list[str] | None = None) -> int:
         elif verb == "--version":
             print(f"aligntok {__version__}")
         elif verb in VERBS:
+            for line in check_configs(arguments):  # a wrong name need not wait for torch
+                print(line, file=sys.stderr)
             silence()
             module, _, command = VERBS[verb][0].rpartition(".")
             getattr(importlib.import_module(module), command)(arguments)

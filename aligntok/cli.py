@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,6 +25,7 @@ from aligntok.errors import UserError, check
 from aligntok.files import write_text
 from aligntok.layers import read_command, to_text
 from aligntok.messages import HelpFormatter, ShortErrors, building
+from aligntok.programs.fabric import check_nodes
 from aligntok.programs.repair import refuse_writers
 from aligntok.references import followed
 from aligntok.stages import Stage
@@ -42,7 +44,7 @@ class RunCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser."""
-        kwargs = {"dump_header": [f"aligntok, lightning=={lightning.__version__}"], **kwargs}
+        kwargs = {"dump_header": [f"aligntok, lightning=={lightning.__version__}"], "allow_abbrev": False, **kwargs}
         return super().init_parser(**kwargs, parser_mode="omegaconf+")  # values of other keys: ${data.init_args.x}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -74,6 +76,12 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the checkpoint, and say what is wrong with it before anything is built."""
         config = self.config[self.subcommand]
+        check(
+            config.trainer.accelerator != "gpu" or CUDAAccelerator.is_available() or MPSAccelerator.is_available(),
+            "trainer.accelerator gpu: torch finds no GPU here. Add --config run/cpu.yaml to take the CPU, which is for"
+            " small sizes, or --config run/debug.yaml to try two steps",
+        )
+        check_nodes(config.trainer.num_nodes)
         config.weights_only = True  # AtomicCheckpointIO reads nothing else; said here, Lightning does not warn
         last = Path(config.output) / "checkpoints" / "last.ckpt"
         if self.subcommand == "fit":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc import locate
@@ -18,13 +19,15 @@ from typing import Any
 
 import yaml
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 
 Config = dict[str, Any]
 
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
 DATA = "aligntok.data.LatentDataModule"  # the class of `data:` where it names none
+MAX_FILES, MAX_BYTES = 200, 1 << 20  # ours: of a command, of a file
+MAX_DEPTH, MAX_VALUES = 50, 100_000  # ours: of a file, with what its aliases repeat
 
 
 def split_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -62,10 +65,19 @@ def read_configs(*names: str) -> Config:
         >>> read_configs("size/dit_b.yaml", "size/dit_tiny.yaml")["model"]["init_args"]["network"]["init_args"]
         {'width': 128, 'depth': 4, 'num_heads': 4}
     """
-    config: Config = {}
-    for name in names:
-        config = merge(config, _read(find_config(name), ()))
-    return config
+    return _merged([find_config(name) for name in names], (), [])
+
+
+def check_configs(arguments: list[str]) -> list[str]:
+    """Read the configs that a command line names; say which files of the current folder hide a shipped one.
+
+    Raises:
+        UserError: There is no such config, or it is no YAML.
+    """
+    files: list[Path] = []
+    _merged([find_config(name) for name in split_configs(arguments)[0]], (), files)
+    hidden = [path for path in files if not (path.is_absolute() or _is_shipped(path)) and (SHIPPED / path).is_file()]
+    return [f"--config {path}: the file of this folder, not the shipped {SHIPPED / path}" for path in hidden]
 
 
 def merge(below: Config, above: Mapping[str, Any]) -> Config:
@@ -120,8 +132,10 @@ def _is_schedule(value: Mapping[Any, Any]) -> bool:
     return bool(value) and all(str(key).replace(".", "", 1).isdigit() for key in value)
 
 
-def _accepted(class_path: str, arguments: Config) -> Config:
-    """Return those of the arguments that a class, or function, of that path takes."""
+def _accepted(class_path: Any, arguments: Any) -> Config:
+    """Return those of the arguments that a class, or function, of that path takes; what is none is for the parser."""
+    if not isinstance(class_path, str) or not isinstance(arguments, dict):
+        return {}
     target: Any = locate(class_path)
     names: set[str] = set()
     for part in inspect.getmro(target) if inspect.isclass(target) else [target] if target else []:
@@ -132,42 +146,108 @@ def _accepted(class_path: str, arguments: Config) -> Config:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> Config:
-    """Return a file and the layers that it names as one config; ``above`` are the files that lead to it."""
-    path = path.resolve()
-    if path in above:
-        raise UserError(f"--config {path}: its layers lead back to itself")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} is empty or no mapping of keys to values")
+def _merged(paths: list[Path], above: tuple[Path, ...], files: list[Path]) -> Config:
+    """Return files, each over the layers that it names, as one config.
+
+    Args:
+        paths: Of the files.
+        above: The files that lead to them.
+        files: All that were read so far, to which these are added.
+    """
     config: Config = {}
-    shipped = path.is_relative_to(SHIPPED)
-    for name in content.pop("layers", None) or []:
-        config = merge(config, _read(find_config(str(name), shipped_first=shipped), (*above, path)))
-    return merge(config, content)
+    for path in paths:
+        first, where = _shown((*above, path)[0]), f" (a layer of {_shown(above[-1])})" if above else ""
+        if path in above:
+            chain = [_shown(each) for each in (*above[above.index(path) :], path)]
+            chain[3:-1] = ["..."] * (len(chain) > 5)
+            raise UserError(f"--config {first}: its layers lead back to themselves: {' > '.join(chain)}")
+        files.append(path)
+        check(len(files) <= MAX_FILES, f"--config {first} leads to more than {MAX_FILES} layers")
+        content = _read(path, f"--config {_shown(path)}{where}")
+        layers = content.pop("layers", None) or []
+        check(isinstance(layers, list), f"--config {_shown(path)}{where}: layers is no list of configs: [{layers}]")
+        found = [find_config(str(name), _is_shipped(path), path) for name in layers]
+        config = merge(config, merge(_merged(found, (*above, path), files), content))
+    return config
 
 
-def find_config(name: str, shipped_first: bool = False) -> Path:
+def _read(path: Path, what: str) -> Config:
+    """Return the content of a file; errors name it as ``what``."""
+    try:
+        check(path.stat().st_size <= MAX_BYTES, f"{what} is larger than a config may be, {MAX_BYTES:,} bytes")
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{what} is no YAML that can be used, line {line}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    except RecursionError as error:
+        raise UserError(f"{what} is nested deeper than {MAX_DEPTH} levels") from error
+    check(isinstance(content, dict), f"{what} is empty or no mapping of keys to values")
+    return dict(content)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml's types are not read
+    """Takes no key twice, and nothing that grows beyond all bounds when its aliases are followed."""
+
+    nodes = 0
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            self.look_at(node, 1)
+        return node
+
+    def look_at(self, node: yaml.Node, depth: int) -> None:
+        self.nodes += 1
+        self.refuse(depth > MAX_DEPTH, f"nested deeper than {MAX_DEPTH} levels", node)
+        self.refuse(self.nodes > MAX_VALUES, f"more than {MAX_VALUES:,} values", node)
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, value in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
+                self.refuse(name in keys, f"the key '{name}' is there twice", key)
+                keys.add(name)
+                self.look_at(value, depth + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                self.look_at(value, depth + 1)
+
+    def refuse(self, wrong: bool, problem: str, node: yaml.Node) -> None:
+        if wrong:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _is_shipped(path: Path) -> bool:
+    return path.resolve().is_relative_to(SHIPPED)
+
+
+def _shown(path: Path) -> str:
+    """Return a path as users write it."""
+    return str(path.relative_to(SHIPPED) if path.is_relative_to(SHIPPED) else path)
+
+
+def find_config(name: str, shipped_first: bool = False, above: Path | None = None) -> Path:
     """Return the path of a config.
 
     Args:
         name: A path, or the name of a shipped config.
         shipped_first: Look among the shipped configs before the current folder, as shipped configs do for their layers.
+        above: The config that names it as a layer.
 
     Raises:
         UserError: There is none; the message gives names that are near.
     """
     for folder in (SHIPPED, Path()) if shipped_first else (Path(), SHIPPED):
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # unlike pathlib's, also no error for names that no file can have
             return folder / name
     names = shipped_configs()
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
-    raise UserError(f"--config {name}: no such file here, and no shipped config. Near names: {', '.join(near)}")
+    where = f" (a layer of {_shown(above)})" if above else ""
+    words = f"--config {name[:150]}{where}: no such file here, and no shipped config. Near names: {', '.join(near)}"
+    raise UserError(words)
 
 
 def shipped_configs() -> list[str]:

@@ -12,15 +12,18 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 from torch.utils.data import Dataset
 
 from aligntok.errors import UserError, check
-from aligntok.networks.tokenizer import Tokenizer
+from aligntok.layers import to_text
+from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.weights.checkpoint import build, read_checkpoint
 
 
@@ -32,10 +35,16 @@ def built(recipe: Any, kind: Any) -> Any:
 def spec(tokenizer: Any, key: str) -> Any:
     """Return an attribute of the ``spec`` of the tokenizer that a recipe describes; its weights take no memory."""
     check(tokenizer is not None, "there is no tokenizer that would say it: give one of the two")
+    value = getattr(spec_of(to_text(cast(Any, OmegaConf.to_container(tokenizer, resolve=True)))), key)
+    return list(value) if isinstance(value, tuple) else value
+
+
+@cache
+def spec_of(recipe: str) -> TokenizerSpec:
+    """Return the ``spec`` of the tokenizer that a recipe, as YAML, describes; each is built once."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's: that no weight is copied
-        value = getattr(built(tokenizer, Tokenizer).spec, key)
-    return list(value) if isinstance(value, tuple) else value
+        return build(yaml.safe_load(recipe), Tokenizer).spec
 
 
 def recipe(checkpoint: str, key: str) -> Any:
@@ -72,6 +81,8 @@ def followed() -> Iterator[None]:
             raise UserError(f"{key} follows {other}, which is missing: give one of the two") from error
         cause = " ".join(problem.partition("interpolation: ")[2].split())
         raise UserError(f"{key} follows from another part: {cause}") from error
+    finally:
+        spec_of.cache_clear()  # a checkpoint may be another one by the next time
 
 
 def short_key(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aligntok.errors import UserError
-from aligntok.layers import find_config, merge, read_configs
+from aligntok.layers import SHIPPED, check_configs, find_config, merge, read_configs
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +56,82 @@ def test_shipped_recipes_find_shipped_layers_first(in_folder):
     assert read_configs(write("recipe.yaml", "layers: [base.yaml]\n")) == {"output": "mine"}
 
 
+def test_a_file_that_hides_a_shipped_one_is_named(in_folder):
+    write("base.yaml", "output: mine\n")
+    write("recipe.yaml", "layers: [base.yaml]\n")
+    assert check_configs(["--config", "stage1.yaml", "--config", str(SHIPPED / "base.yaml")]) == []
+    for name in ("base.yaml", "./base.yaml", "recipe.yaml"):
+        (line,) = check_configs(["--output", "x", f"--config={name}"])
+        assert line.startswith("--config base.yaml: the file of this folder, not the shipped ")
+        assert str(SHIPPED / "base.yaml") in line
+
+
 def test_layers_that_lead_back_to_themselves():
+    write("top.yaml", "layers: [base.yaml, a.yaml]\n")
     write("a.yaml", "layers: [b.yaml]\n")
     write("b.yaml", "layers: [a.yaml]\n")
-    with pytest.raises(UserError, match="lead back to itself"):
-        read_configs("a.yaml")
+    with pytest.raises(UserError, match=r"--config top.yaml: .* lead back to themselves: a.yaml > b.yaml > a.yaml$"):
+        read_configs("top.yaml")
+    write("self.yaml", "layers: [self.yaml]\n")
+    with pytest.raises(UserError, match=r"self.yaml > self.yaml$"):
+        read_configs("self.yaml")
+
+
+LAUGHS = "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(9))
+REFUSED = {  # content of mine.yaml, the layer of top.yaml: words of the message
+    "trainer:\n  max_steps: 1\n  max_steps: 2\n": "line 3: the key 'max_steps' is there twice",
+    "output: a\nmodel: {}\n'output': b\n": "line 3: the key 'output' is there twice",
+    "a: " + "[" * 100 + "]" * 100: "nested deeper than 50",
+    "a: " + "{a: " * 100 + "1" + "}" * 100: "nested deeper than 50",
+    "a: " + "[" * 5000 + "]" * 5000: "nested deeper than 50",
+    "a: &a [*a]\n": "nested deeper than 50",
+    LAUGHS: "more than 100,000 values",
+    MERGES: "more than 100,000 values",
+    "a: b: c\n": "line 1: mapping values are not allowed here",
+    "a: !!python/object/apply:os.getcwd []\n": "line 1: could not determine a constructor",
+    "? [1]\n: 2\n": "line 1: found unhashable key",
+    "a: \0": "is no YAML: unacceptable character",
+    "a: " + "x" * (1 << 20): "larger than a config may be",
+    "layers: base.yaml\n": "layers is no list of configs: [base.yaml]",
+    "layers: [nosuch.yaml]\n": "--config nosuch.yaml (a layer of mine.yaml): no such file",
+    f"layers: [{'x' * 300}.yaml]\n": "xxx (a layer of mine.yaml): no such file",
+    "optimizer: {class_path: [1]}\n": None,
+    "optimizer: {class_path: builtins.dict}\n": None,
+    "optimizer: 3\n": None,
+}
+
+
+@pytest.mark.parametrize("content", REFUSED, ids=range(len(REFUSED)))
+def test_a_layer_that_cannot_be_used_is_named(content):
+    write("mine.yaml", content)
+    below = write("below.yaml", "optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.1}}\n")
+    write("top.yaml", f"layers: [{below}, mine.yaml]\n")
+    if REFUSED[content] is None:  # the parser says what is wrong with it
+        read_configs("top.yaml")
+        return
+    with pytest.raises(UserError) as caught:
+        read_configs("top.yaml")
+    assert REFUSED[content] in str(caught.value)
+    assert "mine.yaml" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_layer_that_cannot_be_read_is_named():
+    Path(write("mine.yaml", "output: a\n")).chmod(0)
+    write("top.yaml", "layers: [mine.yaml]\n")
+    if os.access("mine.yaml", os.R_OK):
+        pytest.skip("root reads everything")
+    with pytest.raises(UserError, match=r"mine.yaml \(a layer of top.yaml\) cannot be read: Permission denied"):
+        read_configs("top.yaml")
+
+
+def test_layers_that_name_ever_more_layers():
+    for i in range(30):
+        write(f"{i}.yaml", f"layers: [{i + 1}.yaml, {i + 1}.yaml]\n")
+    write("30.yaml", "output: x\n")
+    with pytest.raises(UserError, match=r"--config 0.yaml leads to more than 200 layers"):
+        read_configs("0.yaml")
 
 
 def test_reading_layers_imports_neither_torch_nor_lightning():

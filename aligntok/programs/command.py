@@ -24,7 +24,9 @@ FABRIC = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # arg
 
 def make_parser(verb: str, output: str, description: str) -> ShortErrors:
     """Return a parser with ``--config``, ``--output`` (with its default) and the options of ``make_fabric``."""
-    parser = ShortErrors(prog=f"aligntok {verb}", description=description, formatter_class=HelpFormatter)
+    parser = ShortErrors(
+        prog=f"aligntok {verb}", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file, or name of a shipped one; repeatable.")
     parser.add_argument("--output", type=str, default=output, help="Folder to write into.")
     parser.add_function_arguments(make_fabric)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from aligntok.callbacks.measurement import on_first_rank as on_first_rank  # for the programs, from here
 from aligntok.errors import UserError, check
@@ -34,8 +38,10 @@ def make_fabric(
         precision: ``32-true``, or ``bf16-mixed``.
 
     Raises:
-        UserError: This machine has no such devices, or the precision rounds the weights themselves.
+        UserError: This machine has no such devices, nothing started the other nodes, or the precision rounds the
+            weights themselves.
     """
+    check_nodes(num_nodes)
     check(
         precision not in ("bf16-true", "16-true"),
         f"precision {precision} rounds the weights themselves, and what is written would belong to no checkpoint: use"
@@ -52,12 +58,25 @@ def make_fabric(
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     fabric.launch()
-    atexit.register(leave)
     return fabric
 
 
+def check_nodes(num_nodes: int) -> None:
+    """Raise a ``UserError`` where a run would wait for ever for nodes that nothing has started.
+
+    >>> check_nodes(1)
+    """
+    clusters = (SLURMEnvironment, LSFEnvironment, MPIEnvironment)  # torchrun, and others, say the address
+    check(
+        num_nodes <= 1 or "MASTER_ADDR" in os.environ or any(cluster.detect() for cluster in clusters),
+        f"num_nodes {num_nodes}: nothing started this command on the other nodes, and it would wait for them. Start it"
+        " by srun or torchrun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node",
+    )
+
+
+@atexit.register
 def leave() -> None:
-    """Leave the group of processes before the interpreter ends.
+    """Leave the group of processes before the interpreter ends, in every command, those of Lightning's Trainer too.
 
     Lightning does so for NCCL alone; threads of gloo that are still there abort the process.
     """

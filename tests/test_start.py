@@ -1,0 +1,87 @@
+"""How commands start and end: quick mistakes, the device, the nodes, the output folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aligntok.__main__ import main
+from aligntok.errors import UserError
+from aligntok.programs.fabric import make_fabric
+
+ENCODER = ("fit", "--config", "quickstart/encoder.yaml")
+HEAVY = {"torch", "lightning", "jsonargparse", "omegaconf", "torchvision"}
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fails(capsys, *args: str) -> str:
+    """Run a command that a user got wrong; return its only line on stderr."""
+    assert main(list(args)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aligntok: error:")
+    assert len(line) < 400
+    return line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["report", "nowhere"],
+        ["fti"],
+        ["fit", "--config", "stage1.yaml", "--config", "nosuch.yaml"],
+        ["encode", "--config=nosuch.yaml"],
+        ["sample", "-c", "twice.yaml"],
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(words, in_folder):
+    (in_folder / "twice.yaml").write_text("output: a\noutput: b\n")
+    program = "import sys; from aligntok.__main__ import main; code = main(sys.argv[1:]); print(code, *sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    code, *loaded = result.stdout.splitlines()[-1].split()
+    assert code == ("0" if words[0].startswith("--") else "2")
+    assert not HEAVY & set(loaded)
+    assert len(result.stderr.splitlines()) == int(code) // 2
+
+
+def test_without_a_gpu_a_line_says_what_to_add(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # wherever the test runs
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    line = fails(capsys, "fit", "--config", "stage2.yaml", "--init_from", "stage1.ckpt")
+    assert "trainer.accelerator gpu: torch finds no GPU here. Add --config run/cpu.yaml" in line
+    line = fails(capsys, "fit", "--config", "stage2.yaml", "--config", "run/cpu.yaml", "--ckpt_path", "absent.ckpt")
+    assert "absent.ckpt" in line  # one step further
+
+
+def test_nodes_that_nothing_started_are_not_waited_for(capsys, monkeypatch):
+    for name in ("MASTER_ADDR", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    problem = "num_nodes 2: nothing started this command on the other nodes"
+    assert problem in fails(capsys, *ENCODER, "--trainer.num_nodes", "2")
+    with pytest.raises(UserError, match=problem):
+        make_fabric("cpu", devices=1, num_nodes=2)
+
+
+@pytest.mark.parametrize("words", [[*ENCODER, "--out"], ["encode", "--outpu"], ["evaluate", "a", "--ref"]])
+def test_options_are_written_in_full(words, capsys, in_folder):
+    assert words[-1][2:] in fails(capsys, *words, "x")
+    assert not list(in_folder.iterdir())
+
+
+def test_processes_leave_their_group_at_the_end(in_folder):
+    program = (
+        "import atexit, torch.distributed as dist; atexit.register(lambda: print(dist.is_initialized()));"
+        "import aligntok.cli; dist.init_process_group('gloo', init_method='file://' + __import__('sys').argv[1],"
+        "rank=0, world_size=1); print(dist.is_initialized())"
+    )
+    words = [sys.executable, "-c", program, str(Path("store").resolve())]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.split() == ["True", "False"]
