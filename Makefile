@@ -7,7 +7,7 @@ ALITOK := runs/quickstart_alitok
 LAST := checkpoints/last.ckpt
 FIT := $(BIN)/aligntok fit --ckpt_path last --config
 
-.PHONY: install format check docs test test-slow test-gpu test-kernels test-oldest bench quickstart quickstart-alitok clean
+.PHONY: install format check docs test test-slow test-gpu test-kernels test-oldest test-wheel bench quickstart quickstart-alitok clean
 
 install: .venv/installed
 
@@ -78,6 +78,10 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[dev]'
 	.venv-oldest/bin/pytest -n 2 --dist loadscope -o filterwarnings=default -m "not slow and not gpu"
+
+# The built wheel in an empty environment: what README shows, from an empty folder, at a debug size.
+test-wheel:
+	$(PYTHON) .ci/wheel.py
 
 # The short benchmarks; benchmarks/README.md lists the long ones.
 bench: install

@@ -1,4 +1,5 @@
-"""Hook of the site: `{{ configs }}` becomes all shipped configs, `{{ aligntok.data }}` what that package offers."""
+"""Hook of the site: `{{ configs }}` becomes all shipped configs, `{{ aligntok.data }}` what that package offers,
+`{{ benchmarks }}` the page of benchmarks/."""
 
 import ast
 import re
@@ -11,6 +12,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill in the lists."""
     if "{{ configs }}" in markdown:
         return markdown.replace("{{ configs }}", configs())
+    if "{{ benchmarks }}" in markdown:
+        return markdown.replace("{{ benchmarks }}", (ROOT / "benchmarks/README.md").read_text().partition("\n")[2])
     return re.sub(r"{{ (aligntok\.\w+) }}", lambda match: members(match[1]), markdown)
 
 

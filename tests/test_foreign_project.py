@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import to_tensor
@@ -97,11 +98,12 @@ def test_the_chain_with_their_encoder_loss_stage_and_data(tmp_path, monkeypatch)
     assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
 
 
-def test_the_page_on_extending_shows_this_project():
-    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+@pytest.mark.parametrize("page", ["encoder", "loss", "stage", "data"])
+def test_the_pages_on_own_classes_show_this_project(page):
+    text = (Path(__file__).parent.parent / f"docs/{page}.md").read_text()
     project = [path.read_text() for path in (Path(__file__).parent / "foreign").glob("*.*")]
-    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6
+    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
     for block in blocks:
         assert any(block in text for text in project), block
 
