@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 OWN_PROJECT = {"encoder", "loss", "stage", "data"}  # pages whose code is tests/foreign, see test_foreign_project.py
 NOT_RUN = "<!-- not run:"  # a comment in front of a block, with the reason
-FIT = ("fit", "validate")
-OF_TOKENIZERS = {  # what those recipes take from a checkpoint
-    "--model.network.latent_shape": "[32,16,16]",
-    "--model.network.num_classes": "1000",
-    "--model.network.codebook_size": "4096",
-    "--model.network.grid": "[16,16]",
-    "--model.network.num_prefix": "16",
-}
+TOKENIZERS = "photos/stage1.yaml"  # the recipe on which an option is tried that stands alone; of generators dit.yaml
+DIT = [
+    "--model.network.latent_shape",
+    "[32,16,16]",
+    "--model.network.num_classes",
+    "1000",
+]  # it asks a tokenizer's file
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -39,8 +39,9 @@ def quoted() -> set[str]:
     return found
 
 
-COMMANDS = sorted(text for text in quoted() if re.match(r"aligntok [a-z]+ (?!\.\.\.)", text))
-OPTIONS = sorted(text for text in quoted() if re.match(r"--[a-z]\w+\.\S+ \S+$", text))
+QUOTED = sorted(quoted())
+COMMANDS = [shlex.split(text)[1:] for text in QUOTED if re.match(r"aligntok [a-z]+ (?!\.\.\.)", text)]
+OPTIONS = [text.split() for text in QUOTED if re.match(r"--(data|model|trainer|callbacks)\.\S+ \S+", text)]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda page: page.stem)
@@ -52,61 +53,42 @@ def test_python_runs(page, tmp_path, monkeypatch):
         exec(compile(ast.parse(text), str(page), "exec"), {"__name__": page.stem})
 
 
+@pytest.mark.parametrize("verb", sorted({words[0] for words in COMMANDS}))
+def test_commands_and_their_options_exist(verb, capsys):
+    assert verb in VERBS
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    known = capsys.readouterr().out
+    options = {word.partition("=")[0] for words in COMMANDS if words[0] == verb for word in words if word[:2] == "--"}
+    assert [option for option in options if not re.search(rf"{option.partition('.')[0]}\b", known)] == []
+
+
+def options_by_recipe() -> dict[str, list[str]]:
+    """Return all options of parts that the pages name (``--data.image_size 64``), by the recipe they are meant for."""
+    found: dict[str, list[str]] = {TOKENIZERS: [], "dit.yaml": []}
+    for words in COMMANDS:
+        if words[0] in ("fit", "validate") and words[1] == "--config" and words[2] in ("stage1.yaml", TOKENIZERS):
+            pairs = [pair for pair in pairwise(words) if re.match(r"--\w+\.", pair[0])]
+            found.setdefault(words[2], []).extend(word for pair in pairs for word in pair)
+    for option in OPTIONS:
+        is_generators = re.match(r"--model\.(network|sampler|guidance|tokenizer\.path)", option[0])
+        found["dit.yaml" if is_generators else TOKENIZERS].extend(option)
+    found["dit.yaml"].extend(DIT)
+    return {recipe: words for recipe, words in found.items() if words}
+
+
 class Parsed(Exception):  # noqa: N818
-    """The options of a command are right; nothing was built."""
+    """The options are right; nothing was built."""
 
 
-@pytest.fixture
-def parse(monkeypatch, tmp_path, capsys):
-    """Run a command of `fit` up to where it would build the run, any other up to the file that is not there."""
-
+@pytest.mark.parametrize(("recipe", "options"), options_by_recipe().items(), ids=lambda value: str(value)[:20])
+def test_options_of_parts_are_right(recipe, options, monkeypatch, capsys):
     def stop(self):
         raise Parsed
 
     monkeypatch.setattr(cli.RunCLI, "before_instantiate_classes", stop)
-    monkeypatch.chdir(tmp_path)
-
-    def run(words: list[str]) -> None:
-        if words[0] in FIT:
-            with pytest.raises(Parsed):
-                assert main(words) == 0, capsys.readouterr().err
-            return
-        code, error = main(words), capsys.readouterr().err
-        files = [word for word in words[1:] if "/" in word or "." in word or word.isupper()]
-        assert code == 2, words
-        assert any(name in error for name in files) or "no runs" in error, error
-
-    return run
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_right(command, parse):
-    """In an empty folder each is refused for want of a file that it names, and for nothing else."""
-    words = shlex.split(command)[1:]
-    assert words[0] in VERBS
-    if any(word.startswith(("weights/", "runs/")) for word in words if word.endswith(".yaml")):
-        return  # a config that another command writes
-    parse(words + of_tokenizers(words))
-
-
-def test_options_are_right(parse):
-    """Options that stand alone, of a tokenizer's recipe and of a generator's."""
-    generators = [o for o in OPTIONS if re.match(r"--model\.(network|sampler|guidance|tokenizer\.path)", o)]
-    assert len(generators) > 1
-    words = [word for option in set(OPTIONS) - set(generators) for word in option.split()]
-    assert len(words) > 10
-    parse(["fit", "--config", "stage1.yaml", *words])
-    words = ["fit", "--config", "dit.yaml", *(word for option in generators for word in option.split())]
-    parse(words + of_tokenizers(words))
-
-
-def of_tokenizers(words: list[str]) -> list[str]:
-    keys = []
-    if words[0] in FIT and {"dit.yaml", "dit_800ep.yaml"} & set(words):
-        keys = list(OF_TOKENIZERS)[:2]
-    if words[0] in FIT and "alitok_ar.yaml" in words:
-        keys = list(OF_TOKENIZERS)[1:]
-    return [word for key in keys if key not in words for word in (key, OF_TOKENIZERS[key])]
+    with pytest.raises(Parsed):
+        assert main(["fit", "--config", recipe, *options]) == 0, capsys.readouterr().err
 
 
 def test_configs_exist():
@@ -131,7 +113,9 @@ def test_links_lead_to_files(page):
 
 
 def test_the_makefile_has_the_words():
-    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", ".github/workflows/test.yml"))
+    text = "\n".join(
+        (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", ".github/workflows/test.yml")
+    )
     words = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)`", text)) <= words
     assert {word for word in words if word.startswith("test")} <= set(re.findall(r"[\w-]+", text))

@@ -16,7 +16,7 @@ def test_oldest_versions_are_the_lower_bounds():
     floors = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', required))
     assert len(floors) == len(required.strip().splitlines())
     oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci/oldest.txt").read_text(), re.MULTILINE))
-    assert oldest.keys() == floors.keys()
+    assert oldest.keys() == floors.keys() - {"torch", "torchvision"}
     for name, version in oldest.items():
         assert f"{version}.".startswith(f"{floors[name]}."), name
 
