@@ -77,7 +77,7 @@ def options_by_recipe() -> dict[str, list[str]]:
     return {recipe: words for recipe, words in found.items() if words}
 
 
-class Parsed(Exception):  # noqa: N818
+class Parsed(Exception):
     """The options are right; nothing was built."""
 
 
