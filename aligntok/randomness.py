@@ -64,6 +64,8 @@ def normal(ids: Tensor, seed: int, step: int, stream: str, shape: Sequence[int] 
 
 def choices(count: int, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return a fair choice among 0 .. ``count`` - 1, below 2^31, for each (seed, epoch, id), (B,)."""
+    if count == 1:
+        return np.zeros_like(ids)
     word: NDArray[np.int64] = philox((0, epochs & LOW_32_BITS, *_halves(ids)), _key(seed, "view"))[0]
     return word * count >> 32
 

@@ -59,20 +59,22 @@ TOKEN_LAYOUT = Layout(TOKENS, {"U16": torch.uint16}, 1, WRITE.format("token_"))
 
 
 class View(NamedTuple):
-    """One view of all images of a shard: ``rows[i]`` (N, size) are the bytes of image i, which begin at ``start``."""
+    """One view of all images of a shard: ``rows[i]`` (N, size) are the bytes of image i, at ``start + i * stride``."""
 
     memory: mmap.mmap
     rows: Bytes
     start: int
+    size: int
+    stride: int
 
     def prefetch(self, row: int) -> None:
         """Let the disk read a row, without waiting for it.
 
         Rows of a batch lie anywhere: touched one after the other, each would be waited for, with its surroundings.
         """
-        start = self.start + row * self.rows.strides[0]
+        start = self.start + row * self.stride
         aligned = start - start % mmap.PAGESIZE
-        self.memory.madvise(mmap.MADV_WILLNEED, aligned, start + self.rows.shape[1] - aligned)
+        self.memory.madvise(mmap.MADV_WILLNEED, aligned, start + self.size - aligned)
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ class Shard:
         """The rows of each view, in mapped memory; those of the image as it is come before mirrored ones."""
         with self.path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        shape = self.shape[0], math.prod(self.row_shape) * self.dtype.itemsize
-        strides = math.prod(self.shape[1:]) * self.dtype.itemsize, 1
-        return [View(memory, np.ndarray(shape, np.uint8, memory, at, strides), at) for at in self.starts]
+        size, stride = (math.prod(shape) * self.dtype.itemsize for shape in (self.row_shape, self.shape[1:]))
+        rows = [np.ndarray((self.shape[0], size), np.uint8, memory, start, (stride, 1)) for start in self.starts]
+        return [View(memory, part, start, size, stride) for part, start in zip(rows, self.starts, strict=True)]
 
     def labels(self) -> Indices:
         """Read the labels, (N,)."""
