@@ -13,7 +13,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     if "{{ configs }}" in markdown:
         return markdown.replace("{{ configs }}", configs())
     if "{{ benchmarks }}" in markdown:
-        return markdown.replace("{{ benchmarks }}", (ROOT / "benchmarks/README.md").read_text().partition("\n")[2])
+        tables = (ROOT / "benchmarks/README.md").read_text().partition("\n")[2]
+        return markdown.replace("../benchmarks/README.md#", "#").replace("{{ benchmarks }}", tables)
     return re.sub(r"{{ (aligntok\.\w+) }}", lambda match: members(match[1]), markdown)
 
 
