@@ -21,7 +21,7 @@ ALITOK = f"--config size/alitok_debug.yaml --config data/shapes.yaml --config of
 SMALLER = [  # what a command of the table contains, and the words that make it small
     ("fit --config alitok_stage1.yaml", f"{ALITOK} --model.auxiliary mse"),
     ("--config alitok_stage", ALITOK),
-    ("--config photos/", TWO_STEPS),
+    ("--config photos/", f"--data.image_size 64 {TWO_STEPS}"),
     ("--config stage", TOKENIZER),
     ("fit --config dit.yaml", f"--config size/dit_debug.yaml {TWO_STEPS}"),
     ("sample --config dit.yaml", "--config size/dit_debug.yaml --num_samples 8 --accelerator cpu"),
