@@ -81,6 +81,7 @@ def silence() -> None:
         ".*You have overridden `on_before_batch_transfer`.*",
     ):
         warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", module="PIL")  # what it thinks of a photo's metadata, or of its size
 
 
 def last_message(error: Exception) -> str:

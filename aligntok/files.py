@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -55,6 +56,56 @@ def write_text(path: str | Path, text: str) -> None:
     'done'
     """
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, kind: Any) -> Any:
+    """Return what a JSON file holds, which must be of a kind, see ``misfit``.
+
+    Raises:
+        UserError: It cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        problem = misfit(content, kind)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except (ValueError, RecursionError) as error:
+        problem = f"no JSON: {str(error)[:100]}"
+    if problem:
+        raise UserError(f"{path} is broken ({problem}): restore it, or write it again")
+    return content
+
+
+def misfit(value: Any, kind: Any, key: str = "it") -> str:
+    """Return, in words, what in a value of JSON or YAML is not of a kind; nothing where all is.
+
+    >>> misfit({"size": 3, "ids": [1, None]}, {"size": int, "ids": [int], "scales": ({str: float}, None)})
+    'it.ids.1 is None'
+
+    Args:
+        value: Numbers, strings, None, and lists and dicts of these; of a checkpoint tensors too.
+        kind: A type or a value; ``[kind]`` for a list; ``{"key": kind}`` for a dict with these keys, among others;
+            ``{str: kind}`` for one with any keys; a tuple for either of several kinds.
+        key: What to call the value.
+    """
+    if isinstance(kind, tuple):
+        fits = any(not misfit(value, one) for one in kind)
+    elif isinstance(kind, (dict, list)):
+        fits = isinstance(value, type(kind))
+        inner: list[tuple[Any, Any, Any]] = []
+        if fits and isinstance(kind, list):
+            inner = [(index, part, kind[0]) for index, part in enumerate(value)]
+        elif fits and isinstance(kind, dict):
+            named = {name: kind[str] for name in value} if str in kind else kind
+            inner = [(name, value.get(name), one) for name, one in named.items()]
+        for name, part, one in inner:
+            if problem := misfit(part, one, f"{key}.{name}"):
+                return problem
+    elif isinstance(kind, type):
+        fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+    else:
+        fits = type(value) is type(kind) and value == kind
+    return "" if fits else f"{key} is {' '.join(repr(value).split()):.60}"
 
 
 def hash_file(path: str | Path) -> str:

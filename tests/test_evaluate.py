@@ -1,11 +1,14 @@
 """`aligntok evaluate`: equal images give equal numbers however they are stored, and nothing unlike is compared."""
 
 import json
+import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from aligntok.__main__ import main
@@ -112,6 +115,71 @@ def test_earlier_records_stay_and_the_same_one_is_replaced(stored):
     path.write_text("notes")
     with pytest.raises(UserError, match=r"evaluation\.json was not written by"):
         evaluate(stored["npz"], stored["real npz"])
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", "[[]]", "\xff", "[" * 100_000])
+def test_records_of_others_are_left_alone(stored, content):
+    path = stored["npz"].parent / "evaluation.json"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match=r"evaluation\.json was not written by"):
+        evaluate(stored["npz"], stored["real npz"], "--fid")
+    assert path.read_bytes() == content.encode("latin1")
+
+
+class Touch:
+    """Pickles into a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("key", ["arr_0", "arr_1", "mu"])
+def test_what_is_pickled_in_a_file_is_not_run(stored, tmp_path, key, monkeypatch):
+    content = {"arr_0": SAMPLES, "arr_1": np.arange(24), "mu": np.zeros(48), "sigma": np.eye(48)}
+    np.savez(tmp_path / "evil.npz", **{**content, key: np.array([Touch(tmp_path / "ran")] * 24, dtype=object)})
+
+    def read():
+        file = StoredFile(tmp_path / "evil.npz")
+        return file.labels, file.statistics()
+
+    with pytest.raises(UserError, match=r"evil\.npz is (damaged at (arr_1|mu) .*pickle|no \.npz of images)"):
+        read()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_hold_nothing_or_another_version_of_the_format(stored, tmp_path):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"empty\.npz is no \.npz"):
+        StoredFile(tmp_path / "empty.npz")
+    with zipfile.ZipFile(tmp_path / "new.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array(file, SAMPLES, version=(3, 0))
+    images = StoredFile(tmp_path / "new.npz")
+    assert torch.equal(torch.cat(list(images.images(7))), tensor(SAMPLES))
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (24, 32, 32, 3)})
+        file.write(bytes(1000))
+    with pytest.raises(UserError, match=r"short\.npz is no .*has 1,1\d\d bytes"):
+        StoredFile(tmp_path / "short.npz")
+
+
+@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99"])
+def test_a_device_that_cannot_compute_is_named(stored, device):
+    words = [str(stored["npz"]), "--reference", str(stored["real npz"]), *LITE0[:-1], device]
+    with pytest.raises(UserError, match=f"--device {device}: "):
+        evaluate_command(words)
+
+
+def test_a_reference_of_no_numbers_is_named(tmp_path):
+    good = Reference(torch.zeros(3), torch.eye(3), 9, "toy", "tiny", sample=torch.zeros(4, 3))
+    odd = {"cov": torch.full((3, 3), torch.nan), "sample": torch.zeros(4, 2), "mean": torch.ones(3, 1)}
+    for name, value in odd.items():
+        tensors = {"mean": good.mean, "cov": good.cov, "sample": good.sample, name: value}
+        save_file(tensors, tmp_path / "odd.safetensors", {"count": "9", "source": "toy", "features": "tiny"})
+        with pytest.raises(UserError, match=r"odd\.safetensors: "):
+            Reference.load(tmp_path / "odd.safetensors")
 
 
 def test_reference_folder_is_cropped_as_adm_does(stored, tmp_path):

@@ -13,12 +13,22 @@ from typing import Any
 import numpy as np
 
 from aligntok.cache.shards import LATENT_LAYOUT, TOKEN_LAYOUT, Indices, Layout
-from aligntok.errors import UserError, check
-from aligntok.files import write_text
+from aligntok.errors import check
+from aligntok.files import misfit, read_json, write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 CROPS = {"center": 1, "ten": 5}  # places that an image is cut out at; each may be there mirrored too
+RECORD = {"file": str, "first": int, "count": int, "missing": [int], "sha256": str}
+CONTENT = {  # of the file, see ``misfit``
+    "tokenizer": {"fingerprint": str, "kind": ("continuous", "discrete"), "latent_shape": [int], "image_size": [int]},
+    "images": {"source": str, "crop": tuple(CROPS), "count": int, "classes": [str]},
+    "dtype": ("float32", "bfloat16", "uint16"),
+    "flips": bool,
+    "shard_size": int,
+    "statistics": ({str: [float]}, None),
+    "shards": [RECORD],
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,12 @@ class Record:
     def image_ids(self) -> Indices:
         """Image of each row, (count,)."""
         return np.setdiff1d(np.arange(self.first, self.first + self.count + len(self.missing)), self.missing)
+
+    def is_of(self, ids: range) -> bool:
+        """Tell whether it can be the record of a shard of these images."""
+        missing = set(self.missing)
+        whole = self.first == ids.start and 0 < self.count == len(ids) - len(missing)
+        return whole and len(missing) == len(self.missing) and all(id in ids for id in missing)
 
 
 @dataclass
@@ -85,21 +101,35 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             return None
+        content = read_json(path, {"format": int})
+        version = content.pop("format")
+        check(version == FORMAT, f"{path} is of format {version}, this aligntok reads {FORMAT}: encode again")
+        problem = misfit(content, CONTENT, "it")
         try:
-            content = json.loads(path.read_text())
-            version = content.pop("format")
-            check(version == FORMAT, f"{path} is of format {version}, this aligntok reads {FORMAT}: encode again")
             manifest = cls(**{**content, "shards": [Record(**shard) for shard in content["shards"]]})
-            _ = manifest.count, manifest.form(0)
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no manifest of a cache ({error!r}): restore it, or encode again") from error
+            problem = problem or manifest.contradiction()
+        except (ValueError, KeyError, TypeError) as error:
+            problem = problem or repr(error)
+        check(not problem, f"{path} is no manifest of a cache ({problem}): restore it, or encode again")
         return manifest
 
     def write(self, folder: Path) -> None:
         """Write it, atomically."""
         write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+
+    def contradiction(self) -> str:
+        """Return what in it cannot be; nothing in one that was written by us."""
+        channels, h, w = self.tokenizer["latent_shape"]
+        height, width = self.tokenizer["image_size"]
+        if min(channels, h, w, height, width, self.count, self.shard_size) < 1:
+            return "a size or count is below 1"
+        if self.statistics is not None and not self.shards:
+            return "it names no shards"
+        for shard in self.shards:
+            ids = range(self.count)[shard.first : shard.first + shard.count + len(shard.missing)]
+            if not shard.is_of(ids) or Path(shard.file).name != shard.file:
+                return f"its record of {shard.file[:60]!r} cannot be"
+        return ""
 
     @property
     def layout(self) -> Layout:

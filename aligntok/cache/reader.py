@@ -99,6 +99,8 @@ class CacheReader:
     def read(self, ids: Indices, views: Indices) -> tuple[Tensor, Tensor]:
         """Return some rows as they are stored, each of one view, and their labels (B,)."""
         shards = np.searchsorted(self.starts, ids, "right") - 1
+        for shard in set(shards.tolist()):
+            self.shards[shard].check_whole()
         places = zip(views.tolist(), shards.tolist(), (ids - self.starts[shards]).tolist(), strict=True)
         rows = [(self.views[view][shard], row) for view, shard, row in places]
         for view, row in rows:

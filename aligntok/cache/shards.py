@@ -26,12 +26,15 @@ import torch
 from torch import Tensor
 
 from aligntok.errors import UserError, check
+from aligntok.files import misfit
 
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
 LATENTS, MIRRORED, TOKENS, LABELS = "latents", "latents_flip", "tokens", "labels"
 MAX_HEADER = 1 << 20  # bytes; that of a shard has a few hundred
+ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}  # of a tensor in the header
+MAX_CLASSES = 1 << 20  # no data set has so many: a greater label is no label
 WRITE = "aligntok encode --config {}cache.yaml --tokenizer CHECKPOINT --output FOLDER"
 
 
@@ -116,21 +119,26 @@ class Shard:
                 header_size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(header_size, MAX_HEADER)))
             header.pop("__metadata__", None)
+            problem = misfit(header, {str: ENTRY}, "header")
             begin = 8 + header_size
             whole = begin + max(entry["data_offsets"][1] for entry in header.values())
             offsets = {key: begin + entry["data_offsets"][0] for key, entry in header.items()}
             shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+            sizes = {key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items()}
             shape, dtype = shapes[layout.name], layout.dtypes[header[layout.name]["dtype"]]
             labelled = shapes[LABELS] == shape[:1] and header[LABELS]["dtype"] == "I64"
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read ({str(error)[:150]})") from error
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} is no shard of {layout.name}, or its header is altered ({error!r})") from error
+            problem = f"{error!r:.150}"
+        check(not problem, f"{path} is no shard of {layout.name}, or its header is altered ({problem})")
         check(size == whole, f"{path} is truncated or altered: it has {size:,} bytes, its header says {whole:,}")
         keys = [key for key in (layout.name, MIRRORED) if key in shapes]
         fitting = labelled and len(shape) > layout.row_axes and all(shapes[key] == shape for key in keys)
+        fitting = fitting and min(shape) > 0 and min(offsets.values()) >= begin and sizes[LABELS] == 8 * shape[0]
+        fitting = fitting and all(sizes[key] == math.prod(shape) * dtype.itemsize for key in keys)
         check(fitting, f"{path} is no shard of {layout.name} with as many labels (int64)")
         row_shape = shape[-layout.row_axes :]
         row_size = math.prod(row_shape) * dtype.itemsize
@@ -153,12 +161,29 @@ class Shard:
         return [View(memory, part, start, size, stride) for part, start in zip(rows, self.starts, strict=True)]
 
     def labels(self) -> Indices:
-        """Read the labels, (N,)."""
-        return np.fromfile(self.path, np.int64, self.shape[0], offset=self.labels_start)
+        """Read the labels, (N,).
+
+        Raises:
+            UserError: Some are no numbers of classes.
+        """
+        labels = np.fromfile(self.path, np.int64, self.shape[0], offset=self.labels_start)
+        low, high = labels.min(), labels.max()
+        check(low >= 0 and high < MAX_CLASSES, f"{self.path} is altered: its labels are in {low} .. {high}")
+        return labels
 
     def tensor(self, rows: Sequence[Bytes]) -> Tensor:
         """Copy mapped rows into latents (B, C, h, w) or tokens (B, L)."""
         return torch.from_numpy(np.concatenate(rows)).view(self.dtype).view(len(rows), *self.row_shape)
+
+    def check_whole(self) -> None:
+        """Raise a ``UserError`` if the file was cut off since it was mapped: to touch what is gone ends the process.
+
+        A file that is cut off in the very moment between this and the reading is not caught; nothing could be, but by
+        reading without mapped memory, at twice the cost.
+        """
+        memory = self.views[0].memory
+        whole = memory.size() >= len(memory)
+        check(whole, f"{self.path} was cut off while it was in use: `aligntok repair {self.path.parent}`")
 
 
 def shard_name(number: int, layout: Layout = LATENT_LAYOUT, rank: int = 0) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from aligntok.cache.manifest import Manifest, Record
+from aligntok.cache.manifest import RECORD, Manifest, Record
 from aligntok.cache.reader import CacheReader
 from aligntok.cache.shards import LABELS, Shard, shard_name
 from aligntok.errors import UserError, check
-from aligntok.files import hash_file, write_atomically, write_text
+from aligntok.files import hash_file, read_json, write_atomically, write_text
 
 
 class CacheWriter:
@@ -44,11 +44,9 @@ class CacheWriter:
             return
         theirs = there.conditions()
         for what, ours in manifest.conditions().items():
-            check(
-                ours == theirs.get(what),
-                f"{folder} holds {there.layout.name} of {what} {theirs.get(what)}, but this run's {what} is {ours}:"
-                " give another --output, or run it as it was",
-            )
+            held = f"{folder} holds {there.layout.name} of {what} {theirs.get(what)!s:.90}"
+            remedy = "give another --output, or run it as it was"
+            check(ours == theirs.get(what), f"{held}, but this run's {what} is {ours!s:.90}: {remedy}")
 
     @property
     def blocks(self) -> list[range]:
@@ -63,12 +61,12 @@ class CacheWriter:
     def record(self, ids: range) -> Record | None:
         """Return what is known of a shard: its own record, or what the manifest says of it."""
         path = self.path(ids)
+        own = path.with_suffix(".json")
         try:
-            return Record(**json.loads(path.with_suffix(".json").read_text()))
-        except FileNotFoundError:
-            return self.known.get(path.name)
-        except (ValueError, TypeError):
+            record = Record(**read_json(own, RECORD)) if own.exists() else self.known.get(path.name)
+        except (UserError, TypeError):
             return None
+        return record if record and record.file == path.name and record.is_of(ids) else None
 
     def is_finished(self, ids: range) -> bool:
         """Tell whether a shard and its record are there, and whether the file, read in full, has the recorded hash."""
@@ -77,7 +75,7 @@ class CacheWriter:
             shard = Shard.open(path, self.layout)
         except UserError:
             return False
-        if record is None or not shard.shape[0] == record.count == len(ids) - len(record.missing):
+        if record is None or shard.shape[0] != record.count:
             return False
         intact = hash_file(path) == record.sha256
         if not intact:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aligntok.data.dataset import Augmentation, BatchDataset, ImageDataset, reduced
+from aligntok.data.dataset import Augmentation, BatchDataset, ImageDataset, no_bad_images, reduced
 from aligntok.data.loaders import (
     InOrderSampler,
     Loader,
@@ -30,6 +30,7 @@ from aligntok.data.sources import (
     source_indices,
     split_holdout,
     spread_over,
+    whole_source,
 )
 from aligntok.errors import UserError, check, check_positive
 from aligntok.networks.encoders import pair
@@ -104,6 +105,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.calibration_images = calibration_images
         self.sources: dict[str, Source] = {}
         self.datasets: dict[str, ImageDataset | BatchDataset] = {}
+        self.bad_images: dict[int, Tensor] = {}  # of each whole source, also where a part of it is held out
         self.position = Position()
 
     # What stages and callbacks ask: aligntok.protocols
@@ -331,10 +333,11 @@ class LatentDataModule(pl.LightningDataModule):
         if batches:
             views = batches.num_views(self.augmentation.flip) if training else 1
             return BatchDataset(source, self.seed, views, self.num_workers if batches.images is None else 0)
-        augmentation = self.augmentation if training else None
+        augmentation, whole = self.augmentation if training else None, whole_source(source)
+        bad = self.bad_images.setdefault(id(whole), no_bad_images(source))
         if augmentation and augmentation.crop == "random":
             source = reduced(source, max(self.size))
-        return ImageDataset(source, self.size, augmentation, self.seed, training or replace_bad, self.on_bad_image)
+        return ImageDataset(source, self.size, augmentation, self.seed, training or replace_bad, self.on_bad_image, bad)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligntok.data.folders import ImageFolder
 from aligntok.data.images import center_crop, random_crop, random_flip, random_resized_crop, to_rgb
 from aligntok.data.loaders import Key
-from aligntok.data.sources import Batch, Item, Subset, length, read_item, spread_over
+from aligntok.data.sources import Batch, Item, Subset, length, read_item, source_indices, spread_over, whole_source
 from aligntok.errors import UserError, check
 from aligntok.randomness import choices, image_generator
 
@@ -67,7 +68,7 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
     """Images of a source as bytes (H, W, 3), with label and id; a sample is a function of (seed, epoch, index).
 
     An image that cannot be read is named, counted, and replaced by the next one or left out (``None``). More than one
-    in a hundred is an error.
+    in a hundred of the whole source, of which this may be a subset, is an error.
 
     >>> dataset = ImageDataset([(Image.new("RGB", (40, 30)), 7)], (16, 16))
     >>> dataset[0]["image"].shape, dataset[0]["label"]
@@ -80,6 +81,7 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         seed: Of the augmentation.
         replace_bad: Whether the next image stands in for a bad one.
         on_bad_image: ``skip`` as above, or ``raise``.
+        bad: Which images of the whole source are known to be bad, if others read it too: see ``no_bad_images``.
     """
 
     num_threads = 0  # that read ahead: images are read by processes
@@ -92,14 +94,14 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         seed: int = 0,
         replace_bad: bool = False,
         on_bad_image: Literal["skip", "raise"] = "skip",
+        bad: Tensor | None = None,
     ) -> None:
         self.source, self.image_size, self.augmentation, self.seed = source, image_size, augmentation, seed
         self.replace_bad, self.on_bad_image = replace_bad, on_bad_image
-        bad = torch.zeros(length(source), dtype=torch.uint8)
-        self.bad = bad.share_memory_()  # type: ignore[no-untyped-call]  # one count for all workers
+        self.bad = no_bad_images(source) if bad is None else bad
 
     def __len__(self) -> int:
-        return len(self.bad)
+        return length(self.source)
 
     def __getitem__(self, key: Key | int) -> dict[str, Any] | None:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -137,16 +139,17 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         message = str(error) if isinstance(error, UserError) else f"image {index} of the source: {error}"
         if self.on_bad_image == "raise":
             raise UserError(f"{message} (on_bad_image is raise)") from error
-        known, self.bad[index] = bool(self.bad[index]), 1
+        (place,) = source_indices(self.source, [index])
+        known, self.bad[place] = bool(self.bad[place]), 1
         if known:
             return
-        count = int(self.bad.sum())
-        if count > MAX_BAD_SHARE * len(self):
+        count, total = int(self.bad.sum()), len(self.bad)
+        if count > MAX_BAD_SHARE * total:
             raise UserError(
-                f"{count} of {len(self)} images cannot be read, more than {MAX_BAD_SHARE:.0%}; the last: {message}."
+                f"{count} of {total} images cannot be read, more than {MAX_BAD_SHARE:.0%}; the last: {message}."
                 " Remove or replace these files"
             ) from error
-        print(f"aligntok: image skipped ({count} of {len(self)} so far): {message}", file=sys.stderr, flush=True)
+        print(f"aligntok: image skipped ({count} of {total} so far): {message}", file=sys.stderr, flush=True)
 
     def check_readable(self) -> None:
         """Raise a ``UserError`` if none of some images can be read: then it is no matter of a few bad files."""
@@ -159,6 +162,12 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
             else:
                 return
         raise UserError(f"no image can be read ({len(spread)} of {len(self)} tried); the last: {last}")
+
+
+def no_bad_images(source: Dataset[Any]) -> Tensor:
+    """Return a flag for each image of the whole source, of which this may be a subset; workers share the flags."""
+    flags = torch.zeros(length(whole_source(source)), dtype=torch.uint8)
+    return flags.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
 
 
 class BatchDataset(Dataset[Any]):

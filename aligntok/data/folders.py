@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from aligntok.data.images import read_image
+from aligntok.data.images import printable, read_image
 from aligntok.data.sources import Indices, Item
 from aligntok.errors import UserError, check
 
@@ -23,8 +25,9 @@ from aligntok.errors import UserError, check
 class ImageFolder(Dataset[Item]):
     """Images in class folders, or in one flat folder (then every label is 0).
 
-    Class folders are searched to any depth, through links too; hidden files and folders are left out. Classes are
-    numbered by sorted name, images sorted by path: the same on every machine.
+    Class folders are searched to any depth, through links too; hidden files and folders are left out, and files with
+    another suffix than an image's, which are counted. Classes are numbered by sorted name, images sorted by path: the
+    same on every machine.
 
     >>> root = getfixture("tmp_path")
     >>> (root / "cat").mkdir()
@@ -53,11 +56,12 @@ class ImageFolder(Dataset[Item]):
     def index(self) -> tuple[list[str], npt.NDArray[np.bytes_], Indices]:
         """Names of the classes; path below the root, and label, of each image."""
         root = self.root
-        check(root.is_dir(), f"there is no image folder {root}: set its root, e.g. --data.train.root, to yours")
-        entries = visible(root)
-        folders = [entry.name for entry in entries if entry.is_dir()]
-        beside = [entry.name for entry in entries if not entry.is_dir() and is_image(entry.name)]
-        found = [(name, label) for label, folder in enumerate(folders) for name in find_images(root, folder)]
+        where = f"there is no image folder {root}: set its root, e.g. --data.train.root, to yours"
+        check(os.path.isdir(root), where)
+        entries, others = visible(root), Counter[str]()
+        folders = [entry.name for entry in entries if is_folder(entry)]
+        beside = [entry.name for entry in entries if not is_folder(entry) and is_image(entry.name, others)]
+        found = [(name, label) for label, folder in enumerate(folders) for name in find_images(root, folder, others)]
         if found and beside:
             raise UserError(
                 f"image folder {root} holds images in folders ({found[0][0]}) and beside them ({beside[0]}): put every"
@@ -67,6 +71,8 @@ class ImageFolder(Dataset[Item]):
             folders, found = [], [(name, 0) for name in beside]
         known = ", ".join(IMG_EXTENSIONS)
         check(bool(found), f"image folder {root} holds no image, also not in subfolders: name another folder ({known})")
+        if others:
+            say_left_out(str(root), ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)))
         found.sort()
         # arrays, because workers copy every page of a list of a million names, by counting references to them
         names = np.array([os.fsencode(name) for name, _ in found])
@@ -126,22 +132,41 @@ class Digits(Dataset[Item]):
         return f"Digits(split={self.split!r})"
 
 
-def find_images(root: Path, folder: str) -> Iterator[str]:
-    """Yield the paths below ``root`` of the images in one of its folders, to any depth, each real folder once."""
+@cache
+def say_left_out(folder: str, what: str) -> None:
+    """Say, once, which files of a folder are not read."""
+    known = ", ".join(IMG_EXTENSIONS)
+    print(f"aligntok: {folder}: files left out: {what} (read are {known})", file=sys.stderr, flush=True)
+
+
+def find_images(root: Path, folder: str, others: Counter[str]) -> Iterator[str]:
+    """Yield the paths below ``root`` of the images in one of its folders, to any depth, each real folder once.
+
+    Other files are counted by suffix in ``others``.
+    """
     seen = set()
     todo = [folder]
     while todo:
         folder = todo.pop(0)
+        entries = visible(root / folder)
         status = os.stat(root / folder)
         if (status.st_dev, status.st_ino) in seen:
             continue  # a link to a folder that we come or came from
         seen.add((status.st_dev, status.st_ino))
-        for entry in visible(root / folder):
+        for entry in entries:
             name = f"{folder}/{entry.name}"
-            if entry.is_dir():
+            if is_folder(entry):
                 todo.append(name)
-            elif is_image(entry.name):
+            elif is_image(entry.name, others):
                 yield name
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a folder; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -154,9 +179,14 @@ def visible(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"cannot read image folder {folder}: {error.strerror}. Check its permissions") from error
+        raise UserError(
+            f"cannot read image folder {printable(str(folder))}: {error.strerror}. Check its permissions"
+        ) from error
 
 
-def is_image(name: str) -> bool:
-    """Tell by the name whether a file is meant to be an image."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+def is_image(name: str, others: Counter[str]) -> bool:
+    """Tell by the name whether a file is meant to be an image, and count others by suffix."""
+    found = name.lower().endswith(IMG_EXTENSIONS)
+    if not found:
+        others[printable(os.path.splitext(name)[1].lower())[:10] or "without a suffix"] += 1
+    return found

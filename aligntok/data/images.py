@@ -1,8 +1,8 @@
 """Reading, cropping and flipping of single images, PIL in and PIL out."""
 
 import math
-import struct
-import zlib
+import os
+from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aligntok.errors import UserError
 
-_DECODER_ERRORS = (  # what the decoders of Pillow raise on damaged files
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]
+"""What is opened, whatever a file is called: formats of pixels alone. Pillow would have Ghostscript run an EPS."""
+if find_spec("PIL.AvifImagePlugin"):  # of newer Pillow
+    FORMATS.append("AVIF")
 
 _MAX_16_BIT = 65535
 _REDUCING_GAP = 3.0  # from here on the result is "almost indistinguishable" from a full one (Pillow, Image.resize)
@@ -25,7 +25,7 @@ def read_image(path: str | PathLike[str], min_size: int | None = None) -> Image.
     """Read the first frame of an image file as RGB, turned upright as its EXIF orientation says.
 
     Args:
-        path: Any file that Pillow reads.
+        path: A file of one of the ``FORMATS``.
         min_size: Allow a JPEG to be decoded at 1/2, 1/4 or 1/8 as long as both sides keep this many pixels. Much faster
             on large photographs, but the pixels differ slightly from a full decode: for training, not for evaluation.
 
@@ -33,13 +33,22 @@ def read_image(path: str | PathLike[str], min_size: int | None = None) -> Image.
         UserError: If the file is missing, empty, truncated, no image, or has pixels without an agreed 8-bit scale.
     """
     try:
-        with Image.open(path) as image:
+        with open(path, "rb", opener=_open) as file, Image.open(file, formats=FORMATS) as image:
             if min_size is not None:
                 image.draft(None, (min_size, min_size))  # nothing but JPEG heeds it
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
-    except _DECODER_ERRORS as error:
-        raise UserError(f"cannot read image {fspath(path)}: {_reason(Path(path), error)}") from error
+    except Exception as error:  # the decoders raise many kinds on what is damaged
+        raise UserError(f"cannot read image {printable(fspath(path))}: {_reason(Path(path), error)}") from error
+
+
+def printable(name: str) -> str:
+    r"""Return a name of a file as it can be printed in a line, whatever is in it.
+
+    >>> printable("a\nb.png"), printable("ä.png")
+    ('a\\nb.png', 'ä.png')
+    """
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -117,14 +126,21 @@ def random_flip(image: Image.Image, generator: np.random.Generator) -> Image.Ima
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 1 / 2 else image
 
 
+def _open(path: str, flags: int) -> int:
+    """Open a file without waiting for the other end of what is none, such as a FIFO."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has none
+
+
 def _reason(path: Path, error: Exception) -> str:
-    if path.is_file() and path.stat().st_size == 0:
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is no file"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        return "the file is no image, or of a format that Pillow does not know"
+        return f"the file is no image of a format that is read ({', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -20,6 +19,7 @@ from aligntok.data.images import center_crop, to_rgb
 from aligntok.data.sources import Batch, BatchSource, Indices, Item, crop_id, read_item
 from aligntok.errors import UserError, check
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
+from aligntok.weights.checkpoint import read_file
 
 STATISTICS = "latents_stats.pt"  # LightningDiT's
 MAX_SHIFT = 0.1  # of a tokenizer's statistics from those of LightningDiT's latents, in standard deviations
@@ -221,9 +221,9 @@ class LatentShards(Shards):
         path = self.folder / STATISTICS
         if path.is_file():
             try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = read_file(path)
                 mean, std = (content[key].float().flatten() for key in ("mean", "std"))
-            except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+            except (UserError, RuntimeError, LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"{path} is no dict of mean and std: remove it, to have them measured") from error
         else:
             mean, std = latent_statistics(self.opened.shards)

@@ -111,6 +111,13 @@ def source_indices(source: Dataset[Any], ids: Sequence[int]) -> list[int]:
     return list(ids)
 
 
+def whole_source(source: Dataset[Any]) -> Dataset[Any]:
+    """Return the source that this is, or is a subset of."""
+    while isinstance(source, (Subset, torch.utils.data.Subset)):
+        source = source.source if isinstance(source, Subset) else source.dataset
+    return source
+
+
 def split_holdout(
     source: Dataset[Any], share: float, image_ids: Indices | None = None, count: int | None = None
 ) -> tuple[Subset, Subset]:

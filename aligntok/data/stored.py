@@ -44,8 +44,7 @@ class StoredFile(AdmFile):
         """Class of each image, (count,)."""
         if "arr_1" not in self.entries:
             return None
-        with np.load(self.path, allow_pickle=False) as file:
-            labels = file["arr_1"]
+        labels = self.array("arr_1")
         fits = labels.shape == (self.count,) and np.issubdtype(labels.dtype, np.integer)
         return torch.from_numpy(labels.astype(np.int64)) if fits else None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,12 @@ class Reference:
         for mean, cov in self.moments:
             shapes = f"{tuple(mean.shape)} and {tuple(cov.shape)}"
             check(mean.dim() == 1 and cov.shape == 2 * mean.shape, f"a mean (D,) goes with (D, D), not {shapes}")
+        if self.sample is not None:
+            width = f"features (M, {len(self.mean)}) go with this mean, not {tuple(self.sample.shape)}"
+            check(self.sample.dim() == 2 and self.sample.shape[1] == len(self.mean), width)
+        for name in TENSORS:
+            value = getattr(self, name)
+            check(value is None or bool(value.isfinite().all()), f"{name} contains NaN or infinity: measure it anew")
 
     @property
     def moments(self) -> list[tuple[Tensor, Tensor]]:
@@ -92,8 +98,8 @@ class Reference:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in set(TENSORS).intersection(file.keys())}
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file ({error})") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is not a safetensors file ({str(error)[:150]})") from error
         missing = [key for key in ("mean", "cov", "count", "source", "features") if key not in tensors | metadata]
         check(not missing, f"{path} lacks {', '.join(missing)}: give a file that `Reference.save` wrote")
         texts = {key: metadata[key] for key in ("source", "features")}
@@ -125,14 +131,16 @@ class AdmFile:
         self.path = Path(path)
         check(self.path.is_file(), f"reference not found: {self.path}")
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 self.entries = set(file.files)
             self.shape: tuple[int, ...] = (0, 0, 0, 3)
             if "arr_0" in self.entries:
                 stream, self.shape = self._open()
                 stream.close()
-        except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path} is no .npz of images and statistics as ADM's are ({error})") from error
+        except Exception as error:  # NumPy and zipfile raise many kinds on what is damaged
+            raise UserError(
+                f"{self.path} is no .npz of images and statistics as ADM's are ({reason(error)})"
+            ) from error
 
     @property
     def source(self) -> str:
@@ -149,8 +157,19 @@ class AdmFile:
         names = [f"mu{suffix}", f"sigma{suffix}"]
         found = ", ".join(sorted(self.entries))
         check(self.entries.issuperset(names), f"{self.path} has no {' and '.join(names)} (only {found})")
-        with np.load(self.path, allow_pickle=False) as file:
-            return torch.from_numpy(file[names[0]]), torch.from_numpy(file[names[1]])
+        mean, cov = self.array(names[0]), self.array(names[1])
+        problem = f"{self.path}: {' and '.join(names)} are {mean.dtype} {mean.shape} and {cov.dtype} {cov.shape}"
+        real = all(np.issubdtype(value.dtype, np.floating) for value in (mean, cov))
+        check(real, f"{problem}, not floating point numbers")
+        return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(cov.astype(np.float64))
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """Read an entry; raise a ``UserError`` if it is damaged. Pickled objects are refused, nothing in it is run."""
+        try:
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                return np.asarray(file[name])
+        except Exception as error:
+            raise UserError(f"{self.path} is damaged at {name} ({reason(error)}): copy it again") from error
 
     def images(self, batch_size: int = 64) -> Iterator[Tensor]:
         """Yield the images in order, float32 (batch_size, 3, H, W) in [0, 1].
@@ -166,17 +185,28 @@ class AdmFile:
             for start in range(0, count, batch_size):
                 shape = (min(batch_size, count - start), *rest)
                 try:
-                    data = bytearray(file.read(int(np.prod(shape))))
+                    data = bytearray(file.read(math.prod(shape)))
                     image = torch.frombuffer(data, dtype=torch.uint8).view(shape)
-                except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                    raise UserError(f"{self.path} is damaged at image {start} ({error}): copy it again") from error
+                except Exception as error:
+                    raise UserError(
+                        f"{self.path} is damaged at image {start} ({reason(error)}): copy it again"
+                    ) from error
                 yield image.permute(0, 3, 1, 2).contiguous().float() / 255
 
     def _open(self) -> tuple[Any, tuple[int, ...]]:
         """Return ``arr_0`` as a stream at its first byte, and its shape."""
-        file = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  the caller closes it
-        np.lib.format.read_magic(file)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # 2.0 is for headers beyond 64 KB
+        archive = zipfile.ZipFile(self.path)
+        file, size = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size  # the caller closes it
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
             raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3) in C order")
+        if file.tell() + math.prod(shape) != size or math.prod(shape[1:]) == 0:
+            raise ValueError(f"arr_0 of {shape} has {size:,} bytes")
         return file, shape
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, or its name where it says nothing, in a line."""
+    return " ".join(str(error).split())[:150] or type(error).__name__

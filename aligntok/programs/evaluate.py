@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aligntok.data.stored import Images, StoredFile, open_images
 from aligntok.errors import UserError, check, check_positive
-from aligntok.files import write_text
+from aligntok.files import read_json, write_text
 from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatures, Reference, find_protocol
 from aligntok.metrics.protocol import FREE, Protocol
 from aligntok.networks import VisionEncoder
@@ -121,9 +121,10 @@ def make_metrics(options: argparse.Namespace, image_size: tuple[int, int], proto
         chosen = [name for name in possible if name != "kid"]
     metrics = GenerationMetrics(features, **dict.fromkeys(chosen, True), protocol=protocol)
     try:
+        torch.zeros(1, device=options.device).item()  # meta holds no numbers
         return metrics.to(options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]:.200}") from error
 
 
 def find_reference(metrics: GenerationMetrics, image_size: tuple[int, int], options: argparse.Namespace) -> None:
@@ -170,9 +171,7 @@ def sorted_by_class(labels: Tensor | None) -> bool:
 def read_records(path: Path) -> list[dict[str, object]]:
     """Return what an earlier evaluation wrote."""
     try:
-        records = json.loads(path.read_text()) if path.is_file() else []
-    except ValueError:
-        records = None
-    if not isinstance(records, list):
-        raise UserError(f"{path} was not written by `aligntok evaluate`: move it elsewhere")
+        records: list[dict[str, object]] = read_json(path, [dict]) if path.exists() else []
+    except UserError as error:
+        raise UserError(f"{path} was not written by `aligntok evaluate`: move it elsewhere") from error
     return records

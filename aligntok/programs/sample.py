@@ -18,10 +18,11 @@ from torch import Tensor
 
 from aligntok.cache.shards import Bytes
 from aligntok.callbacks.generation import setting
+from aligntok.data.images import read_image
 from aligntok.data.labels import ClassLabels
 from aligntok.data.sources import Indices
 from aligntok.errors import check, check_positive
-from aligntok.files import hash_tensors, write_atomically, write_text
+from aligntok.files import hash_tensors, read_json, write_atomically, write_text
 from aligntok.messages import building
 from aligntok.programs.command import make_parser, read, start
 from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of, unfinished
@@ -116,10 +117,11 @@ class SampleFolder:
     def begin(self, record: dict[str, Any]) -> None:
         """Keep what decides on the samples; refuse a folder that holds samples of something else."""
         path = self.folder / RECORD
-        there = json.loads(path.read_text()) if path.is_file() else record
+        there = read_json(path, dict) if path.exists() else record
         for key, ours in record.items():
-            theirs = f"{self.folder} holds samples of {key} {there.get(key)}"
-            check(there.get(key) == ours, f"{theirs}, but this run's {key} is {ours}: give another --output")
+            check(key in there, f"{path} is broken: it does not say {key}. Give another --output")
+            what = f"holds samples of {key} {there[key]}, but this run's {key} is {ours} (see {RECORD})"
+            check(there[key] == ours, f"{self.folder} {what}: give another --output")
         write_text(path, json.dumps(record, indent=1))
 
     def is_finished(self, ids: range) -> bool:
@@ -139,8 +141,7 @@ class SampleFolder:
 
     def read(self, id: int) -> Bytes:
         """Return the pixels of a sample's picture, (H, W, 3)."""
-        with Image.open(self.path(id)) as picture:
-            return np.asarray(picture.convert("RGB"))
+        return np.asarray(read_image(self.path(id)))
 
     def finish(self, npz: bool, blocks: Sequence[range]) -> None:
         """Write the ``.npz`` from the pictures, block by block, so that 50,000 of them need no memory."""

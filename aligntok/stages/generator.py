@@ -16,7 +16,7 @@ from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache, HasLabels, offered_data
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint
+from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, rebuilding
 
 
 class GeneratorStage(Stage):
@@ -201,9 +201,10 @@ def load_generator(path: str | Path, ema: float | None = None) -> GeneratorStage
     Raises:
         UserError: The file is no such checkpoint, or has no such average.
     """
-    generator = build(generator_recipe(path), GeneratorStage)
-    generator.load(path, ema)
-    return generator.eval()
+    with rebuilding(path):
+        generator = build(generator_recipe(path), GeneratorStage)
+        generator.load(path, ema)
+        return generator.eval()
 
 
 def generator_recipe(path: str | Path) -> dict[str, Any]:

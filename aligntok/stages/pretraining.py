@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from aligntok.files import write_atomically
 from aligntok.metrics.features import EncoderFeatures
 from aligntok.networks.encoders import VisionEncoder
+from aligntok.protocols import HasLabels, offered_data
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
-from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, recipe_of, without_encoder_weights
+from aligntok.weights.checkpoint import (
+    build,
+    load_strictly,
+    read_checkpoint,
+    rebuilding,
+    recipe_of,
+    without_encoder_weights,
+)
 
 
 class EncoderPretraining(Stage):
@@ -52,6 +60,13 @@ class EncoderPretraining(Stage):
         """Return class logits (B, num_classes) of an image (B, 3, H, W) in [0, 1]."""
         features = self.encoder(image)  # (B, width, h, w)
         return self.head(features.mean((-2, -1)))  # type: ignore[no-any-return]
+
+    def setup(self, stage: str) -> None:
+        """Refuse classes that the head does not have."""
+        super().setup(stage)
+        labels = offered_data(self.trainer, HasLabels)
+        if labels is not None:
+            labels.check_labels(self.head.out_features, "model.num_classes")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the cross-entropy of one batch."""
@@ -94,10 +109,11 @@ def load_classifier(path: str | Path) -> EncoderPretraining:
         UserError: The file is no such checkpoint.
     """
     checkpoint = read_checkpoint(path)
-    encoder = build(without_encoder_weights(recipe_of(checkpoint, "encoder", path)), VisionEncoder)
-    classifier = EncoderPretraining(encoder, int(checkpoint["hyper_parameters"]["num_classes"]))
-    load_strictly(classifier, checkpoint["state_dict"], str(path))
-    return classifier.eval()
+    recipe = without_encoder_weights(recipe_of(checkpoint, "encoder", path))
+    with rebuilding(path):
+        classifier = EncoderPretraining(build(recipe, VisionEncoder), checkpoint["hyper_parameters"]["num_classes"])
+        load_strictly(classifier, checkpoint["state_dict"], str(path))
+        return classifier.eval()
 
 
 def load_features(path: str | Path, name: str) -> EncoderFeatures:

@@ -218,6 +218,9 @@ class Stage(pl.LightningModule):
         text = "--ckpt_path goes on with the same stage, --init_from starts the next one"
         check(stage == name, f"--ckpt_path is of stage {stage}, this run is {name}: {text}")
         migrate(checkpoint)
+        trains = self._trainer is not None and self._trainer.training
+        whole = "optimizer_states" in checkpoint and "lr_schedulers" in checkpoint
+        check(whole or not trains, "--ckpt_path holds weights without an optimizer: give it as --init_from")
         if "optimizer_states" in checkpoint:
             groups = self.parameter_groups()
             names = {key: list(group.parameters) for key, group in groups.items()}

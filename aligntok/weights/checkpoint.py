@@ -11,6 +11,8 @@ import json
 import pickle
 import pkgutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aligntok.errors import UserError, check
+from aligntok.files import misfit
 from aligntok.networks.dit import DiT
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.lora import merge_lora
@@ -27,6 +30,15 @@ from aligntok.networks.tokenizer import Tokenizer
 from aligntok.weights.migration import STAGE_KEY, migrate
 
 SUFFIX, HEADER, FORMAT = ".safetensors", "aligntok", 1  # of exported checkpoints
+TENSORS = {str: Tensor}
+CONTENT = {  # of a checkpoint as far as we read it, see ``misfit``
+    "state_dict": TENSORS,
+    "hyper_parameters": (dict, None),
+    "current_model_state": (TENSORS, None),
+    "averages": ({str: TENSORS}, None),
+    "averaging_state": (dict, None),
+    STAGE_KEY: (str, None),
+}
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -46,7 +58,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", ema: float | No
     checkpoint = read_exported(Path(path), map_location) if exported else read_file(path, map_location)
     known = isinstance(checkpoint, dict) and "state_dict" in checkpoint
     check(known, f"{path} is no training checkpoint: it has no state_dict")
-    migrate(checkpoint)
+    problem = misfit(checkpoint, CONTENT)
+    check(not problem, f"{path} is no training checkpoint: {problem}")
+    with rebuilding(path):
+        migrate(checkpoint)
     return checkpoint if ema is None else checkpoint | {"state_dict": average_of(checkpoint, ema, path)}
 
 
@@ -81,15 +96,14 @@ def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
     check(zipfile.is_zipfile(path), f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is refused: it holds more than tensors and plain values, and loading it would run code. If you"
-            " trust it, torch.load it with weights_only=False elsewhere and torch.save its tensors alone"
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise UserError(
-            f"{path} is no checkpoint that torch can read ({' '.join(str(error).split())[:120]})"
-        ) from error
+    except Exception as error:  # torch, pickle and zipfile each raise their own kind on what is damaged
+        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):  # torch's word for code
+            raise UserError(
+                f"{path} is refused: it holds more than tensors and plain values, and loading it would run code. If you"
+                " trust it, torch.load it with weights_only=False elsewhere and torch.save its tensors alone"
+            ) from error
+        words = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is no checkpoint that torch can read ({words or type(error).__name__})") from error
 
 
 def read_exported(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -98,15 +112,15 @@ def read_exported(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         UserError: There is no such file, it is broken, or none of ours.
     """
+    check(path.is_file(), f"there is no checkpoint {path}")
     try:
         with safe_open(path, "pt", device=str(map_location)) as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no safetensors file, or only a part of one ({error})") from error
-    ours = isinstance(header, dict) and header.get("format") == FORMAT
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        words = str(error)[:150]
+        raise UserError(f"{path} is no safetensors file, or only a part of one ({words})") from error
+    ours = not misfit(header, {"format": FORMAT, "stage": str, "parts": dict})
     check(ours, f"{path} holds weights, but no recipe: give a checkpoint of a run, or what `aligntok import` wrote")
     return {"state_dict": state, STAGE_KEY: header["stage"], "hyper_parameters": header["parts"]}
 
@@ -159,9 +173,10 @@ def load_tokenizer(path: str | Path, ema: float | None = None) -> Tokenizer:
     """
     checkpoint = read_checkpoint(path, ema=ema)
     recipe = recipe_of(checkpoint, "tokenizer", path)
-    if "encoder" not in recipe["init_args"]:  # a generator's checkpoint: it names the tokenizer's
-        return build(recipe, Tokenizer)
-    return _rebuilt(checkpoint, "tokenizer", Tokenizer, path)
+    with rebuilding(path):
+        if "encoder" not in recipe["init_args"]:  # a generator's checkpoint: it names the tokenizer's
+            return build(recipe, Tokenizer)
+        return _rebuilt(checkpoint, "tokenizer", Tokenizer, path)
 
 
 def load_network(path: str | Path, ema: float | None = None) -> DiT:
@@ -169,7 +184,25 @@ def load_network(path: str | Path, ema: float | None = None) -> DiT:
 
     >>> guide = load_network("runs/dit_s/checkpoints/last.ckpt")  # doctest: +SKIP
     """
-    return _rebuilt(read_checkpoint(path, ema=ema), "network", DiT, path)
+    with rebuilding(path):
+        return _rebuilt(read_checkpoint(path, ema=ema), "network", DiT, path)
+
+
+@contextmanager
+def rebuilding(path: str | Path) -> Iterator[None]:
+    """Around the building of what a file says of itself: whatever its classes make of its values, it is named.
+
+    Raises:
+        UserError: In place of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise
+        words = " ".join(str(error).split()) or type(error).__name__
+        words = words if len(words) < 200 else f"{words[:50]} ... {words[-150:]}"
+        raise UserError(f"{path} cannot be rebuilt: {words}") from error
 
 
 def _rebuilt(checkpoint: dict[str, Any], part: str, kind: type[Module], path: str | Path) -> Module:
@@ -181,8 +214,8 @@ def _rebuilt(checkpoint: dict[str, Any], part: str, kind: type[Module], path: st
 
 def recipe_of(checkpoint: dict[str, Any], part: str, path: str | Path) -> dict[str, Any]:
     """Return the class path and arguments that a part of the checkpoint's stage was built with."""
-    recipe: dict[str, Any] | None = checkpoint.get("hyper_parameters", {}).get(part)
-    if not isinstance(recipe, dict):
+    recipe: dict[str, Any] = (checkpoint.get("hyper_parameters") or {}).get(part, {})
+    if misfit(recipe, {"class_path": str, "init_args": dict}):
         raise UserError(
             f"{path} holds no recipe of the {part} (stage {checkpoint.get(STAGE_KEY)}): give a checkpoint of a run with"
             " one, written by `aligntok fit`"

@@ -23,7 +23,8 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict):
         return {}
-    return {str(key).removeprefix("module."): value for key, value in content.items()}  # DDP's prefix
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return {key.removeprefix("module."): value for key, value in tensors.items()}  # DDP's prefix
 
 
 def official_names(key: str, names: dict[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from aligntok.errors import check
+from aligntok.files import misfit
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.conv import ConvDecoder, ConvEncoder
 from aligntok.networks.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def load_vavae(path: str | Path, statistics: str | Path | None = None, image_siz
     load_strictly(tokenizer, vavae_state(read_official(path)) | buffers, str(path))
     if statistics is not None:
         moments = read_file(statistics)
-        complete = isinstance(moments, dict) and {"mean", "std"} <= moments.keys()
+        complete = not misfit(moments, {"mean": Tensor, "std": Tensor})
         check(complete, f"{statistics} is no latents_stats.pt: it lacks mean or std")
         tokenizer.set_latent_statistics(moments["mean"].float().flatten(), moments["std"].float().flatten())
     return tokenizer.eval()

@@ -406,8 +406,28 @@ def test_bad_files_are_named_and_skipped(pictures, capfd, workers):
     assert not {5, 150} & {index for ids, _ in recorder.train_batches for index in ids}
     assert flat(recorder.val_batches) == [i for i in range(200) if i not in (5, 150)]
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("aligntok: image skipped")]
-    assert len(lines) == 4  # twice in training, twice in validation
-    assert sum("005.png: the file is empty" in line for line in lines) == 2
+    assert len(lines) == 2  # both in training: validation reads the same source
+    assert sum("005.png: the file is empty" in line for line in lines) == 1
+
+
+def test_bad_files_are_counted_over_the_whole_source(tmp_path, capfd):
+    """Of 300 images three may be bad, also where all of them are held out."""
+    for i in range(300):
+        picture(tmp_path / f"{i:03d}.png", i)
+
+    def read(*held):
+        data = LatentDataModule(ImageFolder(str(tmp_path)), 20, SIZE, val=0.1)
+        data.setup()
+        for number in held:
+            (tmp_path / f"{data.source_indices('val', [number])[0]:03d}.png").write_bytes(b"")
+        return data, sum(len(batch["id"]) for batch in data.val_dataloader())
+
+    assert read(3, 7, 11)[1] == 27
+    assert "(3 of 300 so far)" in capfd.readouterr().err
+    data, _ = read()
+    (tmp_path / f"{data.source_indices('train', [5])[0]:03d}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="4 of 300 images cannot be read, more than 1%"):
+        next(iter(data.in_order(data.datasets["train"])))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,4 +1,6 @@
+import os
 import random
+import socket
 
 import numpy as np
 import pytest
@@ -336,3 +338,61 @@ def test_random_flip_mirrors_half_of_the_images():
         assert mirrored or np.array_equal(flipped, array(image))
         flips += mirrored
     assert 160 < flips < 240
+
+
+# --- what is no image, or more than one
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "itself", "nowhere"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, kind, monkeypatch):
+    path = tmp_path / "a.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # addresses of sockets are short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("a.png")
+    else:
+        path.symlink_to({"device": "/dev/zero", "itself": path.name, "nowhere": "gone"}[kind])
+    with pytest.raises(UserError, match=r"cannot read image .*a\.png: (it is no file|No such file|Too many levels)"):
+        read_image(path)
+
+
+def test_no_program_runs_for_an_image(tmp_path, monkeypatch):
+    """An EPS would be handed to Ghostscript, whatever it is called."""
+    trace = tmp_path / "ran"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    noise(8, 8).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: the file is no image of a format that is read \(JPEG, PNG"):
+        read_image(tmp_path / "a.png")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "\udcff.png", "tab\t.png"])
+def test_any_name_is_told_in_a_line_that_can_be_printed(tmp_path, name):
+    (tmp_path / os.fsencode(name).decode(errors="surrogateescape")).write_bytes(b"")
+    with pytest.raises(UserError, match="the file is empty") as caught:
+        read_image(tmp_path / name)
+    assert str(caught.value).encode().decode().isprintable()
+
+
+def test_a_bomb_is_refused_and_the_first_of_several_frames_is_read(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match=r"bomb\.png: .*decompression bomb"):
+        read_image(tmp_path / "bomb.png")
+    first, second = Image.new("RGB", (8, 8), RED), Image.new("RGB", (8, 8), GREEN)
+    for suffix in ("gif", "png", "tif", "webp"):
+        first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second])
+        assert_quadrants(array(read_image(tmp_path / f"a.{suffix}")), [RED] * 4, tolerance=4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1)])
+def test_images_of_any_shape_are_cropped(tmp_path, size):
+    Image.new("RGB", size, GREEN).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    for crop in (center_crop, lambda *args: random_crop(*args, np.random.default_rng(0))):
+        assert_quadrants(array(crop(image, (16, 16))), [GREEN] * 4)

@@ -1,6 +1,7 @@
 """Cached latents served: which rows, in which order, in which units, and what is refused."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -434,6 +435,28 @@ def test_the_other_shards_stay_usable(tmp_path, capsys):
     assert shard_name(1) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_is_cut_off_under_a_training_is_named(tmp_path, num_workers):
+    """To touch mapped memory that is gone ends the process (SIGBUS)."""
+    folder = write(tmp_path / "cache")
+    loader = opened(folder, num_workers=num_workers).train_dataloader()
+    next(iter(loader))
+    for k in range(len(COUNTS)):
+        os.truncate(folder / shard_name(k), 300)
+    with pytest.raises(UserError, match=r"shard00\d\.safetensors was cut off while it was in use: `aligntok repair"):
+        [list(loader) for _ in range(5)]
+
+
+def test_labels_that_are_none_are_named(tmp_path):
+    folder = tmp_path / "there"
+    write_lightningdit(folder)
+    content = load_file(folder / shard_name(1))
+    for label in (-1, 1 << 60):
+        content["labels"][2] = label
+        save_file(content, folder / shard_name(1))
+        assert "shard001.safetensors is altered: its labels are in" in refused(folder)
+
+
 def test_a_folder_that_is_none_an_empty_one_and_an_unfinished_one(tmp_path):
     assert "there is no latent cache" in refused(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
@@ -447,11 +470,16 @@ def test_a_damaged_manifest(cache, tmp_path):
     folder = write(tmp_path / "cache")
     good = json.loads((folder / "manifest.json").read_text())
     for text, words in (
-        ("{", "no manifest"),
-        ("[]", "no manifest"),
+        ("{", "is broken (no JSON"),
+        ("[]", "is broken"),
         (json.dumps({**good, "format": 2}), "format 2"),
         (json.dumps({key: value for key, value in good.items() if key != "tokenizer"}), "tokenizer"),
-        (json.dumps({**good, "images": {}}), "count"),
+        (json.dumps({**good, "images": {}}), "source is None"),
+        (json.dumps({**good, "images": {**good["images"], "classes": None}}), "classes is None"),
+        (json.dumps({**good, "shards": []}), "names no shards"),
+        (json.dumps({**good, "shards": [{**good["shards"][0], "missing": [99]}]}), "cannot be"),
+        (json.dumps({**good, "shards": [{**good["shards"][0], "file": "../x"}]}), "cannot be"),
+        (json.dumps({**good, "surprise": 3}), "surprise"),
         (json.dumps({**good, "dtype": "bfloat16"}), "altered"),
     ):
         (folder / "manifest.json").write_text(text)

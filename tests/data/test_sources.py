@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,33 @@ def test_missing_empty_and_mixed_folders_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"folders \(a/1\.png\) and beside them \(stray\.png\)") as caught:
         len(ImageFolder(str(tmp_path / "mixed")))
     assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_counted_in_a_line(tmp_path, capsys):
+    for name in ("a/1.png", "b/2.JPG", "b/3.gif", "b/4.GIF", "a/5.avif", "a/deep/notes", "a/.DS_Store", "Thumbs.db"):
+        save(tmp_path / "1.png")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "1.png").rename(tmp_path / name)
+    for _ in range(2):  # said once
+        assert names(ImageFolder(str(tmp_path))) == ["a/1.png", "b/2.JPG"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: files left out: 2 .gif, 1 .db, 1 .avif, 1 without a suffix (read are .jpg," in said
+
+
+def test_what_leads_to_itself_is_no_folder(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    for name in ("loop", "b.png", "a/loop", "a/c.png"):
+        (tmp_path / name).symlink_to(Path(name).name)
+    os.mkfifo(tmp_path / "a" / "d.png")
+    with pytest.raises(UserError, match=r"beside them \(b\.png\)"):
+        len(ImageFolder(str(tmp_path)))
+    (tmp_path / "b.png").unlink()
+    source = ImageFolder(str(tmp_path))
+    assert names(source) == ["a/1.png", "a/c.png", "a/d.png"]
+    assert len(source.fingerprint()) == 16
+    for number in (1, 2):
+        with pytest.raises(UserError, match=r"cannot read image"):
+            source[number]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -164,6 +164,16 @@ def test_samples_of_two_kinds_are_never_in_one_folder(tiny, tmp_path, draw):
     assert json.loads((tmp_path / "samples.json").read_text())["count"] == COUNT
 
 
+def test_damaged_files_of_the_folder_are_named(tmp_path, draw):
+    draw(tmp_path)
+    (tmp_path / "png/000007_class7.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"000007_class7\.png: the file is empty"):
+        draw(tmp_path)
+    (tmp_path / "samples.json").write_text("[3]")
+    with pytest.raises(UserError, match=r"samples\.json is broken"):
+        draw(tmp_path)
+
+
 def test_what_cannot_be_written(tiny, tmp_path, draw):
     with pytest.raises(UserError, match=r"decoded by model\.tokenizer"):
         draw(tmp_path, generator(tiny, tokenizer=None))

@@ -44,3 +44,8 @@ def test_logits_are_those_of_the_mean_feature(tiny):
     image = tiny.images(3)
     expected = stage.encoder(image).flatten(2).mean(2) @ stage.head.weight.T + stage.head.bias
     torch.testing.assert_close(stage(image), expected)
+
+
+def test_more_classes_than_the_head_has_are_refused_before_the_first_step(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"train has 12 classes, but model\.num_classes is 3: change one"):
+        tiny.trainer(tmp_path, 1).fit(EncoderPretraining(tiny.encoder(), 3), datamodule=tiny.data())

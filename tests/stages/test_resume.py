@@ -97,3 +97,11 @@ def test_nothing_that_only_measures_is_saved(tiny, tmp_path):
     assert all(
         key.startswith("loss.adversarial.discriminator.") for key in checkpoint["state_dict"] if key.startswith("loss")
     )
+
+
+def test_weights_without_an_optimizer_are_for_init_from(tiny, tmp_path):
+    _, checkpoint = fit(tiny, tmp_path, 2, LatentAlignment)
+    del checkpoint["optimizer_states"]
+    torch.save(checkpoint, tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match="without an optimizer: give it as --init_from"):
+        fit(tiny, tmp_path / "again", 4, LatentAlignment, ckpt_path=str(tmp_path / "weights.ckpt"))

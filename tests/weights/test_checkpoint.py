@@ -102,6 +102,9 @@ def test_load_strictly_names_missing_and_unknown_keys():
         (lambda path, good: path.write_bytes(good[: len(good) // 2]), "no checkpoint, or only half"),
         (lambda path, good: torch.save({"weights": torch.zeros(1)}, path), "no state_dict"),
         (lambda path, good: torch.save(torch.zeros(1), path), "no state_dict"),
+        (lambda path, good: torch.save({"state_dict": {"weight": 3}}, path), r"state_dict\.weight is 3"),
+        (lambda path, good: torch.save({"state_dict": {}, "hyper_parameters": 3}, path), "hyper_parameters is 3"),
+        (lambda path, good: torch.save({"state_dict": {}, "averages": {"0.9": 3}}, path), r"averages is"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path, stage1, make, message):

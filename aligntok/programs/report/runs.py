@@ -12,12 +12,16 @@ from typing import Any
 import yaml
 
 from aligntok.errors import UserError, check
+from aligntok.files import misfit
 
 KINDS = ("other", "tokenizer", "generator")  # in the order of training
 MARKS = ("run.json", "config.yaml", "metrics.csv", "checkpoints")  # a folder with one of these is a run's
-TYPES: dict[str, dict[str, Any]] = {
-    "run.json": {"stage": str, "steps": int, "seconds": int | float, "parameters": dict, "metrics": dict},
-    "validate.json": {"checkpoint": str, "metrics": dict, "conditions": str},
+KINDS_IN: dict[str, Any] = {  # a file; see ``misfit``
+    "run.json": {
+        **{"stage": (str, None), "steps": (int, None), "seconds": (float, None)},
+        **{"parameters": ({str: [int]}, None), "metrics": (dict, None)},
+    },
+    "validate.json": {"checkpoint": (str, None), "metrics": (dict, None), "conditions": (str, None)},
 }
 
 
@@ -167,15 +171,12 @@ def read(path: Path) -> dict[str, Any]:
         if path.suffix == ".csv":
             return {"rows": list(csv.DictReader(content.splitlines()))}
         found = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
-    except (ValueError, csv.Error, yaml.YAMLError) as error:
-        raise UserError(f"{path} is broken: {' '.join(str(error).split())[:200]}") from error
-    check(isinstance(found, dict), f"{path} is broken: it holds no mapping")
-    for key, kind in TYPES.get(path.name, {}).items():
-        value = found.get(key)
-        check(value is None or isinstance(value, kind), f"{path} is broken: {key} is {value!r:.100}")
-        for part, numbers in value.items() if key == "parameters" and value else ():
-            fits = re.fullmatch(r"\[\d+, \d+]", str(numbers)) is not None
-            check(fits, f"{path} is broken: parameters of {part} is {numbers!r:.100}")
+        problem = misfit(found, KINDS_IN.get(path.name, dict))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())[:150] or type(error).__name__
+    check(not problem, f"{path} is broken: {problem}")
+    for part, pair in (found.get("parameters") or {}).items() if path.name == "run.json" else ():
+        check(len(pair) == 2, f"{path} is broken: parameters of {part} is {pair!r:.100}")
     return dict(found)
 
 
