@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from aligntok import cli
+from aligntok import cli, references
 from aligntok.__main__ import main
+from aligntok.layers import read_command
 
 SHAPES = ("--config", "data/shapes.yaml")
 DEBUG = ("--config", "run/debug.yaml", "--data.global_batch_size", "4")
@@ -56,6 +58,16 @@ def test_encoder(in_folder):
     fit("quickstart/stage1.yaml", "--callbacks.rfid=null", "--callbacks.probe=null")
     encoder = torch.load(CHECKPOINT, weights_only=True)["hyper_parameters"]["tokenizer"]["init_args"]["encoder"]
     assert encoder["init_args"]["model_args"] == {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 4}
+
+
+def test_a_tokenizer_is_built_once_for_all_that_follows_from_it():
+    config = OmegaConf.create(read_command(["--config", "quickstart_alitok/stage1.yaml"])[0])
+    tokenizer = config.model.init_args.tokenizer
+    with references.followed():
+        values = [references.spec(tokenizer, key) for key in ("codebook_size", "grid", "num_prefix")]
+        assert references.spec_of.cache_info().misses == 1
+    assert values[1] == [8, 8]
+    assert references.spec_of.cache_info().currsize == 0  # a checkpoint may have changed
 
 
 @pytest.mark.parametrize(

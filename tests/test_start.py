@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from aligntok.__main__ import main
+from aligntok.cli import RunCLI
 from aligntok.errors import UserError
 from aligntok.programs.fabric import make_fabric
 
@@ -51,6 +53,14 @@ def test_what_needs_no_torch_does_not_wait_for_it(words, in_folder):
     assert code == ("0" if words[0].startswith("--") else "2")
     assert not HEAVY & set(loaded)
     assert len(result.stderr.splitlines()) == int(code) // 2
+
+
+def test_a_printed_config_builds_one_parser_and_leaves_the_garbage_collection_on(capsys):
+    with pytest.raises(SystemExit):
+        main([*ENCODER, "--print_config"])
+    assert gc.isenabled()
+    assert "num_nodes" in capsys.readouterr().out
+    assert [*RunCLI.subcommands()] == ["fit"]
 
 
 def test_without_a_gpu_a_line_says_what_to_add(capsys, monkeypatch):

@@ -39,11 +39,12 @@ class ImageFolder(Dataset[Item]):
         root: The folder.
 
     Raises:
-        UserError: At the first use, if the folder is missing, holds no image, or holds images both in class folders
-            and beside them.
+        UserError: The root is empty; or, at the first use, if the folder is missing, holds no image, or holds images
+            both in class folders and beside them.
     """
 
     def __init__(self, root: str) -> None:
+        check(root != "", "the root of an image folder is empty: give yours, e.g. by --data.train.root (this one: .)")
         self.root = Path(root).expanduser()
         self.min_size: int | None = None  # of ``read_image``
 

@@ -155,7 +155,7 @@ def kmeans(codes: Tensor, vectors: Tensor, numbers: Tensor, max_distances: int) 
 def drawn(codes: Tensor, vectors: Tensor, numbers: Tensor) -> Tensor:
     """Return the codes (K, C), the first ones replaced by the vectors of all ranks with the smallest hashes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-    own, row = hashed(numbers).sort()
+    own, row = one_to_one_hash(numbers).sort()
     own, none = own[: len(codes)], torch.iinfo(torch.int64).max
     hashes = own.new_zeros(world, len(codes))
     hashes[rank] = none
@@ -167,7 +167,7 @@ def drawn(codes: Tensor, vectors: Tensor, numbers: Tensor) -> Tensor:
     return start.where((smallest < none)[:, None], codes)
 
 
-def hashed(numbers: Tensor) -> Tensor:
+def one_to_one_hash(numbers: Tensor) -> Tensor:
     """Return a hash of int64 numbers: a one-to-one map of 64 bits, so no two numbers share one."""
     for factor in HASH_MULTIPLIERS:
         numbers = (numbers + 1) * factor

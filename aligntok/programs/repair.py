@@ -5,12 +5,9 @@ from __future__ import annotations
 import shlex
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from aligntok.errors import UserError
-from aligntok.layers import split_configs
+from aligntok.layers import read_configs, split_configs
 from aligntok.programs.command import split_values
 from aligntok.programs.encode import encode_command
 from aligntok.programs.parser import Parser
@@ -47,7 +44,7 @@ def refuse_writers(arguments: list[str]) -> None:
     for name in configs:
         text = Path(name).read_text() if Path(name).is_file() else ""
         layer = next((config for writer, config in WRITERS.items() if f"callbacks.{writer}" in text), Path(name).name)
-        saved: dict[str, Any] = yaml.safe_load(text) if Path(name).name == OLD else {}
+        saved = read_configs(name) if Path(name).name == OLD else {}
         checkpoint = options.get("--ckpt_path") or saved.get("ckpt_path") or "CHECKPOINT"
         if layer in ("cache.yaml", "token_cache.yaml"):
             command = ["encode", "--config", layer, "--tokenizer", checkpoint, *output]

@@ -288,3 +288,11 @@ def test_a_cache_is_split_as_its_source_though_images_without_a_row_are_missing(
     assert len(train) + len(held) == len(ids)
     smaller = split_holdout(Digits("train"), 0.01, ids, count)[1]
     assert set(smaller.indices) < set(held.indices)  # a generator may hold out less than its tokenizer did
+
+
+def test_an_empty_root_is_not_the_current_folder(tmp_path, monkeypatch):
+    save(tmp_path / "1.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="root of an image folder is empty"):
+        ImageFolder("")
+    assert len(ImageFolder(".")) == 1
