@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pydoc import locate
@@ -11,20 +14,22 @@ from typing import Any
 
 import lightning
 import lightning.pytorch as pl
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.checkpoint import AtomicCheckpointIO
 from aligntok.callbacks.progress import MetricsCSV
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, check_nonnegative, check_positive
 from aligntok.files import write_text
 from aligntok.layers import read_command, to_text
-from aligntok.messages import HelpFormatter, ShortErrors, building
+from aligntok.messages import HelpFormatter, ShortErrors, building, shortened
 from aligntok.programs.fabric import check_nodes
 from aligntok.programs.repair import refuse_writers
 from aligntok.references import followed
@@ -37,6 +42,9 @@ VERBS = {
     "test": "Measure a checkpoint on the test images (data.test, by default the validation images).",
     "predict": "Run a stage's predict_step over data.predict with a checkpoint.",
 }
+
+
+NONNEGATIVE = ("gradient_clip_val", "log_every_n_steps", "min_steps", "min_epochs")  # Lightning takes any number
 
 
 class RunCLI(LightningCLI):
@@ -56,8 +64,10 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, its configs merged into one."""
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # a config's root is its verb's
-        with followed():
+        with building(), followed():
             self.config = parser.parse_args(merge_layers(sys.argv[1:]))
+        seed = self.config[self.config.subcommand].seed_everything
+        check(0 <= seed < 2**32, f"seed_everything={seed}: give a whole number from 0 to 2^32 - 1")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what Lightning lacks."""
@@ -90,6 +100,8 @@ class RunCLI(LightningCLI):
         check_nodes(config.trainer.num_nodes)
         config.weights_only = True  # AtomicCheckpointIO reads nothing else; said here, Lightning does not warn
         last = Path(config.output) / "checkpoints" / "last.ckpt"
+        for key in ("ckpt_path", "init_from"):
+            check(config[key] != "", f"--{key} is empty: name a checkpoint, or leave it out")
         if self.subcommand == "fit":
             self.check_start(config, last)
         elif config.ckpt_path == "last":
@@ -128,19 +140,35 @@ class RunCLI(LightningCLI):
             loggers = trainer.logger
         listed = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
         callbacks = [callback for callback in (*config.callbacks.values(), *listed) if callback is not None]
-        if self.subcommand != "fit":  # nothing to save, no learning rate to watch
-            callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, LearningRateMonitor))]
-            kwargs["enable_checkpointing"] = False
-        elif trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+        saves = self.subcommand == "fit" and trainer.enable_checkpointing is not False
+        if not saves:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        elif not any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks.append(SaveCheckpoint())
+        if not loggers:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is not False and not any(isinstance(c, TQDMProgressBar) for c in callbacks):
             callbacks.append(ProgressBar())
-        return super().instantiate_trainer(
-            callbacks=[*callbacks, RunRecord()],
-            plugins=[*filter(None, plugins), AtomicCheckpointIO(config.ema)],
-            logger=loggers,
-            **kwargs,
+        kwargs |= {"logger": loggers, "enable_checkpointing": saves, "callbacks": [*callbacks, RunRecord()]}
+        check_positive(accumulate_grad_batches=trainer.accumulate_grad_batches)
+        check_nonnegative(**{name: trainer[name] for name in NONNEGATIVE})
+        check(
+            trainer.val_check_interval != 0,
+            "val_check_interval=0: give steps, or limit_val_batches 0 for no validation",
         )
+        try:
+            return super().instantiate_trainer(
+                plugins=[*filter(None, plugins), AtomicCheckpointIO(config.ema)], **kwargs
+            )
+        except Exception as error:
+            raise UserError(about_trainer(error, {**trainer})) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:  # private: LightningCLI does all within its constructor
+        """Run the verb; what Lightning has against the trainer's arguments is a line."""
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise UserError(about_trainer(error, {**self.config[subcommand].trainer})) from error
 
     def after_instantiate_classes(self) -> None:
         """Take the previous stage's weights."""
@@ -186,6 +214,30 @@ class Parser(ShortErrors, LightningArgumentParser):
     """Lightning's parser with short errors."""
 
 
+def about_trainer(error: Exception, arguments: dict[str, Any]) -> str:
+    """Return an error of Lightning's Trainer with its arguments that it is about: named in it, or failing alone.
+
+    >>> about_trainer(ValueError("no such thing"), {"profiler": "abc", "max_steps": 3})
+    'trainer.profiler=abc: no such thing'
+    """
+    defaults = inspect.signature(pl.Trainer).parameters
+    given = {name: value for name, value in arguments.items() if value != defaults[name].default}
+    words = " ".join(str(error).split()) or type(error).__name__
+    about = [name for name in given if re.search(rf"\b{name}\b", words)]
+    about = about or [name for name, value in given.items() if fails(partial(pl.Trainer, **{name: value}))]
+    keys = ", ".join(f"trainer.{name}={shortened(str(given[name]), 40)}" for name in about)
+    return shortened(f"{keys or 'trainer'}: {words}")
+
+
+def fails(action: Callable[[], Any]) -> bool:
+    """Whether it raises an error."""
+    try:
+        action()
+    except Exception:
+        return True
+    return False
+
+
 def run(args: list[str]) -> RunCLI:
     """Parse and run one command: a verb and its options.
 
@@ -224,4 +276,14 @@ def merge_layers(arguments: list[str]) -> list[str]:
     """Return a command with all its configs as one, before the rest: the command line overrules YAML in any order."""
     verb, *words = arguments
     config, others = read_command(words)
+    for value in (config, *(yaml.safe_load(word.partition("=")[2] or word) for word in others if "{" in word)):
+        check_steps(value)
     return [verb, "--config", to_text(config), *others] if config else arguments
+
+
+def check_steps(value: Any, key: str = "") -> None:
+    """Raise a ``UserError`` where a key is a number that is not whole: jsonargparse would round the step."""
+    items = value.items() if isinstance(value, dict) else ()
+    for name, inner in items:
+        check(not isinstance(name, float) or name.is_integer(), f"{key}: step {name}, give a whole number")
+        check_steps(inner, f"{key}.{name}".lstrip("."))

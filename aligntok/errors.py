@@ -1,3 +1,8 @@
+"""What we say where the user is mistaken."""
+
+import math
+
+
 class UserError(ValueError):
     """A mistake in what the user gave us: the message says what, where and the remedy, in a line or two.
 
@@ -16,6 +21,19 @@ def check_positive(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise UserError(f"{name}={size}: give at least 1")
+
+
+def check_nonnegative(**numbers: float | None) -> None:
+    """Raise a ``UserError`` that names the first number that is negative, infinite or not a number.
+
+    >>> check_nonnegative(weight=0.5, rate=None)
+    >>> check_nonnegative(weight=-0.5)
+    Traceback (most recent call last):
+    aligntok.errors.UserError: weight=-0.5: give a finite number of at least 0
+    """
+    for name, number in numbers.items():
+        if number is not None and not 0 <= number < math.inf:
+            raise UserError(f"{name}={number}: give a finite number of at least 0")
 
 
 def check(condition: bool, message: str) -> None:

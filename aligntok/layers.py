@@ -96,7 +96,7 @@ def merge(below: Config, above: Mapping[str, Any]) -> Config:
         if isinstance(old, dict) and "class_path" in old and isinstance(value, str):
             value = {"class_path": value}  # a class by its name alone
         if isinstance(value, dict) and not _is_schedule(value):
-            old = old if isinstance(old, dict) else {}
+            old = old if isinstance(old, dict) and not _is_schedule(old) else {}
             if value.get("class_path", old.get("class_path")) != old.get("class_path") and "class_path" in old:
                 old = {**old, "init_args": _accepted(value["class_path"], old.get("init_args") or {})}
             value = merge(old, value)

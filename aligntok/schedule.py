@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from itertools import pairwise
 
-from aligntok.errors import check
+from aligntok.errors import check, check_nonnegative
 
 
 class CosineDecay:
@@ -26,6 +26,7 @@ class CosineDecay:
             f"CosineDecay: warmup_steps {warmup_steps}, num_steps {num_steps}: give 0 <= warmup_steps < num_steps,"
             " which counts the warm-up too",
         )
+        check_nonnegative(peak=peak, end=end)
         self.peak, self.end, self.warmup_steps, self.num_steps = peak, end, warmup_steps, num_steps
 
     def __call__(self, step: int) -> float:
@@ -62,10 +63,13 @@ def value_at(schedule: Schedule, step: int) -> float:
 
 
 def check_schedule(name: str, schedule: Schedule) -> Schedule:
-    """Return ``schedule`` if it can be evaluated, else raise a ``UserError`` that names ``name``."""
+    """Return ``schedule`` if its values are finite and none is below 0, else raise a ``UserError`` with ``name``."""
     if isinstance(schedule, dict):
         check(bool(schedule), f"{name} is an empty schedule: give a number or {{step: value, ...}}")
         check(min(schedule) >= 0, f"{name} has a negative step {min(schedule)}: steps count from 0")
+        check_nonnegative(**{f"{name} at step {step}": value for step, value in schedule.items()})
+    elif not isinstance(schedule, CosineDecay):
+        check_nonnegative(**{name: schedule})
     return schedule
 
 

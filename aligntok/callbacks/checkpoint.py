@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from aligntok.errors import check_nonnegative, check_positive
 from aligntok.files import write_atomically
 from aligntok.weights.checkpoint import read_checkpoint
 
@@ -28,6 +29,8 @@ class SaveCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int | None = None) -> None:
+        check_positive(every_n_steps=every_n_steps)
+        check_nonnegative(keep_every_n_steps=keep_every_n_steps)
         self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
         self.seen_step = -1
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aligntok.callbacks.measurement import Measurement, evaluation, on_first_rank
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, check_positive
 from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics, Reference
 from aligntok.networks.frozen import Frozen, load_frozen
@@ -55,6 +55,7 @@ class GenerationQuality(Measurement):
     ) -> None:
         words = f"GenerationQuality: num_samples {num_samples}, batch_size {batch_size}: give at least 2 and 1"
         check(num_samples >= 2 and batch_size >= 1, words)
+        check_positive(**{"least number of steps in sweep": min(sweep or [1])})
         self.metrics, self.num_samples, self.batch_size = metrics, num_samples, batch_size
         self.reference = reference
         self.classifier = None if classifier is None else Frozen(classifier)

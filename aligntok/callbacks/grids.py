@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, pad
 from torchvision.utils import make_grid, save_image
 
 from aligntok.callbacks.measurement import Measurement, evaluation, tokenizer_of
-from aligntok.errors import check
+from aligntok.errors import check, check_nonnegative, check_positive
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasPreview, needed_data
 
@@ -33,6 +33,7 @@ class Grid(Measurement):
     title = ""
 
     def __init__(self, every_n_steps: int | None) -> None:
+        check_nonnegative(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.last_step = -1
 
@@ -83,6 +84,7 @@ class ReconstructionGrid(Grid):
 
     def __init__(self, every_n_steps: int | None = 500, num_images: int = 12) -> None:
         super().__init__(every_n_steps)
+        check_positive(num_images=num_images)
         self.num_images = num_images
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -115,6 +117,7 @@ class SampleGrid(Grid):
 
     def __init__(self, every_n_steps: int | None = None, num_classes: int = 10, per_class: int = 8) -> None:
         super().__init__(every_n_steps)
+        check_positive(num_classes=num_classes, per_class=per_class)
         self.num_classes, self.per_class = num_classes, per_class
 
     def prepare(self, trainer: pl.Trainer, module: Any) -> None:

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from aligntok.callbacks.measurement import Measurement, Outputs, evaluation, on_first_rank, tokenizer_of
-from aligntok.errors import check
+from aligntok.errors import check, check_nonnegative
 from aligntok.losses.perceptual import LPIPS, VGG16_URL
 from aligntok.metrics import GenerationMetrics, InceptionFeatures, Reference, linear_probe
 from aligntok.metrics.collected import Collected
@@ -149,6 +149,7 @@ class LinearProbe(Measurement):
     needs = ("latent",)
 
     def __init__(self, weight_decay: float = 1e-4) -> None:
+        check_nonnegative(weight_decay=weight_decay)
         self.weight_decay = weight_decay
 
     def prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -32,7 +32,7 @@ from aligntok.data.sources import (
     spread_over,
     whole_source,
 )
-from aligntok.errors import UserError, check, check_positive
+from aligntok.errors import UserError, check, check_nonnegative, check_positive
 from aligntok.networks.encoders import pair
 from aligntok.networks.tokenizer import Tokenizer
 
@@ -93,8 +93,10 @@ class LatentDataModule(pl.LightningDataModule):
         predict: Dataset | Literal["train", "val", "test"] = "val",  # type: ignore[type-arg]
     ) -> None:
         super().__init__()
-        check_positive(global_batch_size=global_batch_size)
-        check(val is not None, "val is null: give images, or the share of train to hold out, such as 0.1")
+        check_positive(global_batch_size=global_batch_size, calibration_images=calibration_images)
+        check_nonnegative(num_workers=num_workers, seed=seed)
+        held = isinstance(val, Dataset) or (val is not None and 0 < val < 1)
+        check(held, f"val={val}: give images, or the share of train to hold out, such as 0.1")
         self.train: Source = train
         self.val: Source | float = val
         self.test: Source | None = test

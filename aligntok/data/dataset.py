@@ -42,7 +42,7 @@ class Augmentation:
         flip: Mirror half of the images; of a cache, take what was encoded of the mirrored image.
 
     Raises:
-        UserError: ``crop_scale`` without ``random_resized``.
+        UserError: ``crop_scale`` without ``random_resized``, or no range of shares.
     """
 
     crop: Literal["random", "random_resized", "center"] = "random"
@@ -52,6 +52,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         effective = self.crop == "random_resized" or tuple(self.crop_scale) == WHOLE_RANGE
         check(effective, f"crop_scale {self.crop_scale} has no effect on crop {self.crop}: leave it out")
+        least, most = self.crop_scale
+        check(0 < least <= most <= 1, f"crop_scale {self.crop_scale}: give two shares, 0 < least <= most <= 1")
 
     def __call__(self, image: Image.Image, size: tuple[int, int], generator: np.random.Generator) -> Image.Image:
         """Return a random view of ``size`` = (H, W)."""

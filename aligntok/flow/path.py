@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligntok.errors import check
+from aligntok.errors import check, check_nonnegative
 
 COSINE_EPS = 0.1  # see velocity_terms
 
@@ -135,6 +135,9 @@ class FlowMatching:
     time_sampling: TimeSampling | None = None
     uniform_from: int | None = None
     cosine_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_nonnegative(uniform_from=self.uniform_from, cosine_weight=self.cosine_weight)
 
     def times(self, step: int) -> TimeSampling:
         """Return how times are drawn at an optimizer step."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aligntok.errors import check_nonnegative
 from aligntok.schedule import Schedule, check_schedule, first_nonzero_step, value_at
 
 ADAPTIVE_EPS = 1e-4  # in the denominator of the adaptive weight, as in VQGAN and VA-VAE
@@ -64,6 +65,7 @@ class AdversarialLoss(nn.Module):
         super().__init__()
         self.discriminator = discriminator
         self.weight = check_schedule("weight", weight)
+        check_nonnegative(max_adaptive_weight=max_adaptive_weight, discriminator_start=discriminator_start)
         self.adaptive, self.max_adaptive_weight = adaptive, max_adaptive_weight
         if discriminator_start is None:
             discriminator_start = max(0, (first_nonzero_step(weight) or 0) - WARMUP)

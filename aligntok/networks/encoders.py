@@ -122,10 +122,13 @@ def check_size(image: Tensor, size: tuple[int, int]) -> None:
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    """Return (height, width) of a size given as one number for a square or as two."""
-    if isinstance(size, int):
-        return size, size
-    h, w = size
+    """Return (height, width) of a size given as one number for a square or as two.
+
+    Raises:
+        UserError: It is below 1.
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    check(min(h, w) > 0, f"image_size={size}: give at least 1 pixel")
     return h, w
 
 

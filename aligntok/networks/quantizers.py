@@ -94,6 +94,7 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(codebook_size=codebook_size, latent_dim=latent_dim, chunk_size=chunk_size)
+        check(codebook_size > 1, "codebook_size=1: give at least 2 codes")
         check(0 <= decay < 1, f"decay={decay}: give a share in [0, 1), such as 0.99")
         self.codebook_size, self.latent_dim = codebook_size, latent_dim
         self.distance, self.gradient, self.update = distance, gradient, update

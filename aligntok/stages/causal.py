@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligntok.errors import check
+from aligntok.errors import check, check_nonnegative
 from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.stages.optimization import Optimization
@@ -59,6 +59,7 @@ class CausalTokenization(TokenizerStage):
         commitment_weight: float = COMMITMENT_WEIGHT,
     ) -> None:
         super().__init__(tokenizer, loss, optimization, kl_weight)
+        check_nonnegative(prefix_weight=prefix_weight, commitment_weight=commitment_weight)
         self.auxiliary, self.prefix_weight, self.commitment_weight = auxiliary, prefix_weight, commitment_weight
         self.check_parts()
 

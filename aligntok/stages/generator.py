@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, check_nonnegative
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache, HasLabels, offered_data
@@ -48,6 +48,7 @@ class GeneratorStage(Stage):
         optimization: Optimization,
     ) -> None:
         super().__init__(optimization)
+        check_nonnegative(seed=seed)
         self.network = network
         self.frozen_tokenizer = Frozen(tokenizer) if tokenizer is not None else None
         self.label_dropout, self.seed = label_dropout, seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from aligntok.errors import UserError, check, check_positive
 from aligntok.schedule import Schedule, check_schedule, value_at
 
 NO_DECAY = "_no_decay"  # ends the name of the half of a group whose weights do not decay
@@ -37,6 +39,9 @@ class Optimization:
         max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run; single ones are
             skipped.
 
+    Raises:
+        UserError: A number that is out of range; those of the optimizer, too.
+
     >>> weight = ParameterGroup({"head.weight": nn.Parameter(torch.ones(2, 2))}, 1e-4)
     >>> built = Optimization({0: 0.0, 1000: 1e-4}).build({"model": weight})
     >>> built["optimizer"].param_groups[0]["name"]
@@ -50,6 +55,16 @@ class Optimization:
 
     def __post_init__(self) -> None:
         check_schedule("learning_rate", self.learning_rate)
+        check_positive(max_nonfinite_steps=self.max_nonfinite_steps)
+        given = getattr(self.optimizer, "keywords", {})
+        numbers = {name: value for name, value in given.items() if isinstance(value, (float, tuple, list))}
+        what = f"optimizer with {', '.join(f'{name}={value}' for name, value in numbers.items())}"
+        finite = all(math.isfinite(value) for value in numbers.values() if isinstance(value, float))
+        check(finite, f"{what}: give finite numbers")
+        try:
+            self.optimizer([nn.Parameter(torch.zeros(1, device="cpu"))])
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{what}: {error}") from error
 
     def build(self, groups: dict[str, ParameterGroup]) -> OptimizerLRScheduler:
         """Return one optimizer over all groups; each group's learning rate follows its own schedule.

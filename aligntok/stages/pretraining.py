@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aligntok.errors import check, check_positive
 from aligntok.files import write_atomically
 from aligntok.metrics.features import EncoderFeatures
 from aligntok.networks.encoders import VisionEncoder
@@ -52,6 +53,8 @@ class EncoderPretraining(Stage):
         optimization: Optimization = Optimization(1e-3),
     ) -> None:
         super().__init__(optimization)
+        check_positive(num_classes=num_classes)
+        check(0 <= label_smoothing < 1, f"label_smoothing={label_smoothing}: give a share in [0, 1)")
         self.encoder = encoder
         self.head = nn.Linear(encoder.width, num_classes)
         self.label_smoothing = label_smoothing

@@ -148,10 +148,12 @@ class Stage(pl.LightningModule):
         with path.open("a") as file:
             file.write(f"{self.global_step},{self.global_rank},{' '.join(map(str, numbers)) or 'unknown'}\n")
         rank_zero_warn(f"step {self.global_step}: gradient not finite, step skipped; its image ids are in {path}")
+        saved = (Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt").is_file()
+        good = "The last checkpoint is good: resume with --ckpt_path last and" if saved else "Start again with"
         check(
             self.nonfinite_steps < self.optimization.max_nonfinite_steps,
             f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {self.global_step}; image ids"
-            f" in {path}. The last checkpoint is good: resume with --ckpt_path last and a lower learning rate",
+            f" in {path}. {good} a lower learning rate",
         )
 
     # Random numbers that belong to an image

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from aligntok.cache import channel_statistics
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, check_nonnegative
 from aligntok.losses.perceptual import LPIPS
 from aligntok.losses.reconstruction import ReconstructionLoss, Reference, Terms, weighted_sum
 from aligntok.networks.adapters import GaussianAdapter
@@ -72,6 +72,7 @@ class TokenizerStage(Stage):
         self.tokenizer = tokenizer
         self.previous = Chain([], measured=False, causal=False)  # of the tokenizer before this stage
         self.loss = ReconstructionLoss() if loss is None else loss
+        check_nonnegative(kl_weight=kl_weight)
         gaussian = isinstance(tokenizer.adapter, GaussianAdapter)
         check(gaussian or not kl_weight, "kl_weight needs tokenizer.adapter to be an aligntok.networks.GaussianAdapter")
         if gaussian and not kl_weight:

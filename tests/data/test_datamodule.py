@@ -551,5 +551,5 @@ def test_random_state_of_the_process_is_left_alone():
 
 
 def test_val_is_images_or_a_share():
-    with pytest.raises(UserError, match="val is null: give images, or the share"):
+    with pytest.raises(UserError, match="val=None: give images, or the share"):
         LatentDataModule(Digits(), global_batch_size=4, image_size=8, val=None)
