@@ -175,6 +175,13 @@ def test_a_run_is_not_written_over_and_resumes(capsys):
     assert yaml.safe_load((run / "config.1.yaml").read_text())["trainer"]["max_steps"] == 2
 
 
+@pytest.mark.parametrize("option", ["fast_dev_run=true", "logger=false", "enable_checkpointing=false"])
+def test_a_run_without_logs_or_checkpoints(option):
+    run = encoder_run(f"--trainer.{option}")
+    assert (run / "metrics.csv").exists() == (option == "enable_checkpointing=false")
+    assert (run / "checkpoints" / "last.ckpt").exists() == (option == "logger=false")
+
+
 def step_column(run: Path) -> int:
     return (run / "metrics.csv").read_text().splitlines()[0].split(",").index("step")
 

@@ -84,10 +84,11 @@ def test_a_message_is_short_and_says_where_however_long_the_config(capsys):
 
 
 OWN = """
+from aligntok.networks import VisionEncoder
 from aligntok.stages import EncoderPretraining
 
 class Mine(EncoderPretraining):
-    def __init__(self, encoder, num_classes: int, width: int, **kwargs):
+    def __init__(self, encoder: VisionEncoder, num_classes: int, width: int, **kwargs):
         super().__init__(encoder, num_classes, **kwargs)
         if width > 9:
             raise ValueError("width must be below 10")

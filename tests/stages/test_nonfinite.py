@@ -97,6 +97,12 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(tiny, tmp_path):
     assert record.trainer.global_step == 7
 
 
+def test_a_checkpoint_that_is_not_there_is_not_called_good(tiny, tmp_path):
+    with pytest.raises(UserError, match="Start again with a lower learning rate"):
+        fit(tiny, tmp_path, [0], 9, max_nonfinite_steps=1)
+    assert not (tmp_path / "checkpoints/last.ckpt").exists()
+
+
 def fit_on(tiny, folder, steps):
     record = Record()
     stage = tiny.stage(LatentAlignment, seed=9, perceptual=tiny.NaNAt(), adversarial=tiny.gan(weight=0.5))
