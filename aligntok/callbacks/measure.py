@@ -14,7 +14,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from aligntok.callbacks.measurement import Measurement, Outputs, evaluation, on_first_rank, tokenizer_of
 from aligntok.errors import check, check_nonnegative
 from aligntok.losses.perceptual import LPIPS, VGG16_URL
-from aligntok.metrics import GenerationMetrics, InceptionFeatures, Reference, linear_probe
+from aligntok.metrics import GenerationMetrics, InceptionFeatures, Reference, knn_accuracy, linear_probe, rank_me
 from aligntok.metrics.collected import Collected
 from aligntok.networks.frozen import load_frozen
 from aligntok.protocols import Batch, HasCalibration, HasFingerprint, needed_data, offered_data
@@ -134,12 +134,15 @@ class ReconstructionFID(Measurement):
 
 
 class LinearProbe(Measurement):
-    """Top-1 accuracy of a linear classifier on frozen latents, flattened (``probe``) and averaged (``probe_pooled``).
+    """How much of the class frozen latents tell, and how many of their channels they use.
 
-    Trained on the data module's calibration images (training images, centre crop), tested on the validation images. The
-    protocol is in ``aligntok.metrics.linear_probe``; it has no randomness. Images of one class alone are not measured.
+    ``probe`` and ``probe_pooled``: top-1 accuracy of a linear classifier on latents, flattened and averaged; ``knn``: of
+    the nearest neighbours of flattened ones. They learn from the data module's calibration images (training images,
+    centre crop) and are tested on the validation images; images of one class alone are not classified. ``rankme``: the
+    effective rank of all cells of the validation images' latents, at most their number of channels. The protocols are
+    in ``aligntok.metrics``: ``linear_probe``, ``knn_accuracy``, ``rank_me``; none has any randomness.
 
-    >>> LinearProbe().needs  # logs val/probe and val/probe_pooled
+    >>> LinearProbe().needs  # logs val/probe, val/probe_pooled, val/knn, val/rankme
     ('latent',)
 
     Args:
@@ -171,19 +174,19 @@ class LinearProbe(Measurement):
         self.test.add(batch["id"], batch["label"], outputs["latent"].flatten(1))
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-        """Return both accuracies, the same on any number of ranks: images are ordered by their ids."""
+        """Return all measures, the same on any number of ranks: images are ordered by their ids."""
         _, labels, latents = self.train.gather(module.device)
         _, test_labels, test_latents = self.test.gather(module.device)
         del self.train, self.test  # hundreds of MB
+        grids = [x.view(len(x), *self.tokenizer.spec.latent_shape) for x in (latents, test_latents)]
+        results = {"rankme": rank_me(grids[1].movedim(1, -1).flatten(0, -2))}
         if bool((labels == labels[0]).all()):
-            return {}
-        results = {"probe": linear_probe(latents, labels, test_latents, test_labels, weight_decay=self.weight_decay)}
-        shape = self.tokenizer.spec.latent_shape
-        latents, test_latents = (x.view(len(x), *shape).mean(dim=(2, 3)) for x in (latents, test_latents))
-        results["probe_pooled"] = linear_probe(
-            latents, labels, test_latents, test_labels, weight_decay=self.weight_decay
-        )
-        return {name: result.accuracy for name, result in results.items()}
+            return results
+        results["knn"] = knn_accuracy(latents, labels, test_latents, test_labels)
+        pooled = [grid.mean(dim=(2, 3)) for grid in grids]
+        for name, (train, test) in {"probe": (latents, test_latents), "probe_pooled": pooled}.items():
+            results[name] = linear_probe(train, labels, test, test_labels, weight_decay=self.weight_decay).accuracy
+        return results
 
 
 def quantize(image: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from aligntok.metrics.features import EncoderFeatures
 from aligntok.metrics.frechet import FeatureSums, frechet_distance
 from aligntok.metrics.generation import GenerationMetrics
 from aligntok.metrics.inception import InceptionFeatures
-from aligntok.metrics.probe import ProbeResult, linear_probe
+from aligntok.metrics.probe import ProbeResult, knn_accuracy, linear_probe, rank_me
 from aligntok.metrics.protocol import Protocol, find_protocol
 from aligntok.metrics.reference import AdmFile, Reference
 
@@ -22,6 +22,8 @@ __all__ = [
     "frechet_distance",
     "inception_score",
     "kernel_distance",
+    "knn_accuracy",
     "linear_probe",
     "precision_recall",
+    "rank_me",
 ]

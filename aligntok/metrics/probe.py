@@ -1,4 +1,4 @@
-"""Linear probe: how well a linear classifier reads the class from frozen latents."""
+"""What frozen latents tell of the class, by a linear classifier and by neighbours, and how many dimensions they use."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from aligntok.errors import check
 
 ROWS = 8192  # of features that are classified at once
+QUERIES = 256  # whose neighbours are looked for at once: with 50,000 training images 0.1 GB
+RANK_EPS = 1e-7  # of RankMe, for float32
 
 
 class ProbeResult(NamedTuple):
@@ -62,14 +64,9 @@ def linear_probe(
     """
     wrong = f"weight_decay={weight_decay}, max_iterations={max_iterations}: give at least 0 and 1"
     check(weight_decay >= 0 and max_iterations >= 1, wrong)
-    check_split("train", train_features, train_labels, train_features.shape[-1])
-    check_split("test", test_features, test_labels, train_features.shape[-1])
     device = train_features.device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
-    classes = torch.unique(train_labels)
-    unknown = torch.unique(test_labels[~torch.isin(test_labels, classes)])[:10].tolist()
-    problem = f"the training labels hold {len(classes)} classes, the test labels {unknown or 'no'} others"
-    check(len(classes) >= 2 and not unknown, f"{problem}: give 2 or more classes, the same in both")
+    classes = check_splits(train_features, train_labels, test_features, test_labels)
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):  # Lightning validates in the former
         inputs = train_features.to(torch.promote_types(train_features.dtype, torch.float32))
         variance, mean = torch.var_mean(inputs, dim=0, correction=0)
@@ -108,6 +105,94 @@ def fit_linear(
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch left it without types
     return weight.detach(), bias.detach()
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    num_neighbours: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Return the share of test features, in [0, 1], whose class the nearest training features vote for.
+
+    DINO's protocol: the ``num_neighbours`` of largest cosine similarity each vote with ``exp(similarity /
+    temperature)``. No augmentation, nothing is trained, no randomness.
+
+    >>> train = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    >>> knn_accuracy(train, torch.tensor([0, 0, 1]), torch.tensor([[2.0, 0.5], [0.1, 1.0]]), torch.tensor([0, 1]))
+    1.0
+
+    Args:
+        train_features: (N, D), float.
+        train_labels: (N,) integers of any values; at least 2 classes.
+        test_features: (M, D).
+        test_labels: (M,), all of them classes of ``train_labels``.
+        num_neighbours: At least 1; all training features where there are fewer.
+        temperature: Of the votes, above 0.
+
+    Raises:
+        UserError: As ``linear_probe``.
+
+    Reference:
+        Caron et al., DINO, arXiv:2104.14294, section 4.1 and appendix F; Wu et al., arXiv:1805.01978, section 3.4.
+    """
+    wrong = f"num_neighbours={num_neighbours}, temperature={temperature}: give at least 1 and more than 0"
+    check(num_neighbours >= 1 and temperature > 0, wrong)
+    device = train_features.device
+    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    classes = check_splits(train_features, train_labels, test_features, test_labels)
+    targets, right = torch.searchsorted(classes, train_labels), 0
+    with torch.autocast(device.type, enabled=False):
+        train = F.normalize(train_features.to(torch.promote_types(train_features.dtype, torch.float32)))
+        for features, labels in zip(test_features.split(QUERIES), test_labels.split(QUERIES), strict=True):
+            similarity = F.normalize(features.to(train)) @ train.T
+            nearest, rows = similarity.topk(min(num_neighbours, len(train)))
+            weights = (nearest / temperature).exp().unsqueeze(1)  # (B, 1, num_neighbours)
+            votes = (weights @ F.one_hot(targets[rows], len(classes)).to(weights)).squeeze(1)  # (B, K)
+            right += int((classes[votes.argmax(dim=1)] == labels).sum())
+    return right / len(test_labels)
+
+
+def rank_me(features: Tensor) -> float:
+    """Return how many dimensions features (N, D) use, between 1 and the smaller of N and D.
+
+    The exponential of the entropy of their singular values' shares. The features are not centred, as published. Fewer
+    rows than dimensions bound the rank, so compare at an equal number of images.
+
+    >>> round(rank_me(torch.eye(4)), 3), round(rank_me(torch.ones(4, 4)), 3)
+    (4.0, 1.0)
+
+    Raises:
+        UserError: No float features (N, D), N at least 1, or one that is not finite.
+
+    Reference:
+        Garrido et al., RankMe, arXiv:2210.02885, section 3.1, with its eps of 1e-7; the singular values are the roots
+        of the Gram matrix's eigenvalues, in float64.
+    """
+    fits = features.ndim == 2 and features.is_floating_point() and len(features) > 0
+    check(fits and bool(features.isfinite().all()), f"RankMe needs finite features (N, D), got {tuple(features.shape)}")
+    with torch.autocast(features.device.type, enabled=False):
+        tall = features if features.shape[0] >= features.shape[1] else features.T
+        gram = torch.zeros(2 * tall.shape[1:], dtype=torch.float64, device=features.device)
+        for rows in tall.split(ROWS):
+            gram += rows.double().T @ rows.double()
+        singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    shares = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny) + RANK_EPS
+    return (shares * shares.log()).sum().neg().exp().item()
+
+
+def check_splits(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Tensor:
+    """Return the classes, sorted; refuse features and labels that do not fit each other, or classes never seen."""
+    check_split("train", train, train_labels, train.shape[-1])
+    check_split("test", test, test_labels, train.shape[-1])
+    classes = torch.unique(train_labels)
+    unknown = torch.unique(test_labels[~torch.isin(test_labels, classes)])[:10].tolist()
+    problem = f"the training labels hold {len(classes)} classes, the test labels {unknown or 'no'} others"
+    check(len(classes) >= 2 and not unknown, f"{problem}: give 2 or more classes, the same in both")
+    return classes
 
 
 def check_split(split: str, features: Tensor, labels: Tensor, width: int) -> None:

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
 from aligntok.errors import UserError
-from aligntok.metrics import linear_probe
+from aligntok.metrics import knn_accuracy, linear_probe, probe, rank_me
 from aligntok.metrics.probe import fit_linear
 
 pytestmark = pytest.mark.kernels
@@ -130,5 +131,66 @@ def with_nan(x):
 def test_mistakes_are_named(change, message):
     with pytest.raises(UserError, match=message):
         linear_probe(*change(*blobs(spread=1.0)))
+    with pytest.raises(UserError, match=message):
+        knn_accuracy(*change(*blobs(spread=1.0)))
     with pytest.raises(UserError, match="weight_decay"):
         linear_probe(*blobs(spread=1.0), weight_decay=-1)
+
+
+# Neighbours
+
+
+@pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.07), (20, 0.07), (20, 10.0), (600, 0.07)])
+def test_neighbours_vote_as_in_scikit_learn(neighbours, temperature):
+    train, train_labels, test, test_labels = blobs(spread=2.0)
+    theirs = KNeighborsClassifier(neighbours, metric="cosine", weights=lambda far: np.exp((1 - far) / temperature))
+    expected = theirs.fit(train.double(), train_labels).score(test.double(), test_labels)
+    found = knn_accuracy(train, train_labels, test, test_labels, num_neighbours=neighbours, temperature=temperature)
+    assert 0.3 < found < 0.95
+    assert found == pytest.approx(expected, abs=0.5 / len(test))
+
+
+def test_neighbours_are_the_same_in_any_order_number_of_queries_and_precision(monkeypatch):
+    train, train_labels, test, test_labels = blobs(spread=2.0)
+    expected = knn_accuracy(train, train_labels, test, test_labels)
+    order = torch.randperm(len(train))
+    assert knn_accuracy(train[order], train_labels[order], test, test_labels) == expected
+    monkeypatch.setattr(probe, "QUERIES", 7)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert knn_accuracy(train, 100 - 7 * train_labels, 1000 * test, 100 - 7 * test_labels) == expected
+    with pytest.raises(UserError, match="num_neighbours=0"):
+        knn_accuracy(train, train_labels, test, test_labels, num_neighbours=0)
+
+
+# Effective rank
+
+
+def with_spectrum(singular, rows):
+    """Features (rows, D) of these singular values, in a random basis."""
+    values = torch.tensor(singular, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64))[0] for n in (rows, len(values)))
+    return left * values @ right.T
+
+
+def test_rank_of_known_spectra():
+    torch.manual_seed(0)
+    assert rank_me(with_spectrum([3.0] * 12, 40)) == pytest.approx(12, rel=1e-4)
+    assert rank_me(torch.randn(50, 1) * torch.randn(1, 12)) == pytest.approx(1, abs=1e-3)
+    assert rank_me(torch.randn(20000, 16)) == pytest.approx(16, rel=1e-3)  # white
+    shares = torch.tensor([0.5, 0.25, 0.25])
+    assert rank_me(with_spectrum([2.0, 1.0, 1.0], 10)) == pytest.approx((-shares * shares.log()).sum().exp(), rel=1e-4)
+    assert rank_me(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
+
+
+def test_rank_is_that_of_the_singular_values_however_many_rows(monkeypatch):
+    features = torch.randn(30, 50) * torch.logspace(0, -2, 50)
+    for wide in (features, features.T):
+        values = torch.linalg.svdvals(wide.double())
+        shares = values / values.sum() + 1e-7
+        expected = float((-shares * shares.log()).sum().exp())
+        assert rank_me(wide) == pytest.approx(expected, rel=1e-6)
+        monkeypatch.setattr(probe, "ROWS", 7)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert rank_me(wide * 100) == pytest.approx(expected, rel=1e-6)  # the scale does not matter
+    with pytest.raises(UserError, match=r"finite features \(N, D\)"):
+        rank_me(with_nan(features))

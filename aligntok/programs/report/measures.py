@@ -43,6 +43,8 @@ TOKENIZER = {
     "val/rfd": Measure("rFD", "{:.3g}", False, FAR + "reconstructions and images"),
     "val/probe": Measure("Linear probe", "{:.1%}", True, "images whose class a linear classifier reads off the latent"),
     "val/probe_pooled": Measure("Pooled probe", "{:.1%}", True, "the same from the mean of the latent's cells"),
+    "val/knn": Measure("Neighbours", "{:.1%}", True, "images whose class the 20 nearest training latents vote for"),
+    "val/rankme": Measure("RankMe", "{:.1f}", None, "how many of its channels the latent uses"),
 }
 GENERATOR = {
     "val/gfid": Measure("gFID", "{:.3g}", False, FAR + "samples and reference images"),
