@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 
 
 def find_published(url: str) -> Path | None:
-    """Return where the file of this address is on this machine, or ``None``."""
+    """Return where the file of this address, or of this name, is on this machine, or ``None``."""
     return next((path for path in _places(url) if path.is_file()), None)
 
 
-def published_file(url: str, needed_by: str, remedy: str = "") -> Path:
-    """Return the local path of published weights, downloaded if they are nowhere.
+def published_file(
+    url: str, needed_by: str, remedy: str = "", given: str | None = None, name: str | None = None
+) -> Path:
+    """Return the local path of published weights: the user's own, else one that is found, else downloaded.
 
     Args:
-        url: Their address; a name that ends in ``-<first digits of the SHA-256>.pth`` is checked.
+        url: Their address.
         needed_by: Who needs them, for the message.
         remedy: What else the user can do, for the message.
+        given: The path that the user gave.
+        name: Of the file, where it is not the end of the address; one that ends in ``-<first digits of the SHA-256>``
+            before its suffix is checked after the download.
 
     Raises:
-        UserError: They are nowhere and cannot be downloaded.
+        UserError: There is no file ``given``, or they are nowhere and cannot be downloaded.
     """
-    if (found := find_published(url)) is not None:
+    name = name or url.rsplit("/", 1)[-1]
+    if given is not None:
+        path = Path(given).expanduser()
+        check(path.is_file(), f"{needed_by}: weights not found: {path}; it should be {name}")
+        return path
+    if (found := find_published(name)) is not None:
         return found
-    path, stem = _places(url)[0], url.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    path, digits = _places(name)[0], re.search(r"-([0-9a-f]{8,})\.\w+$", name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), stem.rpartition("-")[2], progress=False)
+        torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=False)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
             f"{needed_by} needs {path.name} and cannot download it ({error}): put the file into $ALIGNTOK_HOME or"
-            f" {_places(url)[-1].parent}{remedy}"
+            f" {_places(name)[-1].parent}{remedy}"
         ) from error
     return path
 

@@ -26,7 +26,10 @@ RECIPES = [
     if name not in ENCODE | SAMPLE and "output" in yaml.safe_load(find_config(name).read_text())
 ]
 OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
-OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {"evaluate.yaml"}
+OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {
+    "evaluate.yaml",
+    "fdr6.yaml",
+}
 OPTIONAL |= {f"size/ar_{size}.yaml" for size in ("l", "xl", "debug")} | {"size/alitok_debug.yaml"}
 AFTER_OTHERS = {"quickstart_alitok/ar.yaml"}  # built from files of other runs
 AFTER_OTHERS |= {f"quickstart/{name}.yaml" for name in ("stage1", "control", "stage2", "stage3", "dit")}

@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -15,10 +16,12 @@ from aligntok.__main__ import main
 from aligntok.data.images import center_crop
 from aligntok.data.stored import StoredFile, StoredFolder
 from aligntok.errors import UserError
-from aligntok.metrics import EncoderFeatures, GenerationMetrics, Reference
+from aligntok.metrics import EncoderFeatures, GenerationMetrics, Reference, TimmFeatures, find_protocol
 from aligntok.metrics.protocol import FREE
 from aligntok.networks import VisionEncoder
+from aligntok.networks.frozen import load_frozen
 from aligntok.programs.evaluate import evaluate_command, make_metrics, parse, sorted_by_class
+from aligntok.programs.judges import read_judges
 
 NAME = "tf_efficientnet_lite0"
 LITE0 = ["--encoder", NAME, "--encoder_weights", "offline", "--device", "cpu"]
@@ -70,7 +73,7 @@ def evaluate(samples, reference, *options):
 
 def test_folder_and_file_give_what_the_metrics_give_for_the_arrays(stored):
     encoder = VisionEncoder(NAME, 32, 16, "offline")
-    direct = GenerationMetrics(EncoderFeatures(encoder), precision_recall=True, kid=True)
+    direct = GenerationMetrics(EncoderFeatures(encoder), precision_recall=True, kid=True, mind=True)
     direct.update(tensor(REAL), torch.arange(30), real=True)
     direct.update(tensor(SAMPLES), torch.arange(24))
     expected = direct.compute()
@@ -232,12 +235,13 @@ def test_without_inception_weights_it_says_where_to_put_them(stored, tmp_path, m
 
 def test_measures_of_inception():
     def chosen(*flags):
-        metrics = make_metrics(parse(["x", "--reference", "y", "--device", "cpu", *flags]), (32, 32), FREE)
+        (metrics,) = make_metrics(parse(["x", "--reference", "y", *flags]), (32, 32), FREE)
         measures = {
             "is": metrics.inception_score,
             "sfid": metrics.sfid,
             "pr": metrics.precision_recall,
             "kid": metrics.kid,
+            "mind": metrics.mind,
         }
         return " ".join(name for name, asked in measures.items() if asked)
 
@@ -245,7 +249,7 @@ def test_measures_of_inception():
     assert chosen("--fid") == ""
     assert chosen("--kid") == "kid"
     assert chosen("--fid", "--sfid") == "sfid"
-    assert chosen("--all") == "is sfid pr kid"
+    assert chosen("--all") == "is sfid pr kid mind"
 
 
 class Pixels(nn.Module):
@@ -347,5 +351,106 @@ def test_errors_of_a_line(stored, tmp_path, capsys, words, message):
 
 
 def test_encoder_options_need_an_encoder():
-    with pytest.raises(UserError, match="no effect without an --encoder"):
-        parse(["x", "--reference", "y", "--pool", "class"])
+    for words in (["--pool", "class"], ["--encoder_weights", "x"], ["--pool", "class", "--encoder", "clip-rn50"]):
+        with pytest.raises(UserError, match="no effect without an --encoder"):
+            parse(["x", "--reference", "y", *words])
+
+
+def test_extractors_of_torch_fidelity_by_their_names():
+    (metrics,) = make_metrics(parse(["x", "--reference", "y", "--encoder", "clip-vit-l-14", "--fid"]), (32, 32), FREE)
+    assert (metrics.names, metrics.widths) == (["fd_clip-vit-l-14"], [768])
+
+
+# Several networks
+
+
+def judges_file(path, **units):
+    """Small random networks; each a seed, which is its name too."""
+    judges = {}
+    for seed, (name, unit) in enumerate(units.items()):
+        torch.manual_seed(seed)
+        features = {"name": name, "model": "test_vit", "image_size": 32, "weights": str(path.parent / f"{name}.pth")}
+        network = TimmFeatures("test_vit", 32, None)
+        load_frozen(network)
+        torch.save(network.network.network.state_dict(), features["weights"])
+        judges[name] = {"features": {"class_path": "aligntok.metrics.TimmFeatures", "init_args": features}}
+        judges[name] |= {} if unit is None else {"validation": unit}
+    path.write_text(json.dumps({"judges": judges}))  # JSON is YAML
+    return path
+
+
+def judged(samples, reference, file, *options):
+    words = [str(samples), "--reference", str(reference), "--judges", str(file), "--device", "cpu"]
+    evaluate_command([*words, *map(str, options)])
+    return json.loads((samples.parent / "evaluation.json").read_text())[-1]
+
+
+def test_judges_measure_held_out_images_then_samples_in_these_units(stored, tmp_path):
+    held_out = write_npz(tmp_path / "held_out.npz", pictures(20, 5))
+    units = judged(held_out, stored["real folder"], judges_file(tmp_path / "a.yaml", one=None, two=None))["values"]
+    assert units.keys() == {"fd_one", "fd_two"}  # and no ratio
+    file = judges_file(tmp_path / "b.yaml", one=units["fd_one"], two=units["fd_two"])
+    assert judged(held_out, stored["real folder"], file)["values"]["fdr2"] == pytest.approx(1)
+    record = judged(stored["npz"], stored["real folder"], file)
+    ratios = [record["values"][name] / units[name] for name in units]
+    assert record["values"]["fdr2"] == pytest.approx(sum(ratios) / 2)
+    assert ratios[0] != pytest.approx(ratios[1], rel=1e-3)
+    wanted = f"features one (unit {units['fd_one']}), two (unit {units['fd_two']}), reference real images:"
+    assert wanted in record["conditions"]
+    assert "24 images of 32x32 px" in record["conditions"]
+
+
+def test_judges_take_statistics_that_are_called_after_them(stored, tmp_path):
+    file = judges_file(tmp_path / "judges.yaml", one=0.5, two=2.0)
+    first = judged(stored["npz"], stored["real folder"], file, "--save_reference", tmp_path / "kept")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["one.safetensors", "two.safetensors"]
+    again = judged(stored["npz"], tmp_path / "kept", file)
+    assert again["values"] == pytest.approx(first["values"], rel=1e-9)
+    for name in ("one", "two"):  # as the authors of FDr6 publish theirs
+        kept = Reference.load(tmp_path / "kept" / f"{name}.safetensors")
+        (tmp_path / "theirs").mkdir(exist_ok=True)
+        np.savez(tmp_path / "theirs" / f"{name}.npz", mu=kept.mean.numpy(), sigma=kept.cov.numpy())
+    theirs = judged(stored["npz"], tmp_path / "theirs", file)
+    assert theirs["values"] == pytest.approx(first["values"], rel=1e-9)
+    assert "reference one.npz sha256:" in theirs["conditions"]
+
+
+def test_judges_that_cannot_judge(stored, tmp_path, capsys):
+    def error(text, *words):
+        (tmp_path / "wrong.yaml").write_text(text)
+        command = [str(stored["npz"]), "--reference", str(stored["real npz"]), "--judges", str(tmp_path / "wrong.yaml")]
+        assert main(["evaluate", *command, "--device", "cpu", *words]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert len(said) < 420
+        return said
+
+    start = "{{features: {{class_path: aligntok.metrics.TimmFeatures, init_args: {{model: test_vit, {0}}}}}"
+    one = start + ", validation: {1}}}"
+    good = one.format("name: x", 1)
+    assert "wrong.yaml: give `judges` and nothing else" in error("other: 1")
+    assert "`judges` needs one or more" in error("judges: {}")
+    assert "features of another `name`" in error(f"judges: {{a: {good}, b: {good}}}")
+    assert "judges.a.validation is 0" in error(f"judges: {{a: {one.format('name: x', 0)}}}")
+    assert "there is no file nowhere.pth" in error(f"judges: {{a: {one.format('weights: nowhere.pth', 1)}}}")
+    assert "leave out --kid --encoder" in error(f"judges: {{a: {good}}}", "--kid", "--encoder", NAME)
+    assert "fdr6 wants 50,000 images, 24" in error(f"judges: {{a: {good}}}", "--protocol", "fdr6")
+
+
+def test_fdr6_is_of_its_own_six_judges(monkeypatch):
+    create = timm.create_model  # 300 million parameters take seconds even on the meta device
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create("test_vit", **options))
+    judges = read_judges("fdr6.yaml")
+    names = ["inception", "convnext", "dinov2", "mae", "siglip", "clip"]
+    assert [judge.features.name for judge in judges] == names
+    protocol = find_protocol("fdr6")
+    options = parse(["x", "--reference", "y", "--protocol", "fdr6"])
+    assert [metrics.names for metrics in make_metrics(options, (256, 256), protocol, judges)] == [
+        ["fid"],
+        *([f"fd_{name}"] for name in names[1:]),
+    ]
+    options.judges = "mine.yaml"
+    with pytest.raises(UserError, match="has judges of its own"):
+        make_metrics(options, (256, 256), protocol, judges)
+    with pytest.raises(UserError, match="fdr6 takes several feature networks"):
+        GenerationMetrics(Pixels(None), protocol="fdr6")

@@ -136,8 +136,8 @@ class ReconstructionFID(Measurement):
 class LinearProbe(Measurement):
     """How much of the class frozen latents tell, and how many of their channels they use.
 
-    ``probe`` and ``probe_pooled``: top-1 accuracy of a linear classifier on latents, flattened and averaged; ``knn``: of
-    the nearest neighbours of flattened ones. They learn from the data module's calibration images (training images,
+    ``probe`` and ``probe_pooled``: top-1 accuracy of a linear classifier on latents, flattened and averaged; ``knn``:
+    of the nearest neighbours of flattened ones. They learn from the data module's calibration images (training images,
     centre crop) and are tested on the validation images; images of one class alone are not classified. ``rankme``: the
     effective rank of all cells of the validation images' latents, at most their number of channels. The protocols are
     in ``aligntok.metrics``: ``linear_probe``, ``knn_accuracy``, ``rank_me``; none has any randomness.

@@ -1,7 +1,8 @@
 """What torchmetrics lacks."""
 
-from aligntok.metrics.feature_sets import inception_score, kernel_distance, precision_recall
-from aligntok.metrics.features import EncoderFeatures
+from aligntok.metrics.feature_sets import inception_score, kernel_distance, monge_distance, precision_recall
+from aligntok.metrics.features import EncoderFeatures, TimmFeatures
+from aligntok.metrics.fidelity import FidelityFeatures
 from aligntok.metrics.frechet import FeatureSums, frechet_distance
 from aligntok.metrics.generation import GenerationMetrics
 from aligntok.metrics.inception import InceptionFeatures
@@ -13,17 +14,20 @@ __all__ = [
     "AdmFile",
     "EncoderFeatures",
     "FeatureSums",
+    "FidelityFeatures",
     "GenerationMetrics",
     "InceptionFeatures",
     "ProbeResult",
     "Protocol",
     "Reference",
+    "TimmFeatures",
     "find_protocol",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
     "knn_accuracy",
     "linear_probe",
+    "monge_distance",
     "precision_recall",
     "rank_me",
 ]

@@ -1,4 +1,4 @@
-"""Measures of two sets of features that are kept: precision and recall, KID; and the Inception Score of one."""
+"""Measures of two sets of features that are kept: precision, recall, KID, MIND; and the Inception Score of one."""
 
 import math
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aligntok.errors import check
+from aligntok.randomness import hashed, normal
 
 CHUNK = 2048  # rows and columns of a block of pairs, which with 2,048 dimensions takes less than 0.3 GB
 
@@ -104,6 +105,37 @@ def kernel_mean(a: Tensor, b: Tensor | None, chunk: int) -> Tensor:
             kernel.fill_diagonal_(0)
         total += kernel.sum()
     return total / (len(a) * (len(others) - int(b is None)))
+
+
+def monge_distance(reference: Tensor, samples: Tensor, num_directions: int = 1000) -> float:
+    """Return the Monge distance (MIND where the features are Inception's): a sliced Wasserstein distance, by sorting.
+
+    ``3 D`` times the mean, over random directions, of the squared 2-Wasserstein distance of the projections. Of the
+    larger set as many rows are taken as the smaller one has, for the value depends on the number: the paper reports
+    1,000 to 5,000 samples. Rows and directions are the same in each call; other code draws others, and 1,000 other
+    directions move the value by 3 to 4 % (standard deviation, 1,000 rows of 2,048 dimensions).
+
+    >>> round(monge_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [1.0]])), 3)  # 3 (1 + 4) / 2
+    7.5
+
+    Args:
+        reference: Features (N, D), N >= 2.
+        samples: Features (M, D), M >= 2.
+        num_directions: 1,000 in torch-fidelity 0.5.
+
+    Raises:
+        UserError: Too few images, or features that are not finite.
+
+    Reference:
+        Berthet et al., MIND: Monge Inception Distance, arXiv:2605.06797.
+    """
+    check_sets(reference, samples, 2, "the Monge distance")
+    count, width = min(len(reference), len(samples)), reference.shape[1]
+    ids = torch.arange(num_directions, device=reference.device)
+    directions = torch.nn.functional.normalize(normal(ids, 0, 0, "directions", (width,)).double())
+    chosen = (x[hashed(torch.arange(len(x), device=x.device)).argsort()[:count]] for x in (reference, samples))
+    ours, theirs = ((directions @ x.double().T).sort().values for x in chosen)  # (directions, count)
+    return 3 * width * (ours - theirs).square().mean().item()
 
 
 def inception_score(logits: Tensor, num_splits: int = 10) -> float:

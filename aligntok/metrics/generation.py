@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError, check
 from aligntok.metrics.collected import Collected, rank_and_number
-from aligntok.metrics.feature_sets import inception_score, kernel_distance, precision_recall
+from aligntok.metrics.feature_sets import inception_score, kernel_distance, monge_distance, precision_recall
 from aligntok.metrics.frechet import FeatureSums, frechet_distance
 from aligntok.metrics.inception import InceptionFeatures
 from aligntok.metrics.protocol import FREE, Protocol, find_protocol
@@ -24,15 +24,16 @@ REFERENCE_SAMPLE = 10_000  # as many reference images as ADM's protocol has for 
 
 
 class GenerationMetrics:
-    """FID (or the Fréchet distance in other features) and, on request, sFID, IS, precision, recall and KID.
+    """FID (or the Fréchet distance in other features) and, on request, sFID, IS, precision, recall, KID and MIND.
 
     Measures samples, or reconstructions, against real images or a reference from a file, with one pass of the feature
     network per image, in float32, of images as PNG files would hold them (clamped to [0, 1], rounded to 8 bits).
     Results do not depend on batch size or number of ranks. Every rank must call ``compute``, ``reference`` and
     ``load_reference``.
 
-    Memory: the Fréchet distance keeps sums only. Score, precision, recall and KID keep the features of all samples,
-    8 KB each, and of 10,000 reference images (chosen by a hash of their ids); ``compute`` gathers all on every rank.
+    Memory: the Fréchet distance keeps sums only. Score, precision, recall, KID and MIND keep the features of all
+    samples, 8 KB each, and of 10,000 reference images (chosen by a hash of their ids); ``compute`` gathers all on every
+    rank.
 
     >>> class Colour(nn.Module):
     ...     name, num_features = "colour", 3
@@ -50,6 +51,7 @@ class GenerationMetrics:
         inception_score: Inception Score, in the order of the ids.
         precision_recall: Precision and recall with 3 neighbours.
         kid: Kernel distance.
+        mind: Monge distance.
         protocol: Name of a protocol (see ``find_protocol``), or one; its conditions are checked.
 
     Attributes:
@@ -68,6 +70,7 @@ class GenerationMetrics:
         inception_score: bool = False,
         precision_recall: bool = False,
         kid: bool = False,
+        mind: bool = False,
         protocol: str | Protocol | None = None,
     ) -> None:
         self.features: Any = features or InceptionFeatures()
@@ -79,10 +82,12 @@ class GenerationMetrics:
             raise UserError(f"sFID and the Inception Score are of Inception's features, not of {name}: leave them out")
         self.network = Frozen(self.features)
         self.device = torch.device("cpu")
-        self.sfid, self.inception_score = sfid, inception_score
-        self.precision_recall, self.kid = precision_recall, kid
-        self.needs_sample = precision_recall or kid  # of the reference's features
         self.protocol = find_protocol(protocol) if isinstance(protocol, str) else protocol or FREE
+        several = f"protocol {self.protocol.name} takes several feature networks: store samples, and aligntok evaluate"
+        check(self.protocol.judges is None, several)
+        self.sfid, self.inception_score = sfid, inception_score
+        self.precision_recall, self.kid, self.mind = precision_recall, kid, mind or self.protocol.measure == "mind"
+        self.needs_sample = precision_recall or kid or self.mind  # of the reference's features
         wanted = self.protocol.features or name
         check(name == wanted, f"protocol {self.protocol.name} wants features {wanted!r}, these are {name!r}")
         self.names = ["fid" if name == "inception" else f"fd_{name}"] + ["sfid"] * sfid
@@ -136,7 +141,7 @@ class GenerationMetrics:
         (self.real if real else self.samples).add(id, label, features[0])
 
     def compute(self) -> dict[str, float]:
-        """Return the measures of all ranks' samples: ``fid``, ``sfid``, ``is``, ``precision``, ``recall``, ``kid``.
+        """Return the measures of all ranks' samples: ``fid``, ``sfid``, ``is``, ``precision``, ``recall``, ``kid``, ...
 
         Where the features are not Inception's: ``fd_<features>``, ``precision_<features>``, ...
 
@@ -158,6 +163,8 @@ class GenerationMetrics:
                 values[f"precision{suffix}"], values[f"recall{suffix}"] = precision_recall(sample, features)
             if self.kid:
                 values[f"kid{suffix}"] = kernel_distance(sample, features)
+            if self.mind:
+                values[f"mind{suffix}"] = monge_distance(sample, features)
         self.conditions = self.protocol.describe(self.image_size, labels, reference)
         return values
 
@@ -195,7 +202,7 @@ class GenerationMetrics:
         check(self.widths[1:] in ([], widths[1:]), f"{which} has no statistics for sFID: measure it anew with sfid")
         check(
             reference.sample is not None or not self.needs_sample,
-            f"{which} has no features for precision, recall and KID: measure it anew with them",
+            f"{which} has no features for precision, recall, KID and MIND: measure it anew with them",
         )
         if reference.image_size is not None:
             self.check_size(reference.image_size)
@@ -205,8 +212,8 @@ class GenerationMetrics:
     def load_reference(self, path: str | Path, batch_size: int = 64) -> None:
         """Compare with a file: ``.safetensors`` that ``Reference.save`` wrote, or an ``.npz`` as ADM's evaluator takes.
 
-        Of an ``.npz`` the stored statistics are used where the features are Inception's; what is not stored is measured
-        on its images, by all ranks together.
+        Of an ``.npz`` the stored statistics are used where the features are Inception's, or those that the file is
+        called after; what is not stored is measured on its images, by all ranks together.
 
         Raises:
             UserError: No such file, another kind of file, or a reference that ``set_reference`` refuses.
@@ -218,10 +225,10 @@ class GenerationMetrics:
 
     def read_adm(self, file: AdmFile, batch_size: int) -> Reference:
         """Return the stored statistics, and of the images what is not stored."""
-        source, reference = file.source, None
-        if self.features.name == "inception" and "mu" in file.entries:
+        source, reference, name = file.source, None, self.features.name
+        if name in ("inception", file.path.stem) and "mu" in file.entries:
             spatial_mean, spatial_cov = file.statistics("_s") if self.sfid else (None, None)
-            reference = Reference(*file.statistics(), 0, source, "inception", spatial_mean, spatial_cov)
+            reference = Reference(*file.statistics(), 0, source, name, spatial_mean, spatial_cov)
         if reference is None or self.needs_sample:
             sfid = reference is None and self.sfid
             measured = GenerationMetrics(self.features, sfid, precision_recall=self.needs_sample).to(self.device)

@@ -5,13 +5,11 @@ Reference:
     the choices of layers and channels are those of ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py).
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError
 from aligntok.networks.frozen import Frozen
 from aligntok.published import published_file
 
@@ -73,11 +71,8 @@ class InceptionFeatures(nn.Module):
 
     def _build(self) -> nn.Module:
         """Return the network with its weights."""
-        if self.weights is None:
-            path = published_file(URL_INCEPTION_V3, "FID", ", give its path as `weights`, or choose other features")
-        else:
-            path = Path(self.weights).expanduser()
-            check(path.is_file(), f"Inception weights not found: {path} (argument `weights`); it should be {self.FILE}")
+        remedy = ", give its path as `weights`, or choose other features"
+        path = published_file(URL_INCEPTION_V3, "FID", remedy, self.weights)
         try:
             # torch-fidelity unpickles without restriction: a file that passes here has nothing to run there.
             torch.load(path, map_location="cpu", weights_only=True)

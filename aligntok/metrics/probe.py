@@ -144,7 +144,7 @@ def knn_accuracy(
     device = train_features.device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     classes = check_splits(train_features, train_labels, test_features, test_labels)
-    targets, right = torch.searchsorted(classes, train_labels), 0
+    targets, right = torch.searchsorted(classes, train_labels.contiguous()), 0
     with torch.autocast(device.type, enabled=False):
         train = F.normalize(train_features.to(torch.promote_types(train_features.dtype, torch.float32)))
         for features, labels in zip(test_features.split(QUERIES), test_labels.split(QUERIES), strict=True):
@@ -172,8 +172,13 @@ def rank_me(features: Tensor) -> float:
         Garrido et al., RankMe, arXiv:2210.02885, section 3.1, with its eps of 1e-7; the singular values are the roots
         of the Gram matrix's eigenvalues, in float64.
     """
-    fits = features.ndim == 2 and features.is_floating_point() and len(features) > 0
-    check(fits and bool(features.isfinite().all()), f"RankMe needs finite features (N, D), got {tuple(features.shape)}")
+    shape = tuple(features.shape)
+    check(
+        len(shape) == 2 and shape[0] > 0 and features.is_floating_point(), f"RankMe: give features (N, D), not {shape}"
+    )
+    check(
+        bool(features.isfinite().all()), "RankMe: features contain NaN or infinity: look at the encoder that made them"
+    )
     with torch.autocast(features.device.type, enabled=False):
         tall = features if features.shape[0] >= features.shape[1] else features.T
         gram = torch.zeros(2 * tall.shape[1:], dtype=torch.float64, device=features.device)

@@ -25,6 +25,8 @@ class Protocol:
         reference_hash: Part of that id, to demand one certain reference.
         reference_count: Number of reference images.
         crop: Of the reference images.
+        measure: What must be measured beside the Fréchet distance: ``mind`` or nothing.
+        judges: Config of the feature networks that judge together, for ``aligntok evaluate``.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Protocol:
     reference_hash: str | None = None
     reference_count: int | None = None
     crop: str = "ADM centre crop"
+    measure: str | None = None
+    judges: str | None = None
 
     def check_reference(self, reference: Reference) -> None:
         """Raise a ``UserError`` if the reference is of other features, origin or size."""
@@ -76,11 +80,15 @@ NAMED = {
     "gfid-adm50k": Protocol("gfid-adm50k", "inception", 50_000, reference="VIRTUAL_imagenet"),
     # Reconstructions of the 50,000 validation images of ImageNet against these images.
     "rfid-val50k": Protocol("rfid-val50k", "inception", 50_000, reference_count=50_000),
+    # MIND of 5,000 samples, which the paper (arXiv:2605.06797) puts in the place of FID of 50,000.
+    "mind-5k": Protocol("mind-5k", "inception", 5_000, measure="mind"),
+    # FDr6 of arXiv:2604.28190: six feature networks, each with its FD of the validation images as the unit.
+    "fdr6": Protocol("fdr6", None, 50_000, judges="fdr6.yaml"),
 }
 
 
 def find_protocol(name: str, reference_hash: str | None = None) -> Protocol:
-    """Return the protocol ``gfid-adm50k``, ``rfid-val50k``, or ``fd-<feature>`` (50,000 images, any reference).
+    """Return a protocol of ``NAMED``, or ``fd-<feature>`` (50,000 images, any reference).
 
     >>> find_protocol("fd-dinov2").features
     'dinov2'

@@ -39,7 +39,7 @@ class Reference:
         features: ``name`` of the feature network.
         spatial_mean: Mean (S,) of the features of sFID.
         spatial_cov: Their covariance (S, S).
-        sample: Features of some of the images, (M, D) float32, for precision, recall and KID.
+        sample: Features of some of the images, (M, D) float32, for precision, recall, KID and MIND.
         image_size: Height and width of the images in pixels.
 
     Raises:

