@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -413,6 +415,13 @@ def test_judges_take_statistics_that_are_called_after_them(stored, tmp_path):
     theirs = judged(stored["npz"], tmp_path / "theirs", file)
     assert theirs["values"] == pytest.approx(first["values"], rel=1e-9)
     assert "reference one.npz sha256:" in theirs["conditions"]
+
+
+def test_the_judge_of_the_docs(stored, tmp_path):
+    page = Path(__file__).parents[1] / "docs" / "evaluate.md"
+    (tmp_path / "docs.yaml").write_text(re.search(r"```yaml\n(judges:.*?)```", page.read_text(), re.DOTALL)[1])
+    record = judged(stored["npz"], stored["real npz"], tmp_path / "docs.yaml")
+    assert record["values"].keys() == {"fd_tf_efficientnet_lite0"}
 
 
 def test_judges_that_cannot_judge(stored, tmp_path, capsys):
