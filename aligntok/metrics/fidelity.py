@@ -124,7 +124,7 @@ def resized_positions(positions: Tensor, grid: int) -> Tensor:
     side = math.isqrt(cells.shape[1])
     if side == grid:
         return positions
-    cells = cells.unflatten(1, (side, side)).movedim(-1, 1)
+    cells = cells.reshape(1, side, side, -1).movedim(-1, 1)
     cells = F.interpolate(cells, scale_factor=(grid + DINOV2_OFFSET) / side, mode="bicubic")
     return torch.cat([token, cells.flatten(2).mT], dim=1)
 
@@ -135,5 +135,5 @@ def clip_state(name: str, path: str) -> dict[str, Tensor]:
         return read_weights(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript itself
-        state: dict[str, Tensor] = torch.jit.load(path, map_location="cpu").state_dict()
-    return state
+        module: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]  # torch left it so
+    return module.state_dict()

@@ -147,7 +147,7 @@ def knn_accuracy(
     targets, right = torch.searchsorted(classes, train_labels.contiguous()), 0
     with torch.autocast(device.type, enabled=False):
         train = F.normalize(train_features.to(torch.promote_types(train_features.dtype, torch.float32)))
-        for features, labels in zip(test_features.split(QUERIES), test_labels.split(QUERIES), strict=True):
+        for features, labels in zip(*(torch.split(x, QUERIES) for x in (test_features, test_labels)), strict=True):
             similarity = F.normalize(features.to(train)) @ train.T
             nearest, rows = similarity.topk(min(num_neighbours, len(train)))
             weights = (nearest / temperature).exp().unsqueeze(1)  # (B, 1, num_neighbours)
@@ -182,18 +182,18 @@ def rank_me(features: Tensor) -> float:
     with torch.autocast(features.device.type, enabled=False):
         tall = features if features.shape[0] >= features.shape[1] else features.T
         gram = torch.zeros(2 * tall.shape[1:], dtype=torch.float64, device=features.device)
-        for rows in tall.split(ROWS):
+        for rows in torch.split(tall, ROWS):
             gram += rows.double().T @ rows.double()
         singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     shares = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny) + RANK_EPS
-    return (shares * shares.log()).sum().neg().exp().item()
+    return float((shares * shares.log()).sum().neg().exp())
 
 
 def check_splits(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Tensor:
     """Return the classes, sorted; refuse features and labels that do not fit each other, or classes never seen."""
     check_split("train", train, train_labels, train.shape[-1])
     check_split("test", test, test_labels, train.shape[-1])
-    classes = torch.unique(train_labels)
+    classes: Tensor = torch.unique(train_labels)
     unknown = torch.unique(test_labels[~torch.isin(test_labels, classes)])[:10].tolist()
     problem = f"the training labels hold {len(classes)} classes, the test labels {unknown or 'no'} others"
     check(len(classes) >= 2 and not unknown, f"{problem}: give 2 or more classes, the same in both")

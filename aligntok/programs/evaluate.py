@@ -70,8 +70,10 @@ def evaluate_command(arguments: list[str]) -> None:
     if not (options.image_size or options.reference.name.startswith("VIRTUAL_imagenet")):  # ADM's own
         protocol = replace(protocol, crop="as stored")
     protocol.check_count(samples.count)
-    judges = read_judges(options.judges or protocol.judges) if options.judges or protocol.judges else []
-    measured, values = make_metrics(options, size, protocol, judges), {}
+    file: str | None = options.judges or protocol.judges
+    judges = read_judges(file) if file else []
+    measured = make_metrics(options, size, protocol, judges)
+    values: dict[str, float] = {}
     for metrics in measured:
         load_frozen(metrics.network)  # the last one's weights may be missing: say so before the first one measures
     for metrics in measured:
