@@ -45,6 +45,9 @@ Train image tokenizers from pretrained vision encoders, and generators on their 
 A config is a file, or the name of a shipped one; several --config are layers, later ones win."""
 
 
+INTERRUPTED = 130  # as a shell reports Ctrl-C: 128 + SIGINT
+
+
 def main(args: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
     verb, *arguments = (sys.argv[1:] if args is None else args) or [""]
@@ -69,7 +72,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"aligntok: error: {last_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's Trainer caught it, and ends with 1
+            return INTERRUPTED
+        raise
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from pydoc import locate
@@ -22,12 +23,13 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonito
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.checkpoint import AtomicCheckpointIO
 from aligntok.callbacks.progress import MetricsCSV
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
-from aligntok.files import write_text
+from aligntok.files import check_writable, locked, write_text
 from aligntok.layers import read_command, to_text
 from aligntok.messages import HelpFormatter, ShortErrors, building, shortened
 from aligntok.programs.fabric import check_nodes
@@ -55,6 +57,10 @@ class RunCLI(LightningCLI):
         """Return the verb that runs: a parser takes a tenth of a second to make."""
         verb = sys.argv[1]
         return {verb: LightningCLI.subcommands()[verb]}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.held:  # the lock of the output folder
+            super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser."""
@@ -103,6 +109,8 @@ class RunCLI(LightningCLI):
         for key in ("ckpt_path", "init_from"):
             check(config[key] != "", f"--{key} is empty: name a checkpoint, or leave it out")
         if self.subcommand == "fit":
+            if not config.trainer.fast_dev_run:
+                rank_zero_only(self.held.enter_context)(locked(config.output))
             self.check_start(config, last)
         elif config.ckpt_path == "last":
             config.ckpt_path = str(last)
@@ -110,8 +118,10 @@ class RunCLI(LightningCLI):
         else:
             words = f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT"
             check(bool(config.ckpt_path or config.init_from), words)
+        if self.subcommand in ("validate", "test"):
+            check_writable(Path(config.output) / f"{self.subcommand}.json")
         if config.ckpt_path:
-            read_checkpoint(config.ckpt_path, ema=config.ema)  # maps the file: no tensor is read
+            read_checkpoint(config.ckpt_path, ema=config.ema, weights=False)
 
     def check_start(self, config: Namespace, last: Path) -> None:
         """Resolve ``--ckpt_path last``, and refuse to write over another run or to start a stage from nothing."""

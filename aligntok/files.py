@@ -1,13 +1,18 @@
-"""Files: the atomic writer, and the hashes of files and tensors."""
+"""Files: the atomic writer, why a file cannot be written, the lock of a folder, and hashes of files and tensors."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -16,35 +21,113 @@ from aligntok.errors import UserError
 if TYPE_CHECKING:  # the report writes files without it
     from torch import Tensor
 
+FREE = "free some space, then go on (fit: --ckpt_path last)"
+ELSEWHERE = "name an --output where you may write"
+REASONS = {  # what the system says: what it means, and the remedy
+    errno.ENOSPC: ("the disk is full", FREE),
+    errno.EDQUOT: ("your quota of the disk is used up", FREE),
+    errno.EFBIG: ("it exceeds the limit on a file's size, see ulimit -f", FREE),
+    errno.EROFS: ("the file system is read-only", ELSEWHERE),
+    errno.EACCES: ("permission denied", ELSEWHERE),
+    errno.EPERM: ("permission denied", ELSEWHERE),
+    errno.EISDIR: ("a folder of this name is in the way", "move it, or give another name"),
+    errno.ENOTDIR: ("what should be its folder is a file", "move that file, or give another name"),
+    errno.EEXIST: ("what should be its folder is a file", "move that file, or give another name"),
+    errno.ENAMETOOLONG: ("the name is too long", "give a shorter one"),
+}
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
-def write_atomically(path: str | Path, write: Callable[[Path], object], shared: bool = False) -> None:
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` on a temporary file beside ``path`` and move it there when it is complete and on disk.
+
+    Any number of processes may write the same file at the same moment; the last one to end wins.
 
     Args:
         path: The file; its folder is made if it does not exist.
         write: Writes the file that it is given.
-        shared: Several processes may write this file at the same moment: each uses its own temporary name. Otherwise
-            there is one name, so that what a killed process left is overwritten.
 
     Raises:
         UserError: The disk is full or not writable; what was at ``path`` before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
-    try:
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError in torch.save
-        raise UserError(
-            f"cannot write {path} ({error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]});"
-            " what was there before is untouched. Free some space, then go on with it (fit: --ckpt_path last)"
-        ) from error
-    finally:
-        if temporary.is_file():  # not complete
-            temporary.unlink()
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # not complete
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around the writing of a file: what the system, torch or safetensors says becomes a ``UserError`` with a remedy.
+
+    >>> with writing("a.txt"): raise OSError(errno.EROFS, "Read-only file system")
+    Traceback (most recent call last):
+    aligntok.errors.UserError: cannot write a.txt: the file system is read-only. Name an --output where you may write
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = str(error)
+        number = re.search(r"os error (\d+)", text)  # safetensors'
+        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        if "inline_container.cc" in text:  # torch tells no more than that it wrote less than it wanted to
+            code = errno.ENOSPC
+        first_line = (text.splitlines() or [type(error).__name__])[0]
+        reason, remedy = REASONS.get(code or 0, (first_line, "mend that, then go on (fit: --ckpt_path last)"))
+        was_there = "; what was there before is untouched" if os.path.isfile(path) else ""
+        raise UserError(f"cannot write {path}: {reason}{was_there}. {remedy[0].upper()}{remedy[1:]}") from error
+
+
+def check_writable(*paths: str | Path) -> None:
+    """Raise a ``UserError`` where a file cannot be written: before the work that it is to hold."""
+    for path in map(Path, paths):
+        with writing(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder")
+            trial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trial.touch()
+            trial.unlink()
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for this process alone, as long as it writes there; the system releases it when the process dies.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    import fcntl
+
+    path = Path(folder) / ".lock"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by workers that outlive us
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.seek(0)
+                who = file.read() or "unknown"
+                raise UserError(
+                    f"{folder} is in use: process {who} writes there. Wait until it ends, or give another --output"
+                ) from error
+            print(f"{folder}: this file system has no locks, so see to it that nothing else writes there", flush=True)
+        else:
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            for left in (*path.parent.glob(".*.partial"), *path.parent.glob("checkpoints/.*.partial")):
+                left.unlink()  # of a process that was killed while it wrote
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

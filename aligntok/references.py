@@ -49,7 +49,7 @@ def spec_of(recipe: str) -> TokenizerSpec:
 
 def recipe(checkpoint: str, key: str) -> Any:
     """Return what the run of a checkpoint was given for ``model.<key>``."""
-    return OmegaConf.select(OmegaConf.create(read_checkpoint(checkpoint)["hyper_parameters"]), key)
+    return OmegaConf.select(OmegaConf.create(read_checkpoint(checkpoint, weights=False)["hyper_parameters"]), key)
 
 
 def num_classes(source: Any) -> int:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 
 from aligntok.__main__ import VERBS, main
 from aligntok.cli import merge_layers
+from aligntok.data import Digits
 
 DEBUG = ("--config", "run/debug.yaml")
 
@@ -180,6 +185,65 @@ def test_a_run_without_logs_or_checkpoints(option):
     run = encoder_run(f"--trainer.{option}")
     assert (run / "metrics.csv").exists() == (option == "enable_checkpointing=false")
     assert (run / "checkpoints" / "last.ckpt").exists() == (option == "logger=false")
+
+class CtrlC(pl.Callback):
+    """Presses it when the third step begins."""
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_keeps_what_there_is_and_ends_with_130(capsys):
+    stop = ["--callbacks.stop.class_path", f"{__name__}.CtrlC", "--trainer.max_steps", "5"]
+    assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG, *stop]) == 130
+    run = Path("runs/quickstart/encoder")
+    assert f"{run}/checkpoints/last.ckpt is of step 2: --ckpt_path last goes on" in capsys.readouterr().out
+    encoder_run("--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_ctrl_c_before_the_first_step_ends_with_130(monkeypatch):
+    monkeypatch.setattr(Digits, "__len__", lambda self: os.kill(os.getpid(), signal.SIGINT) or 1437)
+    assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG]) == 130
+
+
+def test_a_second_run_in_the_same_folder_is_refused(capsys):
+    folder = Path("runs/quickstart/encoder")
+    hold = f"from aligntok.files import locked\nwith locked('{folder}'): print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        line = fails(capsys, "fit", "--config", "quickstart/encoder.yaml", *DEBUG)
+        assert f"{folder} is in use: process {process.pid}" in line
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        process.communicate(b"\n")
+    encoder_run()
+
+
+def test_a_run_ends_with_a_measurement_of_its_last_step(capsys):
+    run = encoder_run(
+        "--trainer.max_steps", "5", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"
+    )
+    assert measured_steps(run) == [1, 3, 4]
+    encoder_run("--trainer.max_steps", "5", "--trainer.val_check_interval", "2", "--ckpt_path", "last")
+    assert "had reached its end before, at step 5" in capsys.readouterr().out
+    assert measured_steps(run) == [1, 3, 4]
+    other = ["--output", "runs/other", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
+    encoder_run(*other, "--trainer.limit_val_batches", "1")
+    assert measured_steps(Path("runs/other")) == [1, 3]
+
+
+def measured_steps(run: Path) -> list[int]:
+    with (run / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["val/accuracy"]]
+
+
+def test_where_validate_writes_is_tried_before_it_measures(capsys):
+    run = encoder_run()
+    (run / "validate.json").mkdir()
+    last = str(run / "checkpoints" / "last.ckpt")
+    line = fails(capsys, "validate", "--config", str(run / "config.yaml"), "--ckpt_path", last)
+    assert "validate.json: a folder of this name is in the way" in line
 
 
 def step_column(run: Path) -> int:

@@ -110,6 +110,16 @@ def test_a_kept_reference_takes_the_place_of_its_images(stored, tmp_path, capsys
         evaluate(small, kept)
 
 
+def test_where_it_writes_is_tried_before_it_measures(stored, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("aligntok.programs.evaluate.make_metrics", lambda *args: pytest.fail("it began"))
+    with pytest.raises(UserError, match=r"cannot write .*what should be its folder is a file"):
+        evaluate(stored["npz"], stored["real npz"], "--save_reference", tmp_path / "file" / "real.safetensors")
+    (tmp_path / "png" / "evaluation.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*evaluation\.json: a folder of this name is in the way"):
+        evaluate(stored["folder"], stored["real npz"])
+
+
 def test_earlier_records_stay_and_the_same_one_is_replaced(stored):
     evaluate(stored["npz"], stored["real npz"], "--fid")
     evaluate(stored["npz"], stored["real folder"], "--fid")

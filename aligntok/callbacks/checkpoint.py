@@ -1,7 +1,11 @@
-"""When and how a run saves itself: checkpoints that are whole or absent."""
+"""When and how a run saves itself: checkpoints that are whole or absent, also when it ends by an error or Ctrl-C."""
 
 from __future__ import annotations
 
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,24 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor, nn
 
-from aligntok.errors import check_nonnegative, check_positive
-from aligntok.files import write_atomically
+from aligntok.callbacks.ema import EMA
+from aligntok.callbacks.progress import is_last_step
+from aligntok.errors import UserError, check, check_nonnegative, check_positive
+from aligntok.files import check_writable, write_atomically
+from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.weights.checkpoint import read_checkpoint
+
+ADAM = 2  # values that it keeps of each weight that it trains
 
 
 class SaveCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run's folder, written every so many optimizer steps and at the last one.
+
+    A run that ends by an error or Ctrl-C saves the last finished step. Ctrl-C lets the running step end; a second one
+    ends at once. What a step changes is known at its end: weights move after ``on_before_optimizer_step`` alone, and
+    what moves earlier (position in the data, running statistics, codes) is kept, as it was, until then.
 
     >>> save = SaveCheckpoint(every_n_steps=500, keep_every_n_steps=10_000)  # among the `callbacks` of a Trainer
     >>> save.seen_step  # last step that it looked at
@@ -32,24 +46,131 @@ class SaveCheckpoint(Checkpoint):
         check_positive(every_n_steps=every_n_steps)
         check_nonnegative(keep_every_n_steps=keep_every_n_steps)
         self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
-        self.seen_step = -1
+        self.seen_step = self.saved_step = -1
+        self.interrupts = 0  # times that Ctrl-C was pressed
+        self.in_step = False
+        self.finished: dict[str, Any] | None = None  # what a checkpoint of the last step has beside weights ...
+        self.moving: list[Tensor] = []  # ... and what forward passes change in place,
+        self.moved: list[Tensor] = []  # as it was at the end of that step
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew."""
+        self.seen_step, self.interrupts, self.in_step, self.finished = -1, 0, False, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do not save again the step that a resumed run begins with."""
-        self.seen_step = trainer.global_step
+        """Look whether a checkpoint can be written, and take over Ctrl-C until Lightning ends the fit."""
+        self.seen_step = self.saved_step = trainer.global_step  # a resumed run's first step is not saved again
+        self.moving = list(moved_by_forward(pl_module))
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        if trainer.is_global_zero:
+            check_room(self.last(trainer), trainer, pl_module)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *args: Any) -> None:
+        """Stop now where what is in memory belongs to a finished step, else at the end of this one."""
+        self.interrupts += 1
+        if not self.in_step or self.interrupts > 1:
+            raise KeyboardInterrupt
+        print("\nCtrl-C: the running step ends first; once more ends at once, without saving", flush=True)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Note that a step runs."""
+        self.in_step = True
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        """From here on the weights are no longer those of the last step."""
+        self.finished = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Save when a step that is due is complete."""
         step = trainer.global_step
-        if step in (self.seen_step, 0) or getattr(trainer, "fast_dev_run", False):
-            return  # in the middle of an accumulation nothing may be saved: its gradients would be lost
-        self.seen_step = step
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
-            trainer.save_checkpoint(folder / f"step_{step:07d}.ckpt", weights_only=False)
-        last_of_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        if step % self.every_n_steps == 0 or step == trainer.max_steps or last_of_epochs:
-            trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
+        if step not in (self.seen_step, 0) and not getattr(trainer, "fast_dev_run", False):
+            self.note_step(
+                trainer
+            )  # in the middle of an accumulation nothing may be saved: its gradients would be lost
+            if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
+                name = f"step_{step:07d}.ckpt"
+                trainer.save_checkpoint(self.last(trainer).with_name(name), weights_only=False)
+            if step % self.every_n_steps == 0 or is_last_step(trainer):
+                trainer.save_checkpoint(self.last(trainer), weights_only=False)
+                self.saved_step = step
+        self.in_step = False
+        if self.interrupts:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last step of a run that something else ended, such as ``trainer.max_time``."""
+        if self.finished is not None and self.seen_step != self.saved_step and trainer.is_global_zero:
+            self.save_finished(trainer)
+
+    def note_step(self, trainer: pl.Trainer) -> None:
+        """Keep what a checkpoint of this step holds beside weights and optimizer; the next step changes it early."""
+        self.seen_step = trainer.global_step
+        self.moved = [tensor.detach().clone() for tensor in self.moving]
+        self.finished = {"loops": {"fit_loop": trainer.fit_loop.state_dict()}}
+        data: pl.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
+        if data is not None and (state := data.state_dict()):
+            self.finished[type(data).__qualname__] = state
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save the last finished step, and say how to go on."""
+        if self.seen_step < 0 or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        last = self.last(trainer)
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self.finished is None and progress.ready == progress.processed and trainer.global_step > self.seen_step:
+            self.note_step(trainer)  # another callback failed after the step, before this one could see it
+        if self.finished is not None and self.seen_step != self.saved_step and self.interrupts < 2:
+            try:
+                self.save_finished(trainer)
+            except (UserError, RuntimeError) as error:  # the disk may be full, the device lost
+                print(f"  step {self.seen_step} could not be saved: {error}", flush=True)
+        if last.is_file():
+            print(f"  {last} is of step {self.saved_step}: --ckpt_path last goes on from there", flush=True)
+
+    @torch.no_grad()
+    def save_finished(self, trainer: pl.Trainer) -> None:
+        """Write ``last.ckpt`` of the last finished step on this rank; others may be gone, so none waits for them."""
+        assert self.finished is not None
+        if self.in_step:  # in validation, codes are averaged ones
+            for kept, tensor in zip(self.moved, self.moving, strict=True):
+                tensor.copy_(kept)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # save_checkpoint has a barrier
+        loops = {**checkpoint["loops"], **self.finished["loops"]}
+        trainer.strategy.save_checkpoint({**checkpoint, **self.finished, "loops": loops}, self.last(trainer))
+        self.saved_step = self.seen_step
+
+    @staticmethod
+    def last(trainer: pl.Trainer) -> Path:
+        """Return the path of the checkpoint that a run goes on from."""
+        return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+
+
+def moved_by_forward(module: nn.Module) -> Iterator[Tensor]:
+    """Yield what a forward pass in training changes in place and a checkpoint holds: running statistics, codes."""
+    saved = set(map(id, module.state_dict(keep_vars=True).values()))
+    for part in module.modules():
+        if part.training:
+            tensors = [*part.buffers(recurse=False), *([part.codebook] if isinstance(part, VectorQuantizer) else [])]
+            yield from (tensor for tensor in tensors if id(tensor) in saved)
+
+
+def check_room(path: Path, trainer: pl.Trainer, module: nn.Module) -> None:
+    """Raise a ``UserError`` where a checkpoint cannot be written, or the disk has no room for one."""
+    check_writable(path)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it later
+    averages = sum(len(callback.averages) for callback in callbacks if isinstance(callback, EMA))
+    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    size += (ADAM + averages) * trained
+    free = shutil.disk_usage(path.parent).free
+    check(
+        size < free,
+        f"a checkpoint takes about {size / 1e9:.1f} GB, and the disk of {path.parent} has {free / 1e9:.1f} GB left:"
+        " free some space, or give an --output on another disk",
+    )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

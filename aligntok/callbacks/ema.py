@@ -50,7 +50,7 @@ class EMA(pl.Callback):
         self.loaded: tuple[list[dict[str, Tensor]], int] | None = None  # averages and number of updates
         self.updates = 0
         self.last_step = 0
-        self.in_use = False  # whether the first average is in the model, and the raw weights are in its place
+        self.in_use: bool | None = False  # whether the first average is in the model, the raw weights in its place
 
     # The average
 
@@ -77,9 +77,10 @@ class EMA(pl.Callback):
 
         In ``validate`` there is none, and nothing to do: the checkpoint's average is in the model already.
         """
-        self.in_use = not self.in_use
+        in_use, self.in_use = self.in_use, None  # neither, should Ctrl-C fall in here
         for name, parameter in self.weights.items():
             parameter.data, self.averages[0][name] = self.averages[0][name], parameter.data
+        self.in_use = not in_use
 
     # Training and validation
 
@@ -113,6 +114,10 @@ class EMA(pl.Callback):
             self.last_step = trainer.global_step
             self.update()
 
+    def on_exception(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Take in a last step whose end another callback did not reach, so that it can be saved."""
+        self.on_train_batch_end(trainer)
+
     def on_validation_epoch_start(self, *args: Any) -> None:
         """Validate the average."""
         self.exchange()
@@ -133,6 +138,8 @@ class EMA(pl.Callback):
         """Save the first average as ``state_dict``, and beside it what differs from it."""
         if not self.averages:
             return
+        if self.in_use is None:
+            raise RuntimeError("the run ended while weights and average changed places")
         self.exchange()
         exchanged = pl_module.state_dict()
         self.exchange()

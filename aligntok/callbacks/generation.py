@@ -92,6 +92,8 @@ class GenerationQuality(Measurement):
             self.classifier.to(module.device)
         sampler = module.sampler
         self.values = self.measure(trainer, module, sampler)
+        if trainer.sanity_checking:
+            return
         self.conditions = f"{self.metrics.conditions}; {', '.join(map(setting, module.sampling().values()))}"
         if trainer.is_global_zero:
             print(f"  {self.conditions}", flush=True)
@@ -105,7 +107,7 @@ class GenerationQuality(Measurement):
 
     @torch.no_grad()
     def measure(self, trainer: pl.Trainer, module: Any, sampler: Sampler) -> dict[str, float]:
-        """Return all measures of the samples that ``sampler`` draws."""
+        """Return all measures of the samples that ``sampler`` draws; the sanity check tries one batch, for nothing."""
         self.metrics.reset()
         agreed = torch.zeros(2, device=module.device)
         for ids, label, image in self.samples(trainer, module, sampler):
@@ -113,6 +115,8 @@ class GenerationQuality(Measurement):
             if self.classifier is not None:
                 agreed[0] += (self.classifier(image).argmax(-1) == label).sum()
                 agreed[1] += len(label)
+            if trainer.sanity_checking:
+                return {}
         values = {f"g{name}" if name[0] == "f" else name: value for name, value in self.metrics.compute().items()}
         if self.classifier is not None:
             agreed = trainer.strategy.reduce(agreed, reduce_op="sum")
@@ -122,7 +126,8 @@ class GenerationQuality(Measurement):
     def samples(self, trainer: pl.Trainer, module: Any, sampler: Sampler) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield this rank's ids (B,), labels (B,) and images (B, 3, H, W), and say how far it is."""
         mine = torch.arange(self.num_samples)[trainer.global_rank :: trainer.world_size].to(module.device)
-        progress = Progress("samples", self.num_samples, trainer.world_size, silent=not trainer.is_global_zero)
+        silent = trainer.sanity_checking or not trainer.is_global_zero
+        progress = Progress("samples", self.num_samples, trainer.world_size, silent=silent)
         for ids in torch.split(mine, self.batch_size):
             label = ids % (module.network.num_classes or 1)
             with evaluation(trainer, module):

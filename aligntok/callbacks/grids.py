@@ -16,6 +16,7 @@ from torchvision.utils import make_grid, save_image
 
 from aligntok.callbacks.measurement import Measurement, evaluation, tokenizer_of
 from aligntok.errors import check, check_nonnegative, check_positive
+from aligntok.files import write_atomically
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasPreview, needed_data
 
@@ -55,12 +56,11 @@ class Grid(Measurement):
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw, on the first rank."""
         picture = self.picture(trainer, module) if trainer.is_global_zero else None
-        if picture is None:
+        if picture is None or trainer.sanity_checking:
             return
         self.last_step = trainer.global_step
-        folder = Path(trainer.default_root_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_image(picture, folder / f"{self.name}_{trainer.global_step:07d}.png")
+        path = Path(trainer.default_root_dir) / "images" / f"{self.name}_{trainer.global_step:07d}.png"
+        write_atomically(path, lambda temporary: save_image(picture, temporary, format="png"))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(self.title, picture, trainer.global_step)

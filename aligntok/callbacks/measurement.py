@@ -24,7 +24,9 @@ class Measurement(pl.Callback):
 
     The order is ``prepare`` before the first step; then, in each validation, ``start``, ``update`` for each batch and
     ``finish``, with the averaged weights in the module where there is an EMA. What ``finish`` returns is logged as
-    ``val/<name>`` or ``test/<name>``; it must be the same on all ranks.
+    ``val/<name>`` or ``test/<name>``; it must be the same on all ranks. Lightning's sanity check tries ``start`` and
+    ``update`` on a batch before the first step; while ``trainer.sanity_checking``, a ``start`` keeps nothing, and is
+    short.
 
     >>> class Brightness(Measurement):
     ...     def start(self, trainer, module): self.pixels = []
@@ -60,15 +62,15 @@ class Measurement(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Start at the first batch: only then have all callbacks put the weights in place that they average."""
-        if batch_idx == 0 and not trainer.sanity_checking:
-            self.started = True
+        if batch_idx == 0:
+            self.started = not trainer.sanity_checking
             self.start(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Pass on what is measured."""
-        if trainer.sanity_checking or not self.needs:
+        if not self.needs:
             return
         missing = [name for name in self.needs if not isinstance(outputs, dict) or name not in outputs]
         check(

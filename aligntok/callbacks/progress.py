@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from aligntok.files import write_atomically, write_text
+from aligntok.files import write_atomically, write_text, writing
 from aligntok.progress import SECONDS_BETWEEN_LINES, pace, print_line
 from aligntok.protocols import HasNumImages, offered_data
 
@@ -88,6 +88,10 @@ class RunRecord(pl.Callback):
         if trainer.is_global_zero:
             print("\n".join(f"  {k + ':':<20}{v}" for k, v in summary(trainer, pl_module).items()), flush=True)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Have the last step measured, whatever the interval: Lightning validates once before it stops early."""
+        trainer.should_stop |= is_last_step(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record."""
         self.seconds += time.perf_counter() - self.began
@@ -96,6 +100,13 @@ class RunRecord(pl.Callback):
         record |= {"parameters": parameters_of(pl_module), "metrics": metrics}
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             write_text(Path(trainer.default_root_dir) / "run.json", json.dumps(record, indent=1))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where nothing was left to do."""
+        if not self.began and trainer.is_global_zero:
+            measured = (Path(trainer.default_root_dir) / "run.json").is_file()
+            hint = "" if measured else "; to measure it: aligntok validate"
+            print(f"  the run had reached its end before, at step {trainer.global_step:,}{hint}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the training time over resumes."""
@@ -110,7 +121,7 @@ class MetricsCSV(Logger):
     """``metrics.csv`` in the run's folder: a row for what was logged at once, a column for each name.
 
     A resumed run goes on in the same file: what the earlier attempt wrote from its first step on is dropped, and so is
-    a last line that was cut short when it was killed.
+    a line that is not whole, as one that was cut short when it was killed.
 
     >>> import tempfile
     >>> log = MetricsCSV(tempfile.mkdtemp())
@@ -151,7 +162,7 @@ class MetricsCSV(Logger):
 
     def write(self, rows: list[dict[str, Any]], path: Path, mode: str) -> None:
         """Write rows into a new file, under a header, or to the end of an old one."""
-        with path.open(mode, newline="") as file:
+        with writing(path), path.open(mode, newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             if mode == "w":
                 writer.writeheader()
@@ -163,12 +174,13 @@ class MetricsCSV(Logger):
 
 
 def whole_rows(path: Path, end: int | None) -> list[dict[str, Any]]:
-    """Return the rows of a ``metrics.csv`` before step ``end`` (or all), without a last line that was cut short."""
+    """Return the rows of a ``metrics.csv`` before step ``end`` (or all), without lines that were cut short or torn."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
-    return [row for row in rows if end is None or int(row["step"]) < end]
+    with path.open(newline="", errors="replace") as file:
+        rows = list(csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line))
+    whole = [row for row in rows if None not in row and None not in row.values() and str(row.get("step")).isdigit()]
+    return [row for row in whole if end is None or int(row["step"]) < end]
 
 
 def summary(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
@@ -196,6 +208,12 @@ def steps_left(trainer: pl.Trainer) -> int | None:
     if end < 0 and trainer.max_epochs and trainer.max_epochs > 0:
         end = trainer.max_epochs * (int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
     return max(0, end - trainer.global_step) if end >= 0 else None
+
+
+def is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether the run ends with the step that just ended."""
+    last_of_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or last_of_epochs
 
 
 def parameters_of(module: pl.LightningModule) -> dict[str, list[int]]:

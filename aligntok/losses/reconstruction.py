@@ -162,6 +162,14 @@ class ReconstructionLoss(nn.Module):
         sent = SendGradient.apply(reconstruction.float(), gradient, value)
         return LossValue(sent + adversarial.discriminator, logs)
 
+    @torch.no_grad()
+    def try_out(self, reference: Reference, reconstruction: Tensor) -> None:
+        """Compute what will count only later in a run: all perceptual terms, and the discriminator's logits."""
+        for distance in self.perceptual.values():
+            reference.distance_to(reconstruction, distance)
+        if self.adversarial is not None:
+            self.adversarial.discriminator(reconstruction)
+
     def terms(self, reference: Reference, reconstruction: Tensor, step: int, without: tuple[type, ...] = ()) -> Terms:
         """Return pixel and perceptual terms of a reconstruction (B, 3, H, W), float32, but for classes ``without``."""
         pixel = F.l1_loss if self.pixel == "l1" else F.mse_loss

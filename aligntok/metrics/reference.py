@@ -84,7 +84,7 @@ class Reference:
         metadata = {"count": str(self.count), "source": self.source, "features": self.features}
         if self.image_size is not None:
             metadata["image_size"] = "x".join(map(str, self.image_size))
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata), shared=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:

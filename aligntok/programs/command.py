@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 
-from aligntok.files import write_text
+from aligntok.files import locked, write_text
 from aligntok.layers import merge, read_command
 from aligntok.messages import HelpFormatter, ShortErrors
 from aligntok.programs.fabric import make_fabric, on_first_rank
@@ -54,7 +55,7 @@ def read(
     config, words = read_command(arguments)
     checkpoint = dict(pairwise(split_values(words))).get("--ckpt_path", config.get("ckpt_path"))
     if model is not None and checkpoint is not None:
-        saved = read_checkpoint(checkpoint).get("hyper_parameters", {})
+        saved = read_checkpoint(checkpoint, weights=False).get("hyper_parameters", {})
         if "model" not in config:
             config["model"] = model(checkpoint)
         elif "network" in saved:  # the layers' may follow from a cache that is not here
@@ -81,9 +82,12 @@ def split_values(arguments: list[str]) -> list[str]:
     return [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
-def start(parser: ShortErrors, verb: str, options: Namespace) -> Fabric:
-    """Start the processes, and keep the options in the output folder, as ``encode.yaml`` or ``sample.yaml``."""
+@contextmanager
+def started(parser: ShortErrors, verb: str, options: Namespace) -> Iterator[Fabric]:
+    """Start the processes, with the output folder locked and the options in it: ``encode.yaml`` or ``sample.yaml``."""
     fabric = make_fabric(**{key: options[key] for key in FABRIC})
     text = parser.dump(options, skip_unset=False)
-    on_first_rank(fabric, lambda: write_text(Path(options.output) / f"{verb}.yaml", text))
-    return fabric
+    with ExitStack() as stack:
+        on_first_rank(fabric, lambda: stack.enter_context(locked(options.output)))
+        on_first_rank(fabric, lambda: write_text(Path(options.output) / f"{verb}.yaml", text))
+        yield fabric

@@ -26,7 +26,7 @@ from aligntok.files import write_atomically
 from aligntok.messages import building
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.programs.command import make_parser, read, split_values, start
+from aligntok.programs.command import make_parser, read, split_values, started
 from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of, unfinished
 
 DESCRIPTION = """\
@@ -281,10 +281,10 @@ def encode_command(arguments: list[str]) -> None:
     parser.add_argument("--tokenizer", type=Tokenizer, required=True, help="Checkpoint of a run, or a class path.")
     own = parser.add_function_arguments(encode, skip={"tokenizer", "folder", "fabric"})
     options = read(parser, named_checkpoint(arguments), own, {"tokenizer"})
-    fabric = start(parser, "encode", options)
-    with building():
-        given = parser.instantiate(options)
-    encode(given.tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in own})
+    with started(parser, "encode", options) as fabric:
+        with building():
+            given = parser.instantiate(options)
+        encode(given.tokenizer, folder=given.output, fabric=fabric, **{key: given[key] for key in own})
 
 
 def named_checkpoint(arguments: list[str]) -> list[str]:

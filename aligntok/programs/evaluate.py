@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aligntok.data.stored import Images, StoredFile, open_images
 from aligntok.errors import UserError, check, check_positive
-from aligntok.files import read_json, write_text
+from aligntok.files import check_writable, read_json, write_text
 from aligntok.metrics import (
     EncoderFeatures,
     FidelityFeatures,
@@ -65,6 +65,7 @@ def evaluate_command(arguments: list[str]) -> None:
     if size is None:
         raise UserError(f"{samples.path} has no images `arr_0`: name the samples first, what they compare with after")
     output = (samples.path if samples.path.is_dir() else samples.path.parent) / "evaluation.json"
+    check_writable(output, *([options.save_reference] if options.save_reference else []))
     earlier = read_records(output)
     protocol = find_protocol(options.protocol) if options.protocol else FREE
     if not (options.image_size or options.reference.name.startswith("VIRTUAL_imagenet")):  # ADM's own

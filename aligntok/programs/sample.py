@@ -24,7 +24,7 @@ from aligntok.data.sources import Indices
 from aligntok.errors import check, check_positive
 from aligntok.files import hash_tensors, read_json, write_atomically, write_text
 from aligntok.messages import building
-from aligntok.programs.command import make_parser, read, start
+from aligntok.programs.command import make_parser, read, started
 from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of, unfinished
 from aligntok.stages.generator import GeneratorStage, generator_recipe
 
@@ -198,13 +198,13 @@ def sample_command(arguments: list[str]) -> None:
         given or options.init_from is not None, "sample needs the weights: --ckpt_path CHECKPOINT or --init_from FILE"
     )
     check(given or options.ema is None, "--ema picks an average of --ckpt_path, and --init_from has none: leave it out")
-    fabric = start(parser, "sample", options)
-    with building():
-        generator: GeneratorStage = parser.instantiate(options).model
-    if given:
-        generator.load(options.ckpt_path, options.ema)
-    else:
-        generator.init_from(options.init_from)
-    num_classes = generator.network.num_classes or 1
-    wanted = ClassLabels(num_classes=num_classes, **{key: options[key] for key in labels})
-    sample(generator, wanted.labels, options.output, fabric, **{key: options[key] for key in own})
+    with started(parser, "sample", options) as fabric:
+        with building():
+            generator: GeneratorStage = parser.instantiate(options).model
+        if given:
+            generator.load(options.ckpt_path, options.ema)
+        else:
+            generator.init_from(options.init_from)
+        num_classes = generator.network.num_classes or 1
+        wanted = ClassLabels(num_classes=num_classes, **{key: options[key] for key in labels})
+        sample(generator, wanted.labels, options.output, fabric, **{key: options[key] for key in own})

@@ -210,7 +210,7 @@ def load_generator(path: str | Path, ema: float | None = None) -> GeneratorStage
 
 def generator_recipe(path: str | Path) -> dict[str, Any]:
     """Return class path and arguments of the generator whose run wrote a checkpoint."""
-    arguments = dict(read_checkpoint(path).get("hyper_parameters", {}))
+    arguments = dict(read_checkpoint(path, weights=False).get("hyper_parameters", {}))
     class_path = arguments.pop("_class_path", None)  # so called by Lightning's command line
     known = class_path is not None
     check(known, f"{path} does not say how its generator is built: name the run's recipe with --config")

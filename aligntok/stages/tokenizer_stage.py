@@ -175,8 +175,11 @@ class TokenizerStage(Stage):
         code = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"])
         latent = self.tokenizer.latent(code)  # of tokens: their codes
         reconstruction = self.tokenizer.decode_latent(latent)
+        reference = Reference(batch["image"])
+        if self.trainer.sanity_checking:
+            self.loss.try_out(reference, reconstruction.float())
         # ReconstructionQuality is the one that measures LPIPS, of images as PNG files hold them
-        terms = self.loss.terms(Reference(batch["image"]), reconstruction.float(), self.global_step, without=(LPIPS,))
+        terms = self.loss.terms(reference, reconstruction.float(), self.global_step, without=(LPIPS,))
         self.log_mean({f"{self.split}/{name}": value for name, (_, value) in terms.items()}, len(latent))
         outputs = {"latent": latent, "reconstruction": reconstruction}
         return outputs if self.tokenizer.quantizer is None else outputs | {"tokens": code}

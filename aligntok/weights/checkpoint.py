@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import pickle
 import pkgutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aligntok.errors import UserError, check
-from aligntok.files import misfit
+from aligntok.files import hash_tensors, misfit
 from aligntok.networks.dit import DiT
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.lora import merge_lora
@@ -39,10 +41,13 @@ CONTENT = {  # of a checkpoint as far as we read it, see ``misfit``
     "averaging_state": (dict, None),
     STAGE_KEY: (str, None),
 }
+BLOCK = 1 << 20  # bytes that are read at once
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", ema: float | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", ema: float | None = None, weights: bool = True
+) -> dict[str, Any]:
     """Load a training checkpoint, or an exported one (``.safetensors``), with tensors and plain values only.
 
     Args:
@@ -50,12 +55,14 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", ema: float | No
         map_location: Where the tensors go.
         ema: Which weights become ``state_dict``: the average of this decay, or 0 for the raw weights. By default the
             average of the run's first decay, or the raw weights of a run without one.
+        weights: Whether the weights will be used: then all of the file is read and compared with its checksums first.
 
     Raises:
-        UserError: There is no such file, it is no checkpoint, it holds pickled code, or no average of this decay.
+        UserError: There is no such file, it is no checkpoint or not what was written, it holds pickled code, or no
+            average of this decay.
     """
-    exported = Path(path).suffix == SUFFIX
-    checkpoint = read_exported(Path(path), map_location) if exported else read_file(path, map_location)
+    read = read_exported if Path(path).suffix == SUFFIX else read_file
+    checkpoint = read(Path(path), map_location, weights)
     known = isinstance(checkpoint, dict) and "state_dict" in checkpoint
     check(known, f"{path} is no training checkpoint: it has no state_dict")
     problem = misfit(checkpoint, CONTENT)
@@ -82,18 +89,19 @@ def average_of(checkpoint: dict[str, Any], ema: float, path: str | Path) -> dict
     return state | others.get(str(ema), {})
 
 
-def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
+def read_file(path: str | Path, map_location: Any = "cpu", weights: bool = True) -> Any:
     """Load what ``torch.save`` wrote, tensors and plain values only.
 
-    A tensor's numbers are read from the file when they are used: what is not used costs neither time nor memory.
+    A tensor's numbers are read from the file when they are used: without ``weights``, what is not used costs neither
+    time nor memory. With them, the file is read once and compared with its checksums.
 
     Raises:
-        UserError: There is no such file, torch cannot read it, or it holds pickled code.
+        UserError: There is no such file, it is not what was written, torch cannot read it, or it holds pickled code.
     """
     path = Path(path)
     check(not path.is_dir(), f"there is no checkpoint {path}: it is a folder, name the file in it")
     check(path.is_file(), f"there is no checkpoint {path}")
-    check(zipfile.is_zipfile(path), f"{path} is no checkpoint, or only half of one: give a .ckpt file that a run wrote")
+    check_intact(path, weights)
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     except Exception as error:  # torch, pickle and zipfile each raise their own kind on what is damaged
@@ -106,11 +114,29 @@ def read_file(path: str | Path, map_location: Any = "cpu") -> Any:
         raise UserError(f"{path} is no checkpoint that torch can read ({words or type(error).__name__})") from error
 
 
-def read_exported(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def check_intact(path: Path, weights: bool = True) -> None:
+    """Raise a ``UserError`` where a file is not what ``torch.save`` wrote, by the CRC-32 that it has of each tensor.
+
+    ``torch.load`` does not look at these. Without ``weights``, only what says which tensors there are is compared.
+    """
+    problem = "is no checkpoint, or only half of one: give a .ckpt file that a run wrote"
+    try:
+        with zipfile.ZipFile(path) as file:
+            problem = "is damaged, it is not what was written: copy it again, or take an earlier one (step_*.ckpt)"
+            for name in file.namelist():
+                if weights or name.endswith("/data.pkl"):
+                    with file.open(name) as record:
+                        while record.read(BLOCK):
+                            pass
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} {problem}") from error
+
+
+def read_exported(path: Path, map_location: Any = "cpu", weights: bool = True) -> dict[str, Any]:
     """Return what a run's checkpoint would hold: state dict, name of the stage, recipes of the stage's parts.
 
     Raises:
-        UserError: There is no such file, it is broken, or none of ours.
+        UserError: There is no such file, it is broken or not what was written, or none of ours.
     """
     check(path.is_file(), f"there is no checkpoint {path}")
     try:
@@ -122,12 +148,15 @@ def read_exported(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise UserError(f"{path} is no safetensors file, or only a part of one ({words})") from error
     ours = not misfit(header, {"format": FORMAT, "stage": str, "parts": dict})
     check(ours, f"{path} holds weights, but no recipe: give a checkpoint of a run, or what `aligntok import` wrote")
+    if weights and "hash" in header:  # earlier versions wrote none
+        whole = header["hash"] == hash_tensors(state)
+        check(whole, f"{path} is damaged, its weights are not what was written: copy it again, or import it again")
     return {"state_dict": state, STAGE_KEY: header["stage"], "hyper_parameters": header["parts"]}
 
 
 def write_exported(path: Path, state: dict[str, Tensor], stage: str, parts: dict[str, Any]) -> None:
     """Write such a file from the state dict of a stage, its class name, and the recipes of its parts, as in YAML."""
-    header = {"format": FORMAT, "stage": stage, "parts": parts}
+    header = {"format": FORMAT, "stage": stage, "parts": parts, "hash": hash_tensors(state)}
     save_file({key: value.contiguous() for key, value in state.items()}, path, {HEADER: json.dumps(header)})
 
 

@@ -2,11 +2,16 @@
 
 import errno
 import os
+import zipfile
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from aligntok.callbacks import SaveCheckpoint
+from aligntok.callbacks.checkpoint import check_room
 from aligntok.callbacks.progress import MetricsCSV
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
@@ -66,6 +71,34 @@ def test_fast_dev_run_writes_nothing(tiny, tmp_path):
     assert callback.writes == []
 
 
+def test_a_run_that_something_else_ends_saves_its_last_step(tiny, tmp_path):
+    class Enough(pl.Callback):
+        """As `trainer.max_time` does."""
+
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 2
+
+    data, stage = tiny.data(26), tiny.stage(LatentAlignment)
+    tiny.trainer(tmp_path, 5, [SaveCheckpoint(), Enough()]).fit(stage, data)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_room_for_a_checkpoint_is_looked_for_before_the_first_step(tiny, tmp_path, monkeypatch):
+    left = SimpleNamespace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: left)
+    with pytest.raises(
+        UserError, match=r"takes about 0.0 GB, and the disk of .*checkpoints has 0.0 GB left: free some"
+    ):
+        fit(tiny, tmp_path, SaveCheckpoint())
+    left.free = 10_000_000
+    trainer = fit(tiny, tmp_path, SaveCheckpoint(), max_steps=1)
+    with zipfile.ZipFile(tmp_path / "checkpoints" / "last.ckpt") as file:
+        size = sum(entry.file_size for entry in file.infolist() if "/data/" in entry.filename)
+    for left.free, enough in ((size + 1, True), (int(0.95 * size), False)):
+        with nullcontext() if enough else pytest.raises(UserError, match="GB left"):
+            check_room(tmp_path / "last.ckpt", trainer, trainer.lightning_module)
+
+
 @pytest.mark.parametrize("where", ["torch.save", "os.fsync"])
 def test_a_full_disk_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, where):
     trainer = fit(tiny, tmp_path, SaveCheckpoint(), max_steps=1)
@@ -78,7 +111,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, wher
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(where, full)
-    with pytest.raises(UserError, match=r"cannot write .*last\.ckpt \(No space left on device\).*untouched"):
+    with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: the disk is full; .*untouched"):
         trainer.save_checkpoint(path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]  # no .partial
@@ -121,6 +154,18 @@ def test_metrics_have_a_column_for_each_name_and_go_on_from_the_resumed_step(tmp
     assert resumed == "a,step,train/loss,val/psnr,z\r\n,0,0.5,,\r\n,1,0.125,,\r\n3,2,,,\r\n"
 
 
+@pytest.mark.parametrize(
+    "torn",
+    [b"20,0.", b"20,0.5,", b"20", b",,\r\n", b"2,0.1", b"20,\0\0\0\r\n", b"20,0.5,0.1,0.2\r\n", b"\xff\xfe,1\r\n"],
+)
+def test_a_line_that_is_not_whole_does_not_block_the_resume(tmp_path, torn):
+    """As a kill, a power failure, or two runs in one folder leave them; another line may be glued to it."""
+    (tmp_path / "metrics.csv").write_bytes(b"step,train/loss,z\r\n10,0.5,\r\n" + torn)
+    text = logged(tmp_path, (30, {"train/loss": 0.1}))
+    kept = [line for line in text.splitlines() if line not in ("step,train/loss,z", "10,0.5,", "30,0.1,")]
+    assert kept in ([], ["20,\ufffd"])
+
+
 @pytest.mark.parametrize("cut", range(1, 31))
 def test_a_line_that_was_cut_short_is_dropped(tmp_path, cut):
     """Wherever it was cut: `120` may have been cut from `1200`. A cut header leaves nothing."""
@@ -129,3 +174,12 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path, cut):
     kept = [line for line in whole[:-cut].split("\n")[:-1] if line[0].isdigit()]
     text = logged(tmp_path, (1300, {"train/loss": 0.1}))
     assert text.splitlines() == ["step,train/loss", *(line.strip() for line in kept), "1300,0.1"]
+
+
+def test_a_full_disk_is_named_where_metrics_are_written(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    logger.path.symlink_to("/dev/full")
+    logger.columns = ["step", "a"]
+    logger.log_metrics({"a": 1}, 0)
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.csv: the disk is full"):
+        logger.save()

@@ -128,18 +128,24 @@ def test_the_average_is_measured_and_steps_are_swept_in_validation_alone(tiny, t
     assert values["val/gfd_tiny_steps1"] != pytest.approx(values["val/gfd_tiny_steps5"], rel=1e-4)
 
 
-def test_measuring_changes_nothing_in_training_and_the_sanity_check_is_not_measured(tiny, tmp_path):
+def test_measuring_changes_nothing_in_training_and_the_sanity_check_tries_one_batch(tiny, tmp_path):
     def fit(*callbacks, **options):
         stage = generator(tiny)
         trainer = tiny.trainer(tmp_path, 4, callbacks, enable_checkpointing=False, val_check_interval=2, **options)
         trainer.fit(stage, datamodule=tiny.data())
         return stage.state_dict()
 
-    callback, moments = quality(tiny), []
-    start = callback.start
-    callback.start = lambda trainer, module: moments.append(trainer.global_step) or start(trainer, module)
+    callback, drawn = quality(tiny, batch_size=7), []
+    samples = callback.samples
+
+    def counted(trainer, module, sampler):
+        for ids, label, image in samples(trainer, module, sampler):
+            drawn.append((trainer.global_step, len(ids)))
+            yield ids, label, image
+
+    callback.samples = counted
     measured = fit(callback, limit_val_batches=1, num_sanity_val_steps=1)
-    assert moments == [2, 4]
+    assert drawn == [(0, 7)] + [(step, count) for step in (2, 4) for count in (7, 7, 7, 7, 2)]
     torch.testing.assert_close(measured, fit(), rtol=0, atol=0)
 
 

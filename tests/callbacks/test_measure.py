@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -20,15 +21,19 @@ from aligntok.callbacks import (
     ReconstructionGrid,
     ReconstructionQuality,
     SampleGrid,
+    SaveCheckpoint,
 )
 from aligntok.callbacks import measure as measure_module
 from aligntok.callbacks.grids import latent_colours
+from aligntok.callbacks.measurement import Measurement
+from aligntok.callbacks.progress import MetricsCSV
 from aligntok.data import Augmentation, LatentDataModule, Shapes
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check
 from aligntok.flow import Euler
-from aligntok.losses import LPIPS, PerceptualTerm, ReconstructionLoss
+from aligntok.losses import LPIPS, AdversarialLoss, PerceptualTerm, ReconstructionLoss
 from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatures, Reference
 from aligntok.metrics.collected import Collected
+from aligntok.networks import PatchDiscriminator
 from aligntok.stages import EncoderPretraining
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")  # runs without validation
@@ -230,6 +235,75 @@ def test_missing_inception_weights(tiny, tmp_path, monkeypatch):
     assert InceptionFeatures.FILE in refused(tiny, tmp_path, ReconstructionFID())
     quality = GenerationQuality(GenerationMetrics(sfid=True), 10, 10)
     assert InceptionFeatures.FILE in refused(tiny, tmp_path, quality, tiny.generator(sampler=Euler(1)))
+
+
+class Broken(Measurement):
+    """Fails on the first batch that it sees."""
+
+    def update(self, batch, outputs):
+        raise UserError("it cannot measure images of this size")
+
+
+class OfLarge(torch.nn.Module):
+    """A judge of images of 32 pixels."""
+
+    def forward(self, image, reference):
+        check(image.shape[-1] == 32, "too small for the judge")
+
+
+class Steps(pl.Callback):
+    """Counts the steps that a run takes."""
+
+    count = 0
+
+    def on_train_batch_end(self, *args):
+        self.count += 1
+
+
+def test_every_measure_is_tried_on_a_batch_before_the_first_step(tiny, tmp_path):
+    steps = Steps()
+    trainer = tiny.trainer(tmp_path, 2, [Broken(), steps], limit_val_batches=1.0, num_sanity_val_steps=1)
+    with pytest.raises(UserError, match="cannot measure images of this size"):
+        trainer.fit(tiny.stage(), measured_data(8))
+    assert steps.count == 0
+
+
+@pytest.mark.parametrize("part", ["perceptual", "discriminator"])
+def test_what_counts_later_in_a_run_is_tried_before_the_first_step(tiny, tmp_path, part):
+    """Judges whose weight is still 0, a discriminator that starts later: here too large for the images."""
+    if part == "perceptual":
+        loss = ReconstructionLoss("l1", {"late": PerceptualTerm(OfLarge(), {1000: 0.0, 2000: 1.0})})
+    else:
+        large = PatchDiscriminator(width=8, num_layers=3)
+        loss = ReconstructionLoss("l1", {}, AdversarialLoss(large, discriminator_start=1000))
+    steps = Steps()
+    trainer = tiny.trainer(tmp_path, 2, [steps], limit_val_batches=1, num_sanity_val_steps=1)
+    with pytest.raises(UserError, match=r"16x16 pixels, the discriminator needs|too small for the judge"):
+        trainer.fit(tiny.stage(loss=loss), measured_data(8))
+    assert steps.count == 0
+
+
+def test_trying_the_measures_leaves_no_trace(tiny, tmp_path):
+    """Neither in what is trained, nor in what is measured, logged, drawn or kept."""
+
+    def fit(folder, sanity):
+        callbacks = [
+            ReconstructionQuality(),
+            LinearProbe(),
+            ReconstructionFID(judge(tiny)),
+            ReconstructionGrid(None, 4),
+        ]
+        logger = MetricsCSV(folder)
+        options = {"limit_val_batches": 1.0, "num_sanity_val_steps": sanity, "log_every_n_steps": 1}
+        options |= {"val_check_interval": 2, "check_val_every_n_epoch": None, "logger": logger}
+        stage = tiny.stage(adversarial=tiny.gan(norm="batch"))
+        trainer = tiny.trainer(folder, 2, [*callbacks, SaveCheckpoint()], **options)
+        trainer.fit(stage, measured_data(8))
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        return files, logger.path.read_text(), {key: state[key] for key in ("state_dict", "optimizer_states", "loops")}
+
+    tiny.assert_same(fit(tmp_path / "a", 1), fit(tmp_path / "b", 0))
 
 
 def test_what_callbacks_ask_of_stage_and_data(tiny, tmp_path):

@@ -10,6 +10,7 @@ import yaml
 
 from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SaveCheckpoint
+from aligntok.callbacks.checkpoint import AtomicCheckpointIO
 from aligntok.errors import UserError
 from aligntok.networks import ConvDecoder, VisionEncoder
 from aligntok.stages import (
@@ -19,7 +20,14 @@ from aligntok.stages import (
     PerceptualAlignment,
     load_generator,
 )
-from aligntok.weights.checkpoint import build, load_strictly, load_tokenizer, read_checkpoint, without_encoder_weights
+from aligntok.weights.checkpoint import (
+    build,
+    load_strictly,
+    load_tokenizer,
+    read_checkpoint,
+    without_encoder_weights,
+    write_exported,
+)
 from aligntok.weights.migration import renamed
 
 
@@ -111,6 +119,43 @@ def test_what_is_no_checkpoint(tmp_path, stage1, make, message):
     path = tmp_path / "x.ckpt"
     make(path, stage1.read_bytes())
     with pytest.raises(UserError, match=message):
+        read_checkpoint(path)
+
+
+def test_an_altered_byte_is_found_or_changes_nothing(tiny, tmp_path):
+    """Wherever it is: in a weight, in what names it, in the file's directory."""
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {"a": torch.arange(100.0), "b": torch.ones(2)}, "global_step": 3}, path)
+    good, whole, found = path.read_bytes(), read_checkpoint(path), 0
+    for place in range(0, len(good), 7):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError:
+            found += 1
+        else:
+            tiny.assert_same(checkpoint, whole)
+    assert found > len(good) // 21  # the rest is padding, dates
+
+
+def test_a_damaged_weight_is_found_where_it_is_used(stage1, tmp_path, tiny):
+    content, path = bytearray(stage1.read_bytes()), tmp_path / "x.ckpt"
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert read_checkpoint(path, weights=False)["global_step"] == 2  # what is not read is not compared
+    for use in (read_checkpoint, AtomicCheckpointIO().load_checkpoint, tiny.stage(PerceptualAlignment).init_from):
+        with pytest.raises(UserError, match=r"x\.ckpt is damaged.*copy it again"):
+            use(path)
+
+
+def test_a_damaged_export_is_found(stage1, tmp_path):
+    path, state = tmp_path / "x.safetensors", {"a": torch.ones(100)}
+    write_exported(path, state, "LatentAlignment", {})
+    assert torch.equal(read_checkpoint(path)["state_dict"]["a"], state["a"])
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.safetensors is damaged"):
         read_checkpoint(path)
 
 
