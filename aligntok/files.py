@@ -35,6 +35,7 @@ REASONS = {  # what the system says: what it means, and the remedy
     errno.EEXIST: ("what should be its folder is a file", "move that file, or give another name"),
     errno.ENAMETOOLONG: ("the name is too long", "give a shorter one"),
 }
+HELD: set[Path] = set()  # locks of this process
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -106,13 +107,18 @@ def locked(folder: str | Path) -> Iterator[None]:
     """
     import fcntl
 
-    path = Path(folder) / ".lock"
+    path = Path(folder).absolute() / ".lock"
+    if path in HELD:  # to close another open file of it would release the lock
+        yield
+        return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by workers that outlive us
+            if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise BlockingIOError(errno.EAGAIN, "its last holder has just removed it")
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 file.seek(0)
@@ -127,7 +133,12 @@ def locked(folder: str | Path) -> Iterator[None]:
             file.flush()
             for left in (*path.parent.glob(".*.partial"), *path.parent.glob("checkpoints/.*.partial")):
                 left.unlink()  # of a process that was killed while it wrote
-        yield
+        HELD.add(path)
+        try:
+            yield
+        finally:
+            HELD.remove(path)
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
 
-from aligntok.files import locked, write_text
+from aligntok.files import write_text
 from aligntok.layers import merge, read_command
 from aligntok.messages import HelpFormatter, ShortErrors
-from aligntok.programs.fabric import make_fabric, on_first_rank
+from aligntok.programs.fabric import held, make_fabric, on_first_rank
 from aligntok.references import followed
 from aligntok.weights.checkpoint import read_checkpoint
 
@@ -87,7 +87,6 @@ def started(parser: ShortErrors, verb: str, options: Namespace) -> Iterator[Fabr
     """Start the processes, with the output folder locked and the options in it: ``encode.yaml`` or ``sample.yaml``."""
     fabric = make_fabric(**{key: options[key] for key in FABRIC})
     text = parser.dump(options, skip_unset=False)
-    with ExitStack() as stack:
-        on_first_rank(fabric, lambda: stack.enter_context(locked(options.output)))
+    with held(fabric, options.output):
         on_first_rank(fabric, lambda: write_text(Path(options.output) / f"{verb}.yaml", text))
         yield fabric

@@ -27,7 +27,7 @@ from aligntok.messages import building
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.programs.command import make_parser, read, split_values, started
-from aligntok.programs.fabric import dealt, make_fabric, on_first_rank, progress_of, unfinished
+from aligntok.programs.fabric import dealt, held, make_fabric, on_first_rank, progress_of, unfinished
 
 DESCRIPTION = """\
 Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs.
@@ -149,30 +149,6 @@ def encode(
         writer = CacheWriter(Path(folder), Manifest(written_by, source, stored, views.flips, shard_size))
         return writer, unfinished("shards", writer.blocks, writer.is_finished)
 
-    writer, left = on_first_rank(fabric, begin)
-    batches = dealt(fabric, left, batch_size)
-    loader: Any = DataLoader(
-        dataset,
-        batch_sampler=[list(ids) for _, ids in batches],
-        num_workers=num_workers,
-        collate_fn=as_it_is,
-        pin_memory=fabric.device.type == "cuda",
-    )
-    progress = progress_of(fabric, "images", left)
-    rows: list[dict[str, Tensor]] = []
-    for (shard, ids), batch in zip(batches, loader, strict=True):
-        if batch is not None:  # else none of its images can be read
-            image = to_floats(batch["image"], fabric)
-            with fabric.autocast():
-                codes = [tokenizer.encode(view) for view in views.of(image, spec.image_size)]
-            rows.append({**as_stored(codes, writer.manifest), LABELS: batch["label"], "id": batch["id"]})
-        if ids[-1] == shard[-1]:
-            check(bool(rows), f"none of the images {shard.start} to {shard.stop - 1} can be read: remove these files")
-            writer.write(shard, {key: torch.cat([batch.pop(key) for batch in rows]) for key in list(rows[0])})
-            rows = []
-        progress.add(len(ids))
-    fabric.barrier()
-
     def conclude() -> None:
         written = writer.written()
         statistics, about = measured(written, tokenizer)
@@ -182,7 +158,33 @@ def encode(
         what = f"{count} latents" if spec.kind == "continuous" else f"tokens of {count} images"
         print(f"{folder}: {what} in {len(written.shards)} shards, {words}, {about}", flush=True)
 
-    on_first_rank(fabric, conclude)
+    with held(fabric, folder):
+        writer, left = on_first_rank(fabric, begin)
+        batches = dealt(fabric, left, batch_size)
+        loader: Any = DataLoader(
+            dataset,
+            batch_sampler=[list(ids) for _, ids in batches],
+            num_workers=num_workers,
+            collate_fn=as_it_is,
+            pin_memory=fabric.device.type == "cuda",
+        )
+        progress = progress_of(fabric, "images", left)
+        rows: list[dict[str, Tensor]] = []
+        for (shard, ids), batch in zip(batches, loader, strict=True):
+            if batch is not None:  # else none of its images can be read
+                image = to_floats(batch["image"], fabric)
+                with fabric.autocast():
+                    codes = [tokenizer.encode(view) for view in views.of(image, spec.image_size)]
+                rows.append({**as_stored(codes, writer.manifest), LABELS: batch["label"], "id": batch["id"]})
+            if ids[-1] == shard[-1]:
+                check(
+                    bool(rows), f"none of the images {shard.start} to {shard.stop - 1} can be read: remove these files"
+                )
+                writer.write(shard, {key: torch.cat([batch.pop(key) for batch in rows]) for key in list(rows[0])})
+                rows = []
+            progress.add(len(ids))
+        fabric.barrier()
+        on_first_rank(fabric, conclude)
 
 
 def check_usable(tokenizer: Tokenizer, views: Views, dtype: str | None) -> None:

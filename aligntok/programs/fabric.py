@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
@@ -15,6 +17,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from aligntok.callbacks.measurement import on_first_rank as on_first_rank  # for the programs, from here
 from aligntok.errors import UserError, check
+from aligntok.files import locked
 from aligntok.progress import Progress
 
 
@@ -82,6 +85,14 @@ def leave() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def held(fabric: Fabric, folder: str | Path) -> Iterator[None]:
+    """Hold a folder, which all ranks write into; the first one has the lock."""
+    with ExitStack() as stack:
+        on_first_rank(fabric, lambda: stack.enter_context(locked(folder)))
+        yield
 
 
 def unfinished(what: str, blocks: Sequence[range], is_finished: Callable[[range], bool]) -> list[range]:
