@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(cache, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        assert f"{name} (No space left on device)" in error(tmp_path)
+        assert f"{name}: the disk is full" in error(tmp_path)
     assert not list(tmp_path.glob(".*"))
     write(tmp_path)
     assert contents(tmp_path) == contents(cache)

@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, draw, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(UserError, match=r"cannot write .*\(No space left on device\)"):
+        with pytest.raises(UserError, match=r"cannot write .*: the disk is full"):
             draw(tmp_path / "full")
     assert not list((tmp_path / "full").rglob(".*"))
     draw(tmp_path / "full")
