@@ -186,6 +186,7 @@ def test_a_run_without_logs_or_checkpoints(option):
     assert (run / "metrics.csv").exists() == (option == "enable_checkpointing=false")
     assert (run / "checkpoints" / "last.ckpt").exists() == (option == "logger=false")
 
+
 class CtrlC(pl.Callback):
     """Presses it when the third step begins."""
 
