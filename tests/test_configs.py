@@ -28,6 +28,7 @@ OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.y
 OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {
     "evaluate.yaml",
     "fdr6.yaml",
+    "stage/offline_gan.yaml",
 }
 OPTIONAL |= {f"size/ar_{size}.yaml" for size in ("l", "xl", "debug")} | {"size/alitok_debug.yaml"}
 AFTER_OTHERS = {"quickstart_alitok/ar.yaml"}  # built from files of other runs
@@ -100,13 +101,13 @@ def test_paper_sizes(extra, latent_dim, monkeypatch, tmp_path):
 
 def test_the_image_size_is_said_once(monkeypatch, tmp_path):
     """One key, and encoder, decoder, data, losses and metrics follow; checkpoints hold plain numbers."""
-    size = ("--data.image_size", "96")
+    size = ("--config", "stage/offline_gan.yaml", "--data.image_size", "96")
     cli = build(
         monkeypatch, tmp_path, "--config", "photos/stage2.yaml", *size, "--model.tokenizer.adapter.latent_dim=6"
     )
     assert cli.datamodule.image_size == cli.model.tokenizer.encoder.image_size == (96, 96)
     assert cli.model.tokenizer.spec.image_size == (96, 96)
-    assert cli.model.tokenizer.spec.latent_shape == (6, 6, 6)
+    assert cli.model.tokenizer.spec.latent_shape == (6, 12, 12)
     assert re.findall(r"image_size=(\w+)", str(cli.config)) == ["96"] * 4  # encoder, perceptual, data, features
     recipe = cli.model.hparams["tokenizer"]["init_args"]
     assert (recipe["encoder"]["init_args"]["image_size"], recipe["decoder"]["init_args"]["latent_dim"]) == (96, 6)
@@ -115,8 +116,8 @@ def test_the_image_size_is_said_once(monkeypatch, tmp_path):
         tmp_path,
         "--config",
         "quickstart_alitok/stage1.yaml",
-        *size,
-        "--model.tokenizer.encoder.num_prefix=16",
+        *size[2:],
+        "--model.tokenizer.encoder.num_prefix=24",
     ).model.tokenizer
     assert discrete.spec.image_size == (96, 96)
 

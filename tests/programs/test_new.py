@@ -1,5 +1,6 @@
 """``aligntok new``: what it prints is what it writes, and what it writes runs."""
 
+import json
 import re
 import shlex
 
@@ -9,7 +10,7 @@ import yaml
 from aligntok.__main__ import main
 from aligntok.data import Shapes
 from aligntok.layers import read_configs
-from aligntok.programs.new import Images, choose
+from aligntok.programs.new import Images, choose, config
 
 
 def fill(folder, count=20, num_classes=2, size=(70, 90)):
@@ -59,6 +60,18 @@ def test_printed_commands_run(here, capsys):
     assert "val/rfd_efficientnet_lite0" in (runs / "stage3" / "run.json").read_text()
     assert len(list((runs / "samples" / "png").iterdir())) == 3
     assert (runs / "report.html").is_file()
+
+
+def test_what_is_written_for_a_gpu_runs(here):
+    """With its GAN, perceptual term and wider decoder, here two steps on a CPU."""
+    folder, images = fill(here / "pets", size=(40, 50)), Images(20, 2, 40)
+    (here / "gpu.yaml").write_text(config(folder, images, choose(images, 24.0), on_gpu=True))
+    layers = [word for name in ("photos/stage1.yaml", "gpu.yaml", "run/debug.yaml") for word in ("--config", name)]
+    small = ["--data.global_batch_size", "2", "--model.loss.adversarial.weight", "0.5", "--output", "run"]
+    assert main(["fit", *layers, *small]) == 0
+    record = json.loads((here / "run" / "run.json").read_text())
+    assert "val/features" in record["metrics"]
+    assert record["parameters"]["loss"][0] > 0  # the discriminator learns
 
 
 def test_bad_folders_are_refused_in_a_line(here, capsys):
