@@ -116,7 +116,7 @@ def choose(images: Images, gpu_memory: float | None) -> Choices:
     learnt = round(images.count * (1 - HELD_OUT))
     fitting = int(gpu_memory / GIB_PER_IMAGE) if gpu_memory is not None else most
     batch = min(most, power_of_two(fitting), power_of_two(learnt // 2))
-    steps = min(longest, max(200, round(passes * learnt / batch, -2)))
+    steps = min(longest, max(200, 100 * round(passes * learnt / batch / 100)))
     device = f"a GPU of {gpu_memory:.0f} GiB" if on_gpu else "a CPU; four times the pixels take four times as long"
     limit = "an epoch needs two batches" if batch < min(most, fitting) else device.partition(";")[0]
     epochs = f"{steps * batch / learnt:.0f} passes over {learnt} images, at most {longest} steps"
