@@ -249,7 +249,7 @@ def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     assert "wants 50,000 images, 24" in capsys.readouterr().err
     wrong = ["--model.network.latent_shape", "[8,2,2]", "--config", "run/debug.yaml", "--output", "wrong"]
     assert main(["fit", "--config", "dit.yaml", *small, *wrong]) == 2
-    words = "network.latent_shape [8, 2, 2] differs from the latents of tokenizer [4, 2, 2]"
+    words = "model: network.latent_shape [8, 2, 2] differs from the latents of tokenizer [4, 2, 2]"
     assert f"aligntok: error: {words}" in capsys.readouterr().err
 
 

@@ -435,8 +435,8 @@ def run_case(corpus, folder, tiny, number, seed):
 
 
 def check_cases(corpus, tmp_path, tiny, monkeypatch, count, seed):
-    def metrics(options, size, protocol):
-        return GenerationMetrics(tiny.Pixels(), precision_recall=True, kid=True, protocol=protocol)
+    def metrics(options, size, protocol, judges):
+        return [GenerationMetrics(tiny.Pixels(), precision_recall=True, kid=True, protocol=protocol)]
 
     monkeypatch.setattr(evaluation, "make_metrics", metrics)  # Inception's weights are not here
     monkeypatch.chdir(tmp_path)
@@ -462,7 +462,7 @@ def check_cases(corpus, tmp_path, tiny, monkeypatch, count, seed):
 
 def test_good_folders_are_read(corpus, tmp_path, tiny, monkeypatch):
     metrics = GenerationMetrics(tiny.Pixels(), precision_recall=True, kid=True)
-    monkeypatch.setattr(evaluation, "make_metrics", lambda *_: metrics)
+    monkeypatch.setattr(evaluation, "make_metrics", lambda *_: [metrics])
     for kind, (_, read) in KINDS.items():
         shutil.copytree(corpus / kind, tmp_path / kind)
         monkeypatch.chdir(tmp_path / kind)

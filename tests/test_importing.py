@@ -81,5 +81,10 @@ def test_weights_without_recipe_are_no_checkpoint(tmp_path, capsys):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    assert run("validate", "--config", "stage3.yaml", "--ckpt_path", tmp_path / "a.safetensors") == 2
+    assert (
+        run(
+            "validate", "--config", "stage3.yaml", "--config", "run/cpu.yaml", "--ckpt_path", tmp_path / "a.safetensors"
+        )
+        == 2
+    )
     assert "no recipe" in capsys.readouterr().err

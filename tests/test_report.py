@@ -360,7 +360,7 @@ def test_old_page_survives_a_failed_write(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full_disk)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         report_command([str(tmp_path), "--output", str(path)])
     assert path.read_text() == old
     assert [file.name for file in path.parent.iterdir()] == ["page.html"]

@@ -87,9 +87,7 @@ class SaveCheckpoint(Checkpoint):
         """Save when a step that is due is complete."""
         step = trainer.global_step
         if step not in (self.seen_step, 0) and not getattr(trainer, "fast_dev_run", False):
-            self.note_step(
-                trainer
-            )  # in the middle of an accumulation nothing may be saved: its gradients would be lost
+            self.note_step(trainer)  # not in the middle of an accumulation: its gradients would be lost
             if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
                 name = f"step_{step:07d}.ckpt"
                 trainer.save_checkpoint(self.last(trainer).with_name(name), weights_only=False)

@@ -219,8 +219,8 @@ def test_numbers_out_of_range(tiny, options):
     assert "give at least 2 and 1" in message(quality, tiny, **options)
 
 
-def test_sweeps_of_no_steps_are_refused(tiny, tmp_path):
-    assert "num_steps=0" in message(validate, tiny, tmp_path, quality(tiny, sweep=[0]))
+def test_sweeps_of_no_steps_are_refused(tiny):
+    assert "sweep=0: give at least 1" in message(quality, tiny, sweep=[0])
 
 
 def test_somebody_elses_loader_needs_a_reference_file(tiny, tmp_path):

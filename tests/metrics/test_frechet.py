@@ -324,7 +324,7 @@ def test_inception_looks_for_its_weights_late_and_says_where(tmp_path, monkeypat
         UserError, match=r"weights-inception-2015-12-05-6726825d\.pth.*no route to host.*ALIGNTOK_HOME.*hub"
     ):
         metric.update(REAL, real=True)
-    with pytest.raises(UserError, match="argument `weights`"):
+    with pytest.raises(UserError, match=r"absent\.pth; it should be"):
         InceptionFeatures(weights=str(tmp_path / "absent.pth"))(REAL)
     (tmp_path / "home" / InceptionFeatures.FILE).write_bytes(b"no pickle")
     with pytest.raises(UserError, match="does not hold the Inception weights"):

@@ -161,7 +161,8 @@ def test_gradient_of_the_lookup(gradient):
 
 
 def test_rotation_of_an_opposite_or_zero_vector_is_finite():
-    net = quantizer(1, 4, gradient="rotation").eval()
+    net = quantizer(2, 4, gradient="rotation").eval()
+    net.codebook.data[1] = 1000  # far: the first is nearest to both
     latent = torch.stack((-net.codebook.detach()[0], torch.zeros(4)), dim=1).view(1, 4, 1, 2).requires_grad_()
     net(latent).latent.sum().backward()
     assert latent.grad.isfinite().all()

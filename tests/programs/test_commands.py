@@ -146,7 +146,7 @@ def test_a_folder_of_earlier_versions_is_repaired_by_the_command_that_is_named(c
     [
         (["encode"], "tokenizer, images is missing"),
         (["encode", "--tokenizer", "no.ckpt", "--images", "aligntok.data.Digits"], "no checkpoint no.ckpt"),
-        (["encode", "--tokenizer", "no.ckpt", "--bogus", "1"], "--bogus"),
+        (["encode", "--tokenizer", "no.ckpt", "--bogus", "1"], "'bogus'"),
         (["encode", "--config", "no.yaml"], "no shipped config"),
         (["sample", "--config", "lightningdit.yaml", "--config", "sample.yaml"], "needs the weights"),
         (

@@ -167,7 +167,7 @@ def test_a_continuous_tokenizer_is_refused(tiny):
 def test_what_validation_gives_is_what_the_tokens_decode_to(tiny):
     stage = stage_of(tiny).eval()
     stage.log_mean = lambda *_: None
-    stage._trainer = type("Trainer", (), {"testing": False, "global_step": 0})()
+    stage._trainer = type("Trainer", (), {"testing": False, "global_step": 0, "sanity_checking": False})()
     batch = {"image": tiny.images(2)}
     outputs = stage.validation_step(batch, 0)
     tokens = stage.predict_step(batch, 0)
