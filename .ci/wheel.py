@@ -21,7 +21,6 @@ ALITOK = f"--config size/alitok_debug.yaml --config data/shapes.yaml --config of
 SMALLER = [  # what a command of the table contains, and the words that make it small
     ("fit --config alitok_stage1.yaml", f"{ALITOK} --model.auxiliary mse"),
     ("--config alitok_stage", ALITOK),
-    ("--config photos/", f"--data.image_size 64 {TWO_STEPS}"),
     ("--config stage", TOKENIZER),
     ("fit --config dit.yaml", f"--config size/dit_debug.yaml {TWO_STEPS}"),
     ("sample --config dit.yaml", "--config size/dit_debug.yaml --num_samples 8 --accelerator cpu"),
@@ -74,6 +73,7 @@ def readme() -> None:
         else:
             more = next(more for part, more in SMALLER if part in words)
             run(*shlex.split(command), *shlex.split(more))
+    run(*shlex.split(f"aligntok fit --config photos/stage1.yaml --config FOLDER.yaml {TWO_STEPS}"))  # as `new` says
     steps = subprocess.run(["make", "-n", "quickstart"], cwd=SOURCE, capture_output=True, text=True, check=True).stdout
     for step in re.findall(r"aligntok ((?:fit|encode) .*)", steps):
         if "control" not in step:

@@ -75,7 +75,8 @@ def test_dinov2_is_torch_fidelitys(tmp_path, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, **options, depth=1))
     network = create("vit_small_patch14_dinov2", img_size=518, num_classes=0, depth=1)
-    nn.init.normal_(network.pos_embed)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)  # timm's scales of the layers, 1e-5, would hide all patches
     state = network.state_dict()
     torch.save(state | {"mask_token": torch.zeros(1, 384)}, tmp_path / "dino.pth")
     reference = Dino(network.eval(), state["pos_embed"])
