@@ -17,7 +17,13 @@ from aligntok.layers import find_config, read_configs, shipped_configs
 from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 
-ENCODE = {"cache.yaml", "token_cache.yaml", "quickstart/cache.yaml", "quickstart_alitok/cache.yaml"}
+ENCODE = {
+    "cache.yaml",
+    "token_cache.yaml",
+    "photos/cache.yaml",
+    "quickstart/cache.yaml",
+    "quickstart_alitok/cache.yaml",
+}
 SAMPLE = {"sample.yaml", "quickstart/samples.yaml", "quickstart_alitok/samples.yaml"}
 RECIPES = [
     name

@@ -45,6 +45,7 @@ SMALL = {  # options for every recipe that has this layer, or is it
     "data/imagenet_tokens.yaml": ("--config", "size/ar_debug.yaml", *CACHED),
     "quickstart/dit.yaml": ("--callbacks.gfid.num_samples", "40", "--callbacks.gfid.batch_size", "20"),
     "quickstart_alitok/ar.yaml": ("--callbacks.gfid.num_samples", "40", "--callbacks.gfid.batch_size", "20"),
+    "photos/dit.yaml": CACHED,
     "lightningdit.yaml": ("--model.tokenizer", "aligntok.weights.load_tokenizer", *STAGE3),  # in place of VA-VAE's
     "cache.yaml": ("--images.root", "photos"),
     "token_cache.yaml": ("--images.root", "photos"),
