@@ -60,11 +60,12 @@ def main(args: list[str] | None = None) -> int:
         elif verb in VERBS:
             for line in check_configs(arguments):  # a wrong name need not wait for torch
                 print(line, file=sys.stderr)
-            silence()
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             module, _, command = VERBS[verb][0].rpartition(".")
             gc.disable()  # nothing that modules define is garbage, and to look through it takes a tenth of the import
             run = getattr(importlib.import_module(module), command)
             gc.enable()
+            silence()  # after the import, in which Lightning sets its loggers to speak
             run(arguments)
         else:
             problem = f"there is no verb '{verb}'" if verb else "a verb is missing"
@@ -83,7 +84,6 @@ def main(args: list[str] | None = None) -> int:
 
 def silence() -> None:
     """Drop the advice that does not concern our users."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("lightning.pytorch", "lightning.fabric"):  # its tips; warnings stay
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

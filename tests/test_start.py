@@ -95,3 +95,20 @@ def test_processes_leave_their_group_at_the_end(in_folder):
     )
     words = [sys.executable, "-c", program, str(Path("store").resolve())]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.split() == ["True", "False"]
+
+
+def test_lightning_gives_no_advice(tmp_path):
+    words = (
+        "fit",
+        "--config",
+        "quickstart/encoder.yaml",
+        "--config",
+        "run/debug.yaml",
+        "--output",
+        str(tmp_path / "run"),
+    )
+    result = subprocess.run([sys.executable, "-m", "aligntok", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout + result.stderr
+    assert "litlogger" not in printed
+    assert "GPU available" not in printed
