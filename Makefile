@@ -43,12 +43,12 @@ quickstart-alitok: install
 	$(BIN)/aligntok report $(ALITOK)
 
 format: install
-	$(BIN)/ruff format aligntok tests benchmarks
-	$(BIN)/ruff check --fix aligntok tests benchmarks
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
 
 check: install
-	$(BIN)/ruff format --check aligntok tests benchmarks
-	$(BIN)/ruff check aligntok tests benchmarks
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) docs

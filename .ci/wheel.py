@@ -1,4 +1,4 @@
-"""Build the wheel, install it into an empty environment, and run what README shows from an empty folder, at a debug size.
+"""Build the wheel, install it into an empty environment, and run README's commands from an empty folder, small.
 
 ``make test-wheel PYTHON=python3.11``. Without downloads: what needs published files must say so in a line, exit code 2.
 """

@@ -28,10 +28,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.checkpoint import AtomicCheckpointIO
 from aligntok.callbacks.progress import MetricsCSV
-from aligntok.errors import UserError, check, check_nonnegative, check_positive
+from aligntok.errors import UserError, check, check_nonnegative, check_positive, shortened, words_of
 from aligntok.files import check_writable, locked, write_text
 from aligntok.layers import read_command, to_text
-from aligntok.messages import HelpFormatter, ShortErrors, building, shortened
+from aligntok.messages import LONGEST, HelpFormatter, ShortErrors, building
 from aligntok.programs.fabric import check_nodes
 from aligntok.programs.repair import refuse_writers
 from aligntok.references import followed
@@ -232,11 +232,11 @@ def about_trainer(error: Exception, arguments: dict[str, Any]) -> str:
     """
     defaults = inspect.signature(pl.Trainer).parameters
     given = {name: value for name, value in arguments.items() if value != defaults[name].default}
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = words_of(error, LONGEST)
     about = [name for name in given if re.search(rf"\b{name}\b", words)]
     about = about or [name for name, value in given.items() if fails(partial(pl.Trainer, **{name: value}))]
     keys = ", ".join(f"trainer.{name}={shortened(str(given[name]), 40)}" for name in about)
-    return shortened(f"{keys or 'trainer'}: {words}")
+    return shortened(f"{keys or 'trainer'}: {words}", LONGEST)
 
 
 def fails(action: Callable[[], Any]) -> bool:

@@ -45,3 +45,21 @@ def check(condition: bool, message: str) -> None:
     """
     if not condition:
         raise UserError(message)
+
+
+def shortened(text: str, length: int) -> str:
+    """Return a text without its middle where it is longer.
+
+    >>> shortened("one two three four", 11)
+    'one ...four'
+    """
+    return text if len(text) <= length else f"{text[: (length - 3) // 2]}...{text[len(text) - (length - 3) // 2 :]}"
+
+
+def words_of(error: BaseException, length: int = 200) -> str:
+    """Return what an error of another library says, in a line; its name where it says nothing.
+
+    >>> words_of(KeyError())
+    'KeyError'
+    """
+    return shortened(" ".join(str(error).split()) or type(error).__name__, length)

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, check, shortened
 
 if TYPE_CHECKING:  # the report writes files without it
     from torch import Tensor
@@ -83,7 +83,9 @@ def writing(path: str | Path) -> Iterator[None]:
         first_line = (text.splitlines() or [type(error).__name__])[0]
         reason, remedy = REASONS.get(code or 0, (first_line, "mend that, then go on (fit: --ckpt_path last)"))
         was_there = "; what was there before is untouched" if os.path.isfile(path) else ""
-        raise UserError(f"cannot write {path}: {reason}{was_there}. {remedy[0].upper()}{remedy[1:]}") from error
+        raise UserError(
+            f"cannot write {shortened(str(path), 200)}: {reason}{was_there}. {remedy[0].upper()}{remedy[1:]}"
+        ) from error
 
 
 def check_writable(*paths: str | Path) -> None:
@@ -107,6 +109,8 @@ def locked(folder: str | Path) -> Iterator[None]:
     """
     import fcntl
 
+    named = str(folder) != "" and "\0" not in str(folder)
+    check(named, f"{str(folder)!r} is no name of a folder: give another --output")
     path = Path(folder).absolute() / ".lock"
     if path in HELD:  # to close another open file of it would release the lock
         yield

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, words_of
 
 Config = dict[str, Any]
 
@@ -182,7 +182,7 @@ def _read(path: Path, what: str) -> Config:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{what} is no YAML that can be used, line {line}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} is no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{what} is no YAML: {words_of(error)}") from error
     except RecursionError as error:
         raise UserError(f"{what} is nested deeper than {MAX_DEPTH} levels") from error
     check(isinstance(content, dict), f"{what} is empty or no mapping of keys to values")

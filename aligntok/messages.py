@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse._common import lenient_check
 from jsonargparse._typehints import ActionTypeHint
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, shortened
 
 LONGEST = 380  # characters of a message
 LIBRARIES = [Path(__file__).parent, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))]
@@ -195,8 +195,8 @@ def explained(error: BaseException) -> str:
     if chosen[0].expected:
         value = re.search(r"Got value: (.*)", chosen[0].words)
         given = {"": "''", "None": "null"}.get(value[1], shortened(value[1], 60)) if value else "a value"
-        return shortened(f"{chosen[0].key} is {given}: give {' or '.join(map(str, types))}")
-    return shortened(str(chosen[0]))
+        return shortened(f"{chosen[0].key} is {given}: give {' or '.join(map(str, types))}", LONGEST)
+    return shortened(str(chosen[0]), LONGEST)
 
 
 def call(target: Any, arguments: dict[str, Any]) -> str:
@@ -213,12 +213,3 @@ def call(target: Any, arguments: dict[str, Any]) -> str:
     words = {name: repr(value) if isinstance(value, plain) else type(value).__name__ for name, value in given.items()}
     listed = ", ".join(f"{name}={shortened(word, 120)}" for name, word in words.items())
     return f"{target.__name__}({shortened(listed, 240)})"
-
-
-def shortened(text: str, length: int = LONGEST) -> str:
-    """Return a text without its middle where it is longer.
-
-    >>> shortened("one two three four", 11)
-    'one ...four'
-    """
-    return text if len(text) <= length else f"{text[: (length - 3) // 2]}...{text[len(text) - (length - 3) // 2 :]}"

@@ -58,6 +58,7 @@ def num_classes(source: Any) -> int:
     >>> num_classes(OmegaConf.create({"class_path": "aligntok.data.Digits", "init_args": {"split": "val"}}))
     10
     """
+    check(source is not None, "there is no data.train that would say it: give one")
     return max(1, len(getattr(built(source, Dataset), "classes", [])))
 
 

@@ -1,5 +1,8 @@
-"""Hook of the site: `{{ configs }}` becomes all shipped configs, `{{ aligntok.data }}` what that package offers,
-`{{ benchmarks }}` the page of benchmarks/."""
+"""Hook of the site: fills in what stands elsewhere.
+
+`{{ configs }}` becomes all shipped configs, `{{ aligntok.data }}` what that package offers, `{{ benchmarks }}` the page
+of benchmarks/.
+"""
 
 import ast
 import re
@@ -34,7 +37,7 @@ def configs() -> str:
         for path in sorted(part.glob("*.yaml")):
             text = path.read_text()
             comment = " ".join(line[1:].strip() for line in opening(text))
-            sections.append(f"??? note \"`{path.relative_to(folder)}`\"\n")
+            sections.append(f'??? note "`{path.relative_to(folder)}`"\n')
             sections.append(f"    {comment}\n\n    ```yaml\n" + "".join(f"    {line}\n" for line in text.splitlines()))
             sections.append("    ```\n")
     return "\n".join(sections)

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
+from aligntok.__main__ import main
 from aligntok.callbacks.checkpoint import AtomicCheckpointIO
 from aligntok.data import Augmentation, LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
@@ -302,3 +303,25 @@ def one_thread():
 def seeded():
     """Let a test draw the same numbers whenever it runs, alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that a user got wrong; return its line on stderr."""
+
+    def run(*args: str) -> str:
+        assert main(list(args)) == 2
+        text = capsys.readouterr().err
+        (line,) = (line for line in text.splitlines() if line.startswith("aligntok: error:"))
+        assert "Traceback" not in text
+        assert len(line) <= 400
+        return line
+
+    return run

@@ -19,23 +19,9 @@ from aligntok.__main__ import VERBS, main
 from aligntok.cli import merge_layers
 from aligntok.data import Digits
 
+pytestmark = pytest.mark.usefixtures("in_folder")
+
 DEBUG = ("--config", "run/debug.yaml")
-
-
-@pytest.fixture(autouse=True)
-def in_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def fails(capsys, *args: str) -> str:
-    """Run a command that a user got wrong; return its only line on stderr."""
-    assert main(list(args)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aligntok: error:")]
-    assert len(lines) == 1
-    assert "Traceback" not in lines[0]
-    assert len(lines[0]) < 500
-    return lines[0]
 
 
 def encoder_run(*args: str) -> Path:
@@ -87,31 +73,31 @@ def encoder_run(*args: str) -> Path:
         (["--config", "quickstart/encoder.yaml", "--ckpt_path", "absent.ckpt"], ["absent.ckpt"]),
     ],
 )
-def test_a_mistake_is_one_line(args, words, capsys):
-    line = fails(capsys, "fit", *args, *DEBUG)
+def test_a_mistake_is_one_line(args, words, fails):
+    line = fails("fit", *args, *DEBUG)
     assert all(word in line for word in words), line
 
 
-def test_a_required_argument_is_named(capsys, in_folder):
+def test_a_required_argument_is_named(fails, in_folder):
     model = "{encoder: {init_args: {name: vit_tiny_patch16_224, downsampling: 8}}, num_classes: 10}"
     (in_folder / "mine.yaml").write_text(
         f"layers: [base.yaml, stage/encoder_pretraining.yaml]\noutput: x\nmodel: {{init_args: {model}}}\n"
         "data: {train: aligntok.data.Digits, image_size: 32}\n"
     )
-    assert "LatentDataModule) needs global_batch_size" in fails(capsys, "fit", "--config", "mine.yaml")
+    assert "LatentDataModule) needs global_batch_size" in fails("fit", "--config", "mine.yaml")
 
 
-def test_unknown_key_in_yaml_is_named(capsys, in_folder):
+def test_unknown_key_in_yaml_is_named(fails, in_folder):
     (in_folder / "mine.yaml").write_text("model:\n  init_args:\n    learning_rat: 0.1\n")
-    line = fails(capsys, "fit", "--config", "quickstart/encoder.yaml", "--config", "mine.yaml", *DEBUG)
+    line = fails("fit", "--config", "quickstart/encoder.yaml", "--config", "mine.yaml", *DEBUG)
     assert "'learning_rat' in model" in line
 
 
-def test_yaml_that_is_none(capsys, in_folder):
+def test_yaml_that_is_none(fails, in_folder):
     (in_folder / "mine.yaml").write_text("model: [")
-    assert "mine.yaml is no YAML" in fails(capsys, "fit", "--config", "mine.yaml")
+    assert "mine.yaml is no YAML" in fails("fit", "--config", "mine.yaml")
     (in_folder / "mine.yaml").write_text("")
-    assert "empty" in fails(capsys, "fit", "--config", "mine.yaml")
+    assert "empty" in fails("fit", "--config", "mine.yaml")
 
 
 def test_command_line_overrules_yaml_in_any_order():
@@ -166,10 +152,10 @@ def test_callbacks_arrive_beside_lightnings_list(in_folder):
     }
 
 
-def test_a_run_is_not_written_over_and_resumes(capsys):
+def test_a_run_is_not_written_over_and_resumes(fails):
     run = encoder_run()
     first = (run / "checkpoints" / "last.ckpt").read_bytes()
-    assert "--ckpt_path last" in fails(capsys, "fit", "--config", "quickstart/encoder.yaml", *DEBUG)
+    assert "--ckpt_path last" in fails("fit", "--config", "quickstart/encoder.yaml", *DEBUG)
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == first
     encoder_run("--ckpt_path", "last", "--trainer.max_steps", "4")
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
@@ -209,12 +195,12 @@ def test_ctrl_c_before_the_first_step_ends_with_130(monkeypatch):
     assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG]) == 130
 
 
-def test_a_second_run_in_the_same_folder_is_refused(capsys):
+def test_a_second_run_in_the_same_folder_is_refused(fails):
     folder = Path("runs/quickstart/encoder")
     hold = f"from aligntok.files import locked\nwith locked('{folder}'): print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        line = fails(capsys, "fit", "--config", "quickstart/encoder.yaml", *DEBUG)
+        line = fails("fit", "--config", "quickstart/encoder.yaml", *DEBUG)
         assert f"{folder} is in use: process {process.pid}" in line
         assert [path.name for path in folder.iterdir()] == [".lock"]
         process.communicate(b"\n")
@@ -239,11 +225,11 @@ def measured_steps(run: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file) if row["val/accuracy"]]
 
 
-def test_where_validate_writes_is_tried_before_it_measures(capsys):
+def test_where_validate_writes_is_tried_before_it_measures(fails):
     run = encoder_run()
     (run / "validate.json").mkdir()
     last = str(run / "checkpoints" / "last.ckpt")
-    line = fails(capsys, "validate", "--config", str(run / "config.yaml"), "--ckpt_path", last)
+    line = fails("validate", "--config", str(run / "config.yaml"), "--ckpt_path", last)
     assert "validate.json: a folder of this name is in the way" in line
 
 
@@ -271,9 +257,9 @@ def test_start_up_block_and_progress(capsys):
         assert words in out, words
 
 
-def test_validate_without_weights_is_refused(capsys):
-    assert "--ckpt_path" in fails(capsys, "validate", "--config", "quickstart/encoder.yaml")
-    assert "last" in fails(capsys, "validate", "--config", "quickstart/encoder.yaml", "--ckpt_path", "last")
+def test_validate_without_weights_is_refused(fails):
+    assert "--ckpt_path" in fails("validate", "--config", "quickstart/encoder.yaml")
+    assert "last" in fails("validate", "--config", "quickstart/encoder.yaml", "--ckpt_path", "last")
 
 
 def test_every_verb_runs_from_the_saved_config():
@@ -285,13 +271,13 @@ def test_every_verb_runs_from_the_saved_config():
     assert "test/accuracy" in json.loads((run / "test.json").read_text())["metrics"]
 
 
-def test_a_checkpoint_with_code_is_refused(capsys, in_folder):
+def test_a_checkpoint_with_code_is_refused(fails, in_folder):
     class Trap:
         def __reduce__(self):
             return (Path.touch, (in_folder / "sprung",))
 
     torch.save({"state_dict": {}, "trap": Trap()}, in_folder / "trap.ckpt")
-    line = fails(capsys, "fit", "--config", "quickstart/encoder.yaml", *DEBUG, "--ckpt_path", "trap.ckpt")
+    line = fails("fit", "--config", "quickstart/encoder.yaml", *DEBUG, "--ckpt_path", "trap.ckpt")
     assert "refused" in line
     assert not (in_folder / "sprung").exists()
 
@@ -303,17 +289,17 @@ def test_help_reads_like_a_manual(capsys):
         assert words in out
 
 
-def test_no_verb(capsys):
+def test_no_verb(capsys, fails):
     assert "fit" in fails(capsys)
-    assert "no verb 'fitt'" in fails(capsys, "fitt", "--config", "stage1.yaml")
+    assert "no verb 'fitt'" in fails("fitt", "--config", "stage1.yaml")
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_says_what_it_takes_and_names_a_mistake_in_a_line(verb, capsys):
+def test_every_verb_says_what_it_takes_and_names_a_mistake_in_a_line(verb, fails):
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])
     assert done.value.code == 0
-    fails(capsys, verb, "--nonsense", "3")
+    fails(verb, "--nonsense", "3")
 
 
 def test_the_list_of_verbs_comes_without_waiting_for_torch():

@@ -159,12 +159,6 @@ def test_generator_recipes_are_lightningdits(name, epochs, monkeypatch, tmp_path
     assert (cli.model.objective.uniform_from or 0) < steps
 
 
-@pytest.fixture
-def in_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def program(verb: str, name: str, *args: str) -> int:
     return main([verb, "--config", name, *args, "--accelerator", "cpu", "--devices", "1"])
 

@@ -14,23 +14,10 @@ from aligntok.cli import RunCLI
 from aligntok.errors import UserError
 from aligntok.programs.fabric import make_fabric
 
+pytestmark = pytest.mark.usefixtures("in_folder")
+
 ENCODER = ("fit", "--config", "quickstart/encoder.yaml")
 HEAVY = {"torch", "lightning", "jsonargparse", "omegaconf", "torchvision"}
-
-
-@pytest.fixture(autouse=True)
-def in_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def fails(capsys, *args: str) -> str:
-    """Run a command that a user got wrong; return its only line on stderr."""
-    assert main(list(args)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("aligntok: error:")
-    assert len(line) < 400
-    return line
 
 
 @pytest.mark.parametrize(
@@ -63,27 +50,27 @@ def test_a_printed_config_builds_one_parser_and_leaves_the_garbage_collection_on
     assert [*RunCLI.subcommands()] == ["fit"]
 
 
-def test_without_a_gpu_a_line_says_what_to_add(capsys, monkeypatch):
+def test_without_a_gpu_a_line_says_what_to_add(fails, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # wherever the test runs
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    line = fails(capsys, "fit", "--config", "stage2.yaml", "--init_from", "stage1.ckpt")
+    line = fails("fit", "--config", "stage2.yaml", "--init_from", "stage1.ckpt")
     assert "trainer.accelerator gpu: torch finds no GPU here. Add --config run/cpu.yaml" in line
-    line = fails(capsys, "fit", "--config", "stage2.yaml", "--config", "run/cpu.yaml", "--ckpt_path", "absent.ckpt")
+    line = fails("fit", "--config", "stage2.yaml", "--config", "run/cpu.yaml", "--ckpt_path", "absent.ckpt")
     assert "absent.ckpt" in line  # one step further
 
 
-def test_nodes_that_nothing_started_are_not_waited_for(capsys, monkeypatch):
+def test_nodes_that_nothing_started_are_not_waited_for(fails, monkeypatch):
     for name in ("MASTER_ADDR", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     problem = "num_nodes 2: nothing started this command on the other nodes"
-    assert problem in fails(capsys, *ENCODER, "--trainer.num_nodes", "2")
+    assert problem in fails(*ENCODER, "--trainer.num_nodes", "2")
     with pytest.raises(UserError, match=problem):
         make_fabric("cpu", devices=1, num_nodes=2)
 
 
 @pytest.mark.parametrize("words", [[*ENCODER, "--out"], ["encode", "--outpu"], ["evaluate", "a", "--ref"]])
-def test_options_are_written_in_full(words, capsys, in_folder):
-    assert words[-1][2:] in fails(capsys, *words, "x")
+def test_options_are_written_in_full(words, fails, in_folder):
+    assert words[-1][2:] in fails(*words, "x")
     assert not list(in_folder.iterdir())
 
 
@@ -112,3 +99,12 @@ def test_lightning_gives_no_advice(tmp_path):
     printed = result.stdout + result.stderr
     assert "litlogger" not in printed
     assert "GPU available" not in printed
+
+
+@pytest.mark.parametrize("output", ["file", "file/run", "/dev/null", "/proc/run", "x" * 300, '"a\\0b"', "''"])
+def test_an_output_that_is_no_folder_is_named(output, fails, in_folder):
+    (in_folder / "file").write_text("mine")
+    (in_folder / "mine.yaml").write_text(f"output: {output}\n")
+    line = fails(*ENCODER, "--config", "run/debug.yaml", "--config", "mine.yaml")
+    assert output.strip("'\"")[:20].partition("\\")[0] in line
+    assert (in_folder / "file").read_text() == "mine"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, words_of
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]
 """What is opened, whatever a file is called: formats of pixels alone. Pillow would have Ghostscript run an EPS."""
@@ -140,7 +140,7 @@ def _reason(path: Path, error: Exception) -> str:
         return f"the file is no image of a format that is read ({', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    return words_of(error)
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:

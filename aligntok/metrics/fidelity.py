@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS, FeatureExtractorCLIP, build_model
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, words_of
 from aligntok.files import hash_file
 from aligntok.networks.encoders import read_weights
 from aligntok.networks.frozen import Frozen
@@ -90,7 +90,7 @@ class FidelityFeatures(nn.Module):
         except UserError:
             raise
         except Exception as error:  # whatever strict loading makes of a wrong file
-            found = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            found = f"{type(error).__name__}: {words_of(error)}"
             raise UserError(f"{path} does not hold the weights of {self.name} ({found}): put {url} there") from error
 
 

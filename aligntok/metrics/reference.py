@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, words_of
 from aligntok.files import hash_file, write_atomically
 
 TENSORS = ("mean", "cov", "spatial_mean", "spatial_cov", "sample")  # of a Reference and its file
@@ -99,7 +99,7 @@ class Reference:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in set(TENSORS).intersection(file.keys())}
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a safetensors file ({str(error)[:150]})") from error
+            raise UserError(f"{path} is not a safetensors file ({words_of(error)})") from error
         missing = [key for key in ("mean", "cov", "count", "source", "features") if key not in tensors | metadata]
         check(not missing, f"{path} lacks {', '.join(missing)}: give a file that `Reference.save` wrote")
         texts = {key: metadata[key] for key in ("source", "features")}
@@ -139,7 +139,7 @@ class AdmFile:
                 stream.close()
         except Exception as error:  # NumPy and zipfile raise many kinds on what is damaged
             raise UserError(
-                f"{self.path} is no .npz of images and statistics as ADM's are ({reason(error)})"
+                f"{self.path} is no .npz of images and statistics as ADM's are ({words_of(error)})"
             ) from error
 
     @property
@@ -169,7 +169,7 @@ class AdmFile:
             with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 return np.asarray(file[name])
         except Exception as error:
-            raise UserError(f"{self.path} is damaged at {name} ({reason(error)}): copy it again") from error
+            raise UserError(f"{self.path} is damaged at {name} ({words_of(error)}): copy it again") from error
 
     def images(self, batch_size: int = 64) -> Iterator[Tensor]:
         """Yield the images in order, float32 (batch_size, 3, H, W) in [0, 1].
@@ -189,7 +189,7 @@ class AdmFile:
                     image = torch.frombuffer(data, dtype=torch.uint8).view(shape)
                 except Exception as error:
                     raise UserError(
-                        f"{self.path} is damaged at image {start} ({reason(error)}): copy it again"
+                        f"{self.path} is damaged at image {start} ({words_of(error)}): copy it again"
                     ) from error
                 yield image.permute(0, 3, 1, 2).contiguous().float() / 255
 
@@ -205,8 +205,3 @@ class AdmFile:
         if file.tell() + math.prod(shape) != size or math.prod(shape[1:]) == 0:
             raise ValueError(f"arr_0 of {shape} has {size:,} bytes")
         return file, shape
-
-
-def reason(error: Exception) -> str:
-    """Return what an error says, or its name where it says nothing, in a line."""
-    return " ".join(str(error).split())[:150] or type(error).__name__

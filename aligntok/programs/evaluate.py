@@ -103,7 +103,7 @@ def evaluate(
     try:
         torch.zeros(1, device=options.device).item()  # meta holds no numbers
         metrics.to(options.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]:.200}") from error
     find_reference(metrics, samples.image_size or (), options)
     if options.save_reference:

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from aligntok.callbacks.measurement import on_first_rank as on_first_rank  # for the programs, from here
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, words_of
 from aligntok.files import locked
 from aligntok.progress import Progress
 
@@ -59,7 +59,7 @@ def make_fabric(
             precision=precision,  # type: ignore[arg-type]  # Lightning checks the word
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(words_of(error)) from error
     fabric.launch()
     return fabric
 

@@ -172,7 +172,7 @@ def commands(path: Path, folder: Path, on_gpu: bool) -> list[str]:
         start = ["--init_from", last[before]] if before else []
         layers = ["--config", f"photos/{stage}.yaml", "--config", str(path)]
         words.append(["fit", *layers, "--output", f"{runs}/{stage}", *start])
-    images = ["--images", "aligntok.data.ImageFolder", "--images.root", str(folder)]
+    images = ["--config", "photos/cache.yaml", "--images.root", str(folder)]
     words.append(["encode", *images, "--tokenizer", last["stage3"], "--output", f"{runs}/latents"])
     larger = ["--config", "size/dit_s.yaml", "--config", "run/gpu.yaml", "--trainer.max_steps", "20000"]
     larger += ["--model.optimization.learning_rate", "2.0e-4"]

@@ -30,7 +30,7 @@ class LatentAlignment(TokenizerStage):
     """Stage 1: adapter and decoder learn to reconstruct from the frozen encoder; the latent keeps its semantics.
 
     >>> from aligntok.networks import ConvDecoder, ConvEncoder, LinearAdapter
-    >>> encoder, decoder = ConvEncoder(4, 8, (1,), 1, num_groups=4), ConvDecoder(4, 8, (1,), 1, num_groups=4)
+    >>> encoder, decoder = ConvEncoder(4, 8, (1,), 1, 16, num_groups=4), ConvDecoder(4, 8, (1,), 1, num_groups=4)
     >>> stage = LatentAlignment(Tokenizer(encoder, LinearAdapter(encoder.width, 4), decoder))
     >>> sorted({name.split(".")[0] for name in stage.parameter_groups()["generator"].parameters})
     ['adapter', 'decoder']
@@ -47,7 +47,7 @@ class PerceptualAlignment(TokenizerStage):
     is measured before the first step; features are compared as the encoder gives them.
 
     >>> from aligntok.networks import ConvDecoder, ConvEncoder, LinearAdapter
-    >>> encoder, decoder = ConvEncoder(4, 8, (1,), 1, num_groups=4), ConvDecoder(4, 8, (1,), 1, num_groups=4)
+    >>> encoder, decoder = ConvEncoder(4, 8, (1,), 1, 16, num_groups=4), ConvDecoder(4, 8, (1,), 1, num_groups=4)
     >>> tokenizer = Tokenizer(encoder, LinearAdapter(encoder.width, 4), decoder)
     >>> stage = PerceptualAlignment(tokenizer, semantic=SemanticPreservation(weight=0.5))
     >>> stage.init_from("runs/stage1/checkpoints/last.ckpt")  # doctest: +SKIP
@@ -128,9 +128,9 @@ class DecoderRefinement(TokenizerStage):
     over (AliTok, arXiv:2506.05289).
 
     >>> from aligntok.networks import ConvDecoder, ConvEncoder, LinearAdapter
-    >>> encoder, decoder = ConvEncoder(4, 8, (1,), 1, num_groups=4), ConvDecoder(4, 8, (1,), 1, num_groups=4)
+    >>> encoder, decoder = ConvEncoder(4, 8, (1,), 1, 16, num_groups=4), ConvDecoder(4, 8, (1,), 1, num_groups=4)
     >>> stage = DecoderRefinement(Tokenizer(encoder, LinearAdapter(encoder.width, 4), decoder))
-    >>> stage.measure_latents([torch.rand(8, 3, 256, 256)])
+    >>> stage.measure_latents([torch.rand(8, 3, 16, 16)])
     """
 
     trains = ("decoder",)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, words_of
 from aligntok.files import hash_tensors, misfit
 from aligntok.networks.dit import DiT
 from aligntok.networks.encoders import VisionEncoder
@@ -110,8 +110,7 @@ def read_file(path: str | Path, map_location: Any = "cpu", weights: bool = True)
                 f"{path} is refused: it holds more than tensors and plain values, and loading it would run code. If you"
                 " trust it, torch.load it with weights_only=False elsewhere and torch.save its tensors alone"
             ) from error
-        words = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no checkpoint that torch can read ({words or type(error).__name__})") from error
+        raise UserError(f"{path} is no checkpoint that torch can read ({words_of(error)})") from error
 
 
 def check_intact(path: Path, weights: bool = True) -> None:
@@ -144,8 +143,7 @@ def read_exported(path: Path, map_location: Any = "cpu", weights: bool = True) -
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        words = str(error)[:150]
-        raise UserError(f"{path} is no safetensors file, or only a part of one ({words})") from error
+        raise UserError(f"{path} is no safetensors file, or only a part of one ({words_of(error)})") from error
     ours = not misfit(header, {"format": FORMAT, "stage": str, "parts": dict})
     check(ours, f"{path} holds weights, but no recipe: give a checkpoint of a run, or what `aligntok import` wrote")
     if weights and "hash" in header:  # earlier versions wrote none
@@ -229,9 +227,7 @@ def rebuilding(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) and str(path) in str(error):
             raise
-        words = " ".join(str(error).split()) or type(error).__name__
-        words = words if len(words) < 200 else f"{words[:50]} ... {words[-150:]}"
-        raise UserError(f"{path} cannot be rebuilt: {words}") from error
+        raise UserError(f"{path} cannot be rebuilt: {words_of(error)}") from error
 
 
 def _rebuilt(checkpoint: dict[str, Any], part: str, kind: type[Module], path: str | Path) -> Module:

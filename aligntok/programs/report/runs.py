@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from aligntok.errors import UserError, check
+from aligntok.errors import UserError, check, words_of
 from aligntok.files import misfit
 
 KINDS = ("other", "tokenizer", "generator")  # in the order of training
@@ -173,7 +173,7 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
         problem = misfit(found, KINDS_IN.get(path.name, dict))
     except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())[:150] or type(error).__name__
+        problem = words_of(error)
     check(not problem, f"{path} is broken: {problem}")
     for part, pair in (found.get("parameters") or {}).items() if path.name == "run.json" else ():
         check(len(pair) == 2, f"{path} is broken: parameters of {part} is {pair!r:.100}")
