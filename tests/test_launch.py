@@ -91,6 +91,7 @@ class Runs:
         command = [sys.executable, "-m", "aligntok", verb, "--config", name, *options]
         result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[-3000:]}"
+        assert "litlogger" not in result.stdout + result.stderr  # Lightning's advice, and its tips
         self.done[folder] = result.stderr
         if verb == "fit":
             assert torch.load(folder / LAST, weights_only=True)["global_step"] == 2

@@ -84,23 +84,6 @@ def test_processes_leave_their_group_at_the_end(in_folder):
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.split() == ["True", "False"]
 
 
-def test_lightning_gives_no_advice(tmp_path):
-    words = (
-        "fit",
-        "--config",
-        "quickstart/encoder.yaml",
-        "--config",
-        "run/debug.yaml",
-        "--output",
-        str(tmp_path / "run"),
-    )
-    result = subprocess.run([sys.executable, "-m", "aligntok", *words], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    printed = result.stdout + result.stderr
-    assert "litlogger" not in printed
-    assert "GPU available" not in printed
-
-
 @pytest.mark.parametrize("output", ["file", "file/run", "/dev/null", "/proc/run", "x" * 300, '"a\\0b"', "''"])
 def test_an_output_that_is_no_folder_is_named(output, fails, in_folder):
     (in_folder / "file").write_text("mine")
