@@ -106,7 +106,7 @@ def keys_like_ids(ids: Tensor, seed: int) -> Tensor:
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(ids.device)
 
 
-def gumbel_noise(keys: Tensor, step: int, count: int) -> Tensor:
+def gumbel_noise(keys: Tensor, step: int | Tensor, count: int) -> Tensor:
     """Return Gumbel noise (B, count) float32, a function of key, step and index alone, drawn where the keys are.
 
     The index of the largest ``logits + gumbel_noise`` is a draw from the softmax of the logits, and one that hardly
@@ -114,14 +114,14 @@ def gumbel_noise(keys: Tensor, step: int, count: int) -> Tensor:
 
     Args:
         keys: From ``keys_like_ids``, (B, 2).
-        step: Position in the sequence; ``(step + 1) * count`` is at most 2^33.
+        step: Position in the sequence, a number or (1,) int64; ``(step + 1) * count`` is at most 2^33.
         count: Numbers of one row.
 
     Reference:
         Maddison et al., A* Sampling, arXiv:1411.0030.
     """
     half = (count + 1) // 2  # each counter gives two words
-    counters = torch.arange(step * half, (step + 1) * half, device=keys.device).expand(len(keys), -1)
+    counters = (torch.arange(half, device=keys.device) + step * half).expand(len(keys), -1)
     words = torch.cat(philox((counters, keys[:, :1]), (keys[:, 1:],)), dim=1)[:, :count]
     values = ((words >> 9).float() + 0.5) * 2**-23  # 23 bits: exact, and neither 0 nor 1
     return -(-(-values).log1p()).log()

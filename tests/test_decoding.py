@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from aligntok.decoding import TokenSampler, native, sampler
+from aligntok.decoding import TokenSampler, native
 from aligntok.decoding.cached import CachedTransformer
 from aligntok.decoding.native import NativeStep
 from aligntok.errors import UserError
@@ -76,25 +76,6 @@ def test_one_pass_fills_the_cache_as_single_steps_do():
             torch.testing.assert_close(filled[2:, :, :6], expected[2:, :, :6])
             assert not filled[:2].any()
             assert not filled[:, :, 6:].any()
-
-
-@torch.no_grad()
-def test_a_tensor_for_the_position_keeps_shapes_and_results():
-    network = small()
-    ids = torch.cat((network.start_ids(torch.arange(3), 3)[:, None], torch.randint(0, 20, (3, 5))), dim=1)
-    growing, fixed = (CachedTransformer(network, 3, torch.float32) for _ in range(2))
-    seen = []
-
-    def attend(q, keys, values, *args, **options):
-        seen.append(keys.shape[2])
-        return attention(q, keys, values, *args, **options)
-
-    attention = torch.nn.functional.scaled_dot_product_attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-        for i in range(6):
-            torch.testing.assert_close(fixed(ids[:, i : i + 1], torch.tensor([i])), growing(ids[:, i : i + 1], i))
-    assert seen == [n for i in range(6) for n in (LENGTH, LENGTH, i + 1, i + 1)]
 
 
 # Draws
@@ -386,37 +367,6 @@ def test_no_compiler(compiler, reason, monkeypatch):
     native.build.cache_clear()
     with pytest.raises(UserError, match=rf"compile=true on a CPU: .* made no library in .*{reason}.*Install g\+\+ 9"):
         TokenSampler(compile=True)(small(), labels(torch.arange(1)), torch.arange(1), seed=0)
-
-
-def test_fixed_shape(monkeypatch):
-    """With a compiler that only says what it was given: a real one takes a minute."""
-    calls = []
-
-    def fake(function, **options):
-        assert options == {"dynamic": False}
-
-        def compiled(ids, start, rows):
-            calls.append((tuple(ids.shape), isinstance(start, torch.Tensor)))
-            return function(ids, start, rows)
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr(native, "NativeStep", sampler.fixed_shape)  # as on a GPU
-    network, ids = small(), torch.arange(3)
-    tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)
-    assert calls == [((6, 1), True)] * LENGTH  # one shape
-    assert torch.equal(tokens, TokenSampler(4.0)(network, labels(ids), ids, seed=0))
-
-
-@pytest.mark.slow
-def test_real_compiler(monkeypatch):
-    monkeypatch.setattr(native, "NativeStep", sampler.fixed_shape)  # as on a GPU
-    network, ids = small(), torch.arange(3)
-    for _ in range(2):  # the second call compiles nothing
-        tokens = TokenSampler(4.0, compile=True)(network, labels(ids), ids, seed=0)
-        assert torch.equal(tokens, TokenSampler(4.0)(network, labels(ids), ids, seed=0))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Sampling of token sequences: the draws, the step with a cache of keys and values, the same step in C++ for CPUs."""
+"""Sampling of token sequences: the draws, the step with a cache, in C++ for CPUs, as a CUDA graph."""
 
+from aligntok.decoding.graph import release
 from aligntok.decoding.sampler import TokenSampler
 
-__all__ = ["TokenSampler"]
+__all__ = ["TokenSampler", "release"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -49,27 +50,30 @@ class CachedTransformer:
         empty = torch.zeros(shape, dtype=dtype, device=network.rotary.device)
         self.caches = [(empty.clone(), empty.clone()) for _ in network.blocks]
 
-    def __call__(self, ids: Tensor, start: int | Tensor, rows: slice = slice(None)) -> Tensor:
+    def load(self, network: AutoregressiveTransformer) -> None:
+        """Read the weights of a network of the same sizes, into the same memory; not those that are packed."""
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Linear | RMSNorm):
+                attrgetter(name)(self.network).load(module)
+        self.network.embed.weight.copy_(network.embed.weight)
+
+    def __call__(self, ids: Tensor, start: int, rows: slice = slice(None)) -> Tensor:
         """Continue sequences and keep what the next call needs.
 
         Args:
             ids: Rows of the network's embedding table, newest last, (R, n) int64: all from position 0, or one more.
-            start: Position of the first of them. A tensor (1,) keeps all shapes fixed, for ``torch.compile``.
+            start: Position of the first of them.
             rows: Which R of the sequences.
 
         Returns:
             Logits of the token after these, (R, codebook_size) float32.
         """
-        network, length = self.network, self.network.sequence_length
-        if isinstance(start, Tensor):
-            positions, end, mask = start, length, (torch.arange(length, device=start.device) <= start)[None]  # (1, N)
-        else:
-            end, mask = start + ids.shape[1], None
-            positions = torch.arange(start, end, device=ids.device)
+        network, end = self.network, start + ids.shape[1]
+        positions = torch.arange(start, end, device=ids.device)
         x = network.embed(ids).float()  # (R, n, width)
         rotary = network.rotary[positions]
         for block, (keys, values) in zip(network.blocks, self.caches, strict=True):
-            x = block(x, rotary, KeyValueCache(keys[rows, :, :end], values[rows, :, :end], positions, mask))
+            x = block(x, rotary, KeyValueCache(keys[rows, :, :end], values[rows, :, :end], positions))
         return network.head(network.norm(x[:, -1])).float()  # type: ignore[no-any-return]  # (R, codebook_size)
 
 
@@ -86,6 +90,13 @@ class StepLinear:
         self.packed = pack and gains and self.weight.device.type == "cpu" and can_pack(dtype)
         if self.packed:  # private, as are the next two: torch has no public call that keeps a reordered weight
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, num_rows)
+
+    def load(self, linear: nn.Linear) -> None:
+        """Take the weight of another linear layer, of the same size."""
+        assert not self.packed
+        self.weight.copy_(linear.weight)
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., in) of any dtype to (..., out)."""
@@ -104,6 +115,10 @@ class StepNorm:
         assert eps is not None
         self.gain = norm.weight.detach().float() * size**0.5
         self.eps_norm = torch.tensor((size * eps) ** 0.5, device=self.gain.device)
+
+    def load(self, norm: RMSNorm) -> None:
+        """Take the gain of another norm, of the same size."""
+        self.gain.copy_(norm.weight.float() * norm.normalized_shape[0] ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise the last axis, in float32; same shape and dtype."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from aligntok.decoding import native
+from aligntok.decoding import graph, native
 from aligntok.decoding.cached import CachedTransformer
 from aligntok.errors import check, check_positive
 from aligntok.networks.ar import AutoregressiveTransformer
 from aligntok.randomness import gumbel_noise, keys_like_ids
 
 Precision = Literal["float32", "bfloat16", "float16"]
+GRAPH_DEVICES = ("cuda",)
 Step = Callable[[Tensor, int, slice], Tensor]  # ids (R, 1), position and rows, as of ``CachedTransformer``
 
 
@@ -38,9 +41,11 @@ class TokenSampler:
         top_k: Draw from the most likely tokens only, this many; None draws from all.
         top_p: Draw from the fewest most likely tokens that have this share of the probability.
         dtype: Of the weights of the linear layers and of keys and values, in a copy.
-        compile: Compile the step. On a GPU: ``torch.compile`` for a fixed shape, a minute the first time. On a CPU: our
-            own in C++, a second for each number of sequences, for up to 8 at once (4 with guidance), float32 and
-            bfloat16, and sizes that are multiples of 16; without effect where these do not hold.
+        compile: Compile the step. On a CUDA GPU: step, guidance and draw as one graph, made in seconds for each number
+            of sequences. It stays with the network, with a copy of the weights (read anew at each call) and the keys
+            and values, until the network is freed, sampled in another way, or ``aligntok.decoding.release(network)``.
+            On a CPU: our own step in C++, a second for each number of sequences, for up to 8 at once (4 with guidance),
+            float32 and bfloat16, and sizes that are multiples of 16. Without effect where these do not hold.
 
     Reference:
         Guidance: Gao et al., MDTv2, arXiv:2303.14389, as AliTok, arXiv:2506.05289, uses it; top-p: Holtzman et al.,
@@ -118,13 +123,15 @@ class TokenSampler:
         if joins < length:
             assert network.null_label is not None  # checked
             starts = torch.cat((starts, network.start_ids(torch.full_like(starts, network.null_label), count)))
+        if self.compile and device.type in GRAPH_DEVICES:
+            key = (device, len(starts), joins, type(self), *vars(self).values())
+            make = partial(graph.GraphSampler, network, starts, count, joins, dtype, scales, self.draw)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return graph.graph_sampler(network, key, make)(network, starts, keys)
+        faster = self.compile and device.type == "cpu" and native.fits(network, len(starts), dtype)
         sequence = starts[:, None].repeat(1, length + 1)  # (rows, N + 1): the start, then the tokens
-        on_cpu = device.type == "cpu"
-        faster = self.compile and (not on_cpu or native.fits(network, len(starts), dtype))
         cached = CachedTransformer(network, len(starts), dtype, pack=not faster)
-        step: Step = cached
-        if faster:
-            step = native.NativeStep(cached) if on_cpu else fixed_shape(cached)
+        step: Step = native.NativeStep(cached) if faster else cached
         for i, scale in enumerate(scales):
             if i == joins > 0:
                 cached(sequence[count:, :i], 0, slice(count, None))
@@ -136,7 +143,7 @@ class TokenSampler:
             sequence[:, i + 1].view(-1, count)[:] = self.draw(logits[:count], keys, i)
         return sequence[:count, 1:]
 
-    def draw(self, logits: Tensor, keys: Tensor, step: int) -> Tensor:
+    def draw(self, logits: Tensor, keys: Tensor, step: int | Tensor) -> Tensor:
         """Return tokens (B,) from guided logits (B, codebook_size) float32 and ``keys_like_ids`` (B, 2)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
@@ -150,9 +157,3 @@ class TokenSampler:
             least = ordered.masked_fill(beyond, math.inf).amin(dim=-1, keepdim=True)
             logits = logits.masked_fill(logits < least, -math.inf)
         return (logits + gumbel_noise(keys, step, logits.shape[1])).argmax(dim=-1)
-
-
-def fixed_shape(cached: CachedTransformer) -> Step:
-    """Return the step as one graph for all positions."""
-    step = torch.compile(cached.__call__, dynamic=False)
-    return lambda ids, start, rows: step(ids, torch.tensor([start], device=ids.device), rows)

@@ -5,7 +5,7 @@ Touvron et al., LLaMA, arXiv:2302.13971.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -97,13 +97,14 @@ class KeyValueCache(NamedTuple):
         keys: (B, num_heads, N, head_dim); the new ones are written into it.
         values: Likewise.
         positions: Of the n new tokens among the N, (n,) int64.
-        mask: Which of the N positions a new token sees, (n, N) bool; None for all up to its own, where n = 1 or n = N.
+        attend: From queries, keys, values and positions to what a new token sees, for n = 1 among a fixed number N;
+            None where it sees all N, and for n = N those before it.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
-    mask: Tensor | None = None
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -149,13 +150,16 @@ class Attention(nn.Module):
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        mask, causal = None, self.causal
+        causal = self.causal
         if cache is not None:
             k = cache.keys.index_copy_(2, cache.positions, k)  # (B, heads, N, head_dim)
             v = cache.values.index_copy_(2, cache.positions, v)
-            mask, causal = cache.mask, causal and len(cache.positions) > 1  # one new token sees all
-        dropout = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+            causal = causal and len(cache.positions) > 1  # one new token sees all
+        if cache is not None and cache.attend is not None:
+            seen = cache.attend(q, k, v, cache.positions)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            seen = F.scaled_dot_product_attention(q, k, v, None, dropout, causal)
         y: Tensor = self.proj(seen.transpose(1, 2).flatten(2))  # (B, n, width)
         return y
 
