@@ -44,6 +44,7 @@ class CodebookHealth(Measurement):
         self.window, self.min_usage = window, min_usage
         self.batches, self.warned = 0, False
         self.health: dict[str, float] = {}
+        self.logged: dict[str, torch.Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Look for the quantizer, which is measured in training too."""
@@ -58,7 +59,7 @@ class CodebookHealth(Measurement):
         self.quantizer.reset_counts()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Measure at the end of a window; log at every step, so that no logging interval misses it."""
+        """Measure at the end of a window, where the host waits; log at every step: no logging interval misses it."""
         if not self.quantizer.training:
             return
         self.batches += 1
@@ -69,7 +70,10 @@ class CodebookHealth(Measurement):
             if self.health["usage"] < self.min_usage and not self.warned:
                 self.warned = True
                 rank_zero_warn(collapse(self.health, self.quantizer, self.window, trainer.global_step))
-        pl_module.log_dict({f"train/codebook_{name}": value for name, value in self.health.items()})
+            # kept on the device: the host waits for a number that it sends there
+            logged = {f"train/codebook_{name}": value for name, value in self.health.items()}
+            self.logged = {name: torch.full((), value, device=pl_module.device) for name, value in logged.items()}
+        pl_module.log_dict(self.logged)
 
     # Validation
 

@@ -51,7 +51,9 @@ class ProgressBar(TQDMProgressBar):
             self.wait_seconds += new * (self.started - self.ended - self.wait_seconds)
             num_images = len(next(iter(batch.values()))) * trainer.world_size if isinstance(batch, dict) else 0
             self.rate, wait = num_images / self.step_seconds, self.wait_seconds / self.step_seconds
-            module.log_dict({"train/images_per_s": self.rate, "train/data_wait": wait})
+            # drawn on the device: the host waits for a number that it sends there
+            logged = {"train/images_per_s": self.rate, "train/data_wait": wait}
+            module.log_dict({name: torch.full((), value, device=module.device) for name, value in logged.items()})
         self.ended = now
         super().on_train_batch_end(trainer, module, out, batch, i)
         due = now - self.printed > SECONDS_BETWEEN_LINES or steps_left(trainer) == 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import check, check_positive
 from aligntok.networks.codebook import (
+    FREE_LOOK,
     counts_of_all_ranks,
     kmeans,
     means_of_all_ranks,
@@ -49,8 +50,7 @@ class VectorQuantizer(nn.Module):
     In training mode each forward pass looks up first and then moves the codes as `update` says, by the vectors of all
     ranks. The codebook stays bit-equal on all ranks and is that of one process with the whole batch; vectors and
     distances stay on their rank. In eval mode nothing changes. Which code is nearest depends on the values alone, and
-    of codes equally near the first is taken. On a GPU the host waits for the device once in a lookup, and twice more in
-    a training step with ``clustering``.
+    of codes equally near the first is taken. On a GPU the host waits for the device at the first step alone.
 
     Args:
         codebook_size: Number of codes, K.
@@ -179,12 +179,15 @@ class VectorQuantizer(nn.Module):
         if self.update == "clustering":
             slope = CLUSTERING_SHARPNESS * self.codebook_size / (1 - self.decay)
             weight = torch.exp(-self.usage * slope - CLUSTERING_SHIFT)
-            # Exactly 0 for codes in use. The host waits for their number: it saves the search for all others.
-            moving = weight.nonzero().flatten()
-            if len(moving):
-                old = codes[moving]
-                new = nearest_of_all_ranks(old, vectors, numbers, self.max_distances)
-                self._set_codes(codes.index_copy(0, moving, old.lerp(new, weight[moving, None])))
+            if codes.device.type in FREE_LOOK:  # exactly 0 for codes in use: leaving them out saves their search
+                moving = weight.nonzero().flatten()
+                if not len(moving):
+                    return
+            else:
+                moving = torch.arange(len(codes), device=codes.device)
+            old = codes[moving]
+            new = nearest_of_all_ranks(old, vectors, numbers, self.max_distances)
+            self._set_codes(codes.index_copy(0, moving, old.lerp(new, weight[moving, None])))
         elif self.update == "ema":
             step = (1 - self.decay) * share / self.usage  # as the running sum over the running count of each code
             means = means_of_all_ranks(vectors, tokens, counts)

@@ -124,7 +124,7 @@ class GeneratorStage(Stage):
         if self.network.null_label is None:
             return label
         dropped = self.uniform(batch, "label") < self.label_dropout
-        return torch.where(dropped, self.network.null_label, label)
+        return label.masked_fill(dropped, self.network.null_label)
 
     # Measures
 

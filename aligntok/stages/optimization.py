@@ -113,6 +113,16 @@ def clip_(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     return norm
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step of an optimizer does nothing, on the device itself, where its ``found_inf`` is 1.
+
+    That is torch's own way for mixed precision. The fused Adam and AdamW have it; the fused SGD has it too, but takes
+    memory that nobody wrote for its momentum after a first step that was skipped.
+    """
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))  # no subclasses of each other in torch 2.6
+    return adam and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 def drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Let the optimizer leave these parameters and their state alone in this step."""
     for parameter in parameters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -18,9 +18,34 @@ from torch import Tensor
 from aligntok.errors import UserError, check
 from aligntok.protocols import HasSourceIndices, offered_data
 from aligntok.randomness import normal, uniform
-from aligntok.stages.optimization import Optimization, ParameterGroup, clip_, drop_gradients, parameters_by_group
+from aligntok.stages.optimization import (
+    Optimization,
+    ParameterGroup,
+    clip_,
+    drop_gradients,
+    parameters_by_group,
+    skips_on_device,
+)
 from aligntok.weights.checkpoint import check_fits, part_of, read_checkpoint
 from aligntok.weights.migration import STAGE_KEY, migrate, split_groups
+
+LAG = 2  # steps after which the host looks at what a GPU found: it is there by then, and nothing waits for it
+
+
+class Verdict(NamedTuple):
+    """Whether the gradient of a step was bad, on its way from the device to the host.
+
+    Attributes:
+        bad: () bool in the memory of the host.
+        arrived: After it ``bad`` may be read; none on the CPU.
+        step: The optimizer step.
+        ids: Of its images, on the device.
+    """
+
+    bad: Tensor
+    arrived: torch.cuda.Event | None
+    step: int
+    ids: list[Tensor]
 
 
 class Stage(pl.LightningModule):
@@ -45,7 +70,8 @@ class Stage(pl.LightningModule):
         if hparams_mixin._given_hyperparameters.get() is not None:
             self.save_hyperparameters(logger=False)
         self.optimization = optimization
-        self.nonfinite_steps = 0
+        self.nonfinite_steps = 0  # in a row
+        self.verdicts: list[Verdict] = []  # that the host has not looked at, the oldest first
         self.batch_ids: list[Tensor] = []
         self.resumed = False
 
@@ -120,7 +146,11 @@ class Stage(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure each group's gradient, clip it by its own norm, and skip the step where it is not finite."""
+        """Measure each group's gradient, clip it by its own norm, and skip the step where it is not finite.
+
+        Where the optimizer can skip by itself, see ``skips_on_device``, the host of a GPU waits for nothing, and learns
+        of the skipped step ``LAG`` steps later, on all ranks alike. Other optimizers make it wait in each step.
+        """
         norms: dict[str, Tensor] = {}
         groups = parameters_by_group(optimizer)
         for name, parameters in groups.items():
@@ -130,14 +160,33 @@ class Stage(pl.LightningModule):
                 norms[name] = clip_(parameters, float(gradient_clip_val) if gradient_clip_val else None)
         self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
         ids, self.batch_ids = self.batch_ids, []
-        if bool(torch.stack(list(norms.values())).isfinite().all()):
-            self.nonfinite_steps = 0
-            return
-        for parameters in groups.values():
-            drop_gradients(parameters)
-        self.report_nonfinite(ids)
+        bad = ~torch.stack(list(norms.values())).isfinite().all()
+        if skips_on_device(optimizer):
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # where torch's GradScaler puts it
+        elif bad:
+            for parameters in groups.values():
+                drop_gradients(parameters)
+        on_host = bad.to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if bad.is_cuda else None
+        self.verdicts.append(Verdict(on_host, arrived, self.global_step, ids))
+        self.look_at_verdicts(LAG if bad.is_cuda else 0)
 
-    def report_nonfinite(self, ids: list[Tensor]) -> None:
+    def look_at_verdicts(self, but: int = 0) -> None:
+        """Count bad steps in a row and report them, as far as the device has come; leave the last ``but`` for later."""
+        while len(self.verdicts) > but:
+            bad, arrived, step, ids = self.verdicts.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            if bad.tolist():
+                self.report_nonfinite(step, ids)
+            else:
+                self.nonfinite_steps = 0
+
+    def on_train_end(self) -> None:
+        """Look at the last steps."""
+        self.look_at_verdicts()
+
+    def report_nonfinite(self, step: int, ids: list[Tensor]) -> None:
         """Write down which images of the source made a step fail, and stop after too many in a row."""
         self.nonfinite_steps += 1
         numbers, data = torch.cat(ids).tolist() if ids else [], offered_data(self.trainer, HasSourceIndices)
@@ -146,13 +195,13 @@ class Stage(pl.LightningModule):
         path = Path(self.trainer.default_root_dir) / "nonfinite_steps.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            file.write(f"{self.global_step},{self.global_rank},{' '.join(map(str, numbers)) or 'unknown'}\n")
-        rank_zero_warn(f"step {self.global_step}: gradient not finite, step skipped; its image ids are in {path}")
+            file.write(f"{step},{self.global_rank},{' '.join(map(str, numbers)) or 'unknown'}\n")
+        rank_zero_warn(f"step {step}: gradient not finite, step skipped; its image ids are in {path}")
         saved = (Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt").is_file()
         good = "The last checkpoint is good: resume with --ckpt_path last and" if saved else "Start again with"
         check(
             self.nonfinite_steps < self.optimization.max_nonfinite_steps,
-            f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {self.global_step}; image ids"
+            f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {step}; image ids"
             f" in {path}. {good} a lower learning rate",
         )
 
@@ -210,7 +259,8 @@ class Stage(pl.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which stage this is."""
+        """Say which stage this is; a run that must stop for its gradients does so before."""
+        self.look_at_verdicts()
         checkpoint[STAGE_KEY] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

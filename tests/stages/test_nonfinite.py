@@ -1,6 +1,7 @@
 """A gradient that is not finite: the step is skipped and written down; too many in a row stop the run."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from aligntok.data import Augmentation, LatentDataModule
 from aligntok.data.shapes import Shapes
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
+from aligntok.stages.stage import Verdict
 
+FUSED = partial(torch.optim.AdamW, fused=True)  # skips a step by itself, on the device
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [torch.optim.AdamW, FUSED])
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient not finite, step skipped")  # what these tests provoke
 
 
@@ -50,8 +54,9 @@ def rows(folder):
     return [(int(step), [int(i) for i in ids.split()]) for step, _, ids in (line.split(",") for line in lines)]
 
 
-def test_a_single_step_is_skipped_and_written_down(tiny, tmp_path):
-    record = fit(tiny, tmp_path, [2], 5)
+@OPTIMIZERS
+def test_a_single_step_is_skipped_and_written_down(tiny, tmp_path, optimizer):
+    record = fit(tiny, tmp_path, [2], 5, optimizer=optimizer)
     assert not same(record.weights[0], record.weights[1])
     assert same(record.weights[1], record.weights[2])  # generator and discriminator
     assert record.adam_steps[2] == record.adam_steps[1]
@@ -84,11 +89,12 @@ def test_a_good_step_sets_the_count_back(tiny, tmp_path):
     assert [step for step, _ in rows(tmp_path)] == [0, 1, 3, 4]
 
 
-def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(tiny, tmp_path):
+@OPTIMIZERS
+def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(tiny, tmp_path, optimizer):
     with pytest.raises(
         UserError, match=r"not finite in 3 steps in a row up to (step )?4.*nonfinite_steps\.csv.*--ckpt_path last"
     ):
-        fit(tiny, tmp_path, [2, 3, 4], 9, max_nonfinite_steps=3)
+        fit(tiny, tmp_path, [2, 3, 4], 9, max_nonfinite_steps=3, optimizer=optimizer)
     assert [step for step, _ in rows(tmp_path)] == [2, 3, 4]
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     for tensors in (checkpoint["state_dict"], *checkpoint["optimizer_states"][0]["state"].values()):
@@ -101,6 +107,26 @@ def test_a_checkpoint_that_is_not_there_is_not_called_good(tiny, tmp_path):
     with pytest.raises(UserError, match="Start again with a lower learning rate"):
         fit(tiny, tmp_path, [0], 9, max_nonfinite_steps=1)
     assert not (tmp_path / "checkpoints/last.ckpt").exists()
+
+
+def test_the_optimizer_that_skips_by_itself_takes_the_same_steps(tiny, tmp_path):
+    """To the last bit, also where the first step is skipped."""
+    one = fit(tiny, tmp_path / "one", [0, 2], 4, optimizer=FUSED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aligntok.stages.stage.skips_on_device", lambda optimizer: False)
+        two = fit(tiny, tmp_path / "two", [0, 2], 4, optimizer=FUSED)
+    assert all(map(same, one.weights, two.weights))
+    assert one.adam_steps[-1] == two.adam_steps[-1]
+
+
+def test_what_a_gpu_finds_is_looked_at_later_but_before_a_checkpoint(tiny, tmp_path):
+    stage = tiny.stage(max_nonfinite_steps=3)
+    stage.trainer = tiny.trainer(tmp_path, 1)
+    stage.verdicts = [Verdict(torch.tensor(True), None, step, [torch.tensor([step])]) for step in range(5)]
+    stage.look_at_verdicts(but=3)
+    assert rows(tmp_path) == [(0, [0]), (1, [1])]
+    with pytest.raises(UserError, match="not finite in 3 steps in a row up to 2"):
+        stage.on_save_checkpoint({})
 
 
 def fit_on(tiny, folder, steps):
