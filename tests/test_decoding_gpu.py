@@ -125,8 +125,7 @@ def test_through_the_compiler_on_a_cpu(options, count, on_cpu):
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("options", "count"), [(OPTIONS[2], 3), (OPTIONS[3], 1)], ids=str)
 def test_the_graph_draws_the_same_tokens(options, count):
     network = small("cuda")
     first = tokens(network, count, True, **options)
@@ -149,8 +148,8 @@ def test_tokens_are_those_of_the_cpu():
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "num_heads", "head_dim"), [(2, 2, 48), (64, 16, 48), (3, 1, 80), (2, 5, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "num_heads", "head_dim"), [(2, 2, 48), (64, 16, 48), (3, 1, 80)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_attends(rows, num_heads, head_dim, dtype):
     generator = torch.Generator("cuda").manual_seed(0)
     shape = rows, num_heads, 273, head_dim
