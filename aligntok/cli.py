@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import lightning.pytorch as pl
+import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,6 +33,7 @@ from aligntok.errors import UserError, check, check_nonnegative, check_positive,
 from aligntok.files import check_writable, locked, write_text
 from aligntok.layers import read_command, to_text
 from aligntok.messages import LONGEST, HelpFormatter, ShortErrors, building
+from aligntok.networks import compile_blocks
 from aligntok.programs.fabric import check_nodes
 from aligntok.programs.repair import refuse_writers
 from aligntok.references import followed
@@ -83,6 +85,10 @@ class RunCLI(LightningCLI):
         add("--init_from", type=str | None, help=about)
         about = "Decay of the average to measure, of those that the run kept; 0: the raw weights. Not in fit."
         add("--ema", type=float | None, help=about)
+        about = "Compile the blocks of all networks with torch.compile: a minute at the start, then faster on a GPU."
+        add("--compile", type=bool, default=False, help=about)
+        about = "Products of float32 matrices on a GPU: highest is exact; high, TF32, is several times faster."
+        add("--float32_matmul", type=Literal["highest", "high", "medium"], default="highest", help=about)
         about = "Callbacks by name; null removes one. In a list, without names: trainer.callbacks."
         add("--callbacks", type=dict[str, Callback | None], default={}, help=about)
         parser.link_arguments("output", "trainer.default_root_dir")
@@ -181,8 +187,14 @@ class RunCLI(LightningCLI):
             raise UserError(about_trainer(error, {**self.config[subcommand].trainer})) from error
 
     def after_instantiate_classes(self) -> None:
-        """Take the previous stage's weights."""
+        """Switch on what makes a GPU faster, and take the previous stage's weights."""
         config = self.config[self.subcommand]
+        torch.set_float32_matmul_precision(config.float32_matmul)
+        if config.compile and isinstance(self.model, Stage):
+            self.model.compile_blocks = True  # once all networks are there
+        elif config.compile:
+            what = f"--compile has no effect on {type(self.model).__name__}: no class of its parts says compiled_as_one"
+            check(bool(compile_blocks(self.model)), what)
         if config.init_from and not config.get("ckpt_path"):
             if not isinstance(self.model, Stage):
                 raise UserError(f"--init_from has no effect on {type(self.model).__name__}: it is no stage of aligntok")

@@ -65,12 +65,7 @@ class LPIPS(PerceptualDistance):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Return five maps of features, of unit length in each place."""
-        x = (image.float() * 2 - 1 - self.mean) / self.std
-        maps = []
-        for index, layer in enumerate(self.network.on(image.device)[0]):
-            x = layer(x)
-            if index in LPIPS_LAYERS:
-                maps.append(x / (x.square().sum(1, keepdim=True) + LPIPS_EPS).sqrt())
+        maps: list[Tensor] = self.network.on(image.device)[0]((image.float() * 2 - 1 - self.mean) / self.std)
         return maps
 
     def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
@@ -86,11 +81,26 @@ class LPIPS(PerceptualDistance):
 
         state = published_state(VGG16_URL, "LPIPS", REMEDY)
         with torch.device("meta"):
-            layers = vgg16().features[: LPIPS_LAYERS[-1] + 1]
+            layers = UnitMaps(*vgg16().features[: LPIPS_LAYERS[-1] + 1])
         layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
         file = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/vgg.pth"
         weights = torch.load(file, weights_only=True, map_location="cpu").values()  # each (1, width, 1, 1)
         return nn.ModuleList([layers, nn.ParameterList(weights)])
+
+
+class UnitMaps(nn.Sequential):
+    """VGG-16's layers; gives what the compared ones give, of unit length in each place."""
+
+    compiled_as_one = True
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map normalised images (B, 3, H, W) to maps (B, C_i, H_i, W_i)."""
+        maps = []
+        for index, layer in enumerate(self):
+            x = layer(x)
+            if index in LPIPS_LAYERS:
+                maps.append(x / (x.square().sum(1, keepdim=True) + LPIPS_EPS).sqrt())
+        return maps
 
 
 class LogitDistance(PerceptualDistance):

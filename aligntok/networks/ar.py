@@ -135,6 +135,8 @@ class AutoregressiveTransformer(layers.ClassConditional):
 class Block(nn.Module):
     """Causal attention and gated MLP, each behind a norm."""
 
+    compiled_as_one = True
+
     def __init__(self, width: int, num_heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.norm_attention = RMSNorm(width, NORM_EPS)

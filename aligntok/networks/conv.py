@@ -164,6 +164,8 @@ class Level(nn.Module):
     torch.Size([2, 8, 3, 3])
     """
 
+    compiled_as_one = True  # a GPU's GroupNorm alone would turn channels_last into contiguous
+
     def __init__(
         self, width_in: int, width: int, num_blocks: int, attention: bool, num_groups: int, resize: str | None = None
     ) -> None:

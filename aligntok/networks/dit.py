@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_positive
+from aligntok.networks import compiled
 from aligntok.networks.layers import Attention, ClassConditional, SwiGLU, check_rotary_sizes, run_blocks
 from aligntok.networks.positions import grid_coordinates, rotary_table, sincos_positions, wave_frequencies
 
@@ -63,7 +64,7 @@ class DiT(ClassConditional):
         null_class: One more class, `num_classes`, that means no class.
         wide_head: RAE's wide head.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-        compile_blocks: Compile each block with ``torch.compile`` when it first runs.
+        compile_blocks: Compile each block when it first runs; ``compile_blocks(network)`` does so later.
 
     Reference:
         Yao et al., arXiv:2501.01423, section 4.
@@ -118,8 +119,7 @@ class DiT(ClassConditional):
         all_blocks = [module for module in self.modules() if isinstance(module, Block)]
         self._init_weights(all_blocks)
         if compile_blocks:
-            for block in all_blocks:
-                block.compile()  # in place: the names in the state dict stay
+            compiled.compile_blocks(self)
 
     def forward(self, latent: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Return the velocity (B, C, h, w).
@@ -204,6 +204,8 @@ class TimeEmbedding(nn.Module):
 
 class Block(nn.Module):
     """Attention and gated MLP, each with shift, scale and gate from the condition (adaLN-zero)."""
+
+    compiled_as_one = True
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from aligntok.errors import UserError, check
+from aligntok.networks import compile_blocks
 from aligntok.protocols import HasSourceIndices, offered_data
 from aligntok.randomness import normal, uniform
 from aligntok.stages.optimization import (
@@ -62,6 +63,9 @@ class Stage(pl.LightningModule):
 
     needs_previous = False
     """Whether the command line refuses to start this stage without ``--init_from``."""
+
+    compile_blocks = False
+    """Whether the blocks of all networks are compiled before the run; see ``aligntok.networks.compile_blocks``."""
 
     def __init__(self, optimization: Optimization) -> None:
         super().__init__()
@@ -126,6 +130,12 @@ class Stage(pl.LightningModule):
             by_norm = self.trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE
             check(by_norm, "gradient_clip_algorithm value is not supported: gradients are clipped by norm, remove it")
             self.train()
+
+    def configure_model(self) -> None:
+        """Compile what is to be compiled, once."""
+        if self.compile_blocks:
+            self.compile_blocks = False
+            compile_blocks(self)
 
     # Optimisation
 

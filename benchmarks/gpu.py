@@ -1,0 +1,282 @@
+"""Images per second and share of the peak on one GPU: training, encoding, decoding. All rows in under 9 minutes.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --only dit ar --eager --profile
+    python benchmarks/gpu.py --toy                              # small sizes, also on a CPU: that it runs
+
+Training rows are the stages at the papers' sizes with random weights, each in a Lightning Trainer as its config has it:
+bf16-mixed, compiled blocks, TF32, gradient norms and clipping, fused AdamW, average of the weights. FLOPs are those that
+torch's FlopCounterMode counts in one step of the same stage without compilation: matmuls, convolutions and attention,
+forward and backward; frozen networks count, recomputed and elementwise work does not, causal attention counts in full.
+The peak is that of a large bf16 matmul just before. A row that fails says why, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from alitok_training import made
+from dit import quiet
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import convnext_small
+from training_step import paper256, tiny32
+
+from aligntok.callbacks import EMA
+from aligntok.flow import FlowMatching, TimeSampling
+from aligntok.losses import LogitDistance, PerceptualTerm, ReconstructionLoss
+from aligntok.networks import DiT, Frozen, compile_blocks
+from aligntok.stages import CausalTokenization, LatentDiffusion, Optimization, Stage
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WARM_UP, STEPS = 4, 12
+COUNTED = 2  # images of the step whose FLOPs are counted
+HEADER = "| what | batch | images/s | GFLOP / image | TFLOP/s | share of the matmul peak | peak memory, GB | start, s |"
+
+
+class Work(NamedTuple):
+    """A stage and the batch that it trains on."""
+
+    stage: Stage
+    batch: dict[str, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(TRAINING | INFERENCE), help="rows")
+    parser.add_argument("--eager", action="store_true", help="each training row without compilation, too")
+    parser.add_argument("--profile", action="store_true", help="the kernels that take the time of a step")
+    parser.add_argument("--toy", action="store_true", help="small sizes")
+    args = parser.parse_args()
+    quiet()
+    torch.set_float32_matmul_precision("high")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    peak = matmul_peak(256 if args.toy else 8192)
+    print(f"{name}, torch {torch.__version__}; bf16 matmul {peak / 1e12:.3g} TFLOP/s\n\n{HEADER}\n{'|---' * 8}|")
+    for key in args.only or TRAINING | INFERENCE:
+        for compiled in (True, False) if args.eager and key in TRAINING else (DEVICE.type == "cuda",):
+            try:
+                row(key, compiled, peak, args)
+            except Exception as error:
+                print(f"| {key} | failed: {type(error).__name__}: {str(error)[:2000]} |", flush=True)
+            gc.collect()
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def row(key: str, compiled: bool, peak: float, args: argparse.Namespace) -> None:
+    """Measure one row and print it."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    began, kernels = time.perf_counter(), ""
+    if key in TRAINING:
+        work = TRAINING[key](args.toy)
+        count, flops = len(next(iter(work.batch.values()))), training_flops(work)
+        clock = train(work, compiled)
+        rate, start = count / clock.step(), clock.first - began
+        if args.profile:
+            kernels = profiled(work)
+    else:
+        count, flops, action = INFERENCE[key](args.toy, compiled)
+        action()
+        start = time.perf_counter() - began
+        rate = count / seconds(action)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else float("nan")
+    done = rate * flops
+    print(
+        f"| {key}{'' if compiled else ', eager'} | {count} | **{rate:.4g}** | {flops / 1e9:.4g} | {done / 1e12:.3g}"
+        f" | **{done / peak:.1%}** | {memory:.1f} | {start:.0f} |{kernels}",
+        flush=True,
+    )
+
+
+# What is measured
+
+
+def alignment(toy: bool) -> Work:
+    """AlignTok stage 2 with GAN: DINOv2-L/14, VA-VAE's decoder, LPIPS, PatchGAN, 256 px."""
+    stage, size = tiny32() if toy else paper256()
+    stage.loss.adversarial.discriminator_start = 0
+    count = 4 if toy else 32
+    stage.to(DEVICE).measure_latents([torch.rand(count, 3, size, size)])
+    return Work(stage, images(count, size))
+
+
+def causal(toy: bool) -> Work:
+    """AliTok stage 1, second version: ViT-B and ViT-L, ConvNeXt-S' logits of image and prefix, 256 px."""
+    stage, _ = made("stage 1, causal tokenization")
+    logits = LogitDistance()
+    logits.network = Frozen(convnext_small)
+    loss = ReconstructionLoss("mse", {"logits": PerceptualTerm(logits)})
+    stage = CausalTokenization(stage.tokenizer, loss, stage.optimization, auxiliary="perceptual", prefix_weight=16.0)
+    return Work(stage, images(1 if toy else 48, 256))
+
+
+def diffusion(toy: bool) -> Work:
+    """DiT-XL/1 on latents 32x16x16."""
+    width, depth, num_heads = (64, 2, 2) if toy else (1152, 28, 16)
+    network = DiT((32, 16, 16), 1000, width, depth, num_heads)
+    objective = FlowMatching(TimeSampling("logit_normal"), cosine_weight=1.0)
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    count = 4 if toy else 128
+    batch = {"latent": torch.randn(count, 32, 16, 16), "label": torch.randint(1000, (count,)), "id": torch.arange(count)}
+    return Work(LatentDiffusion(network, objective=objective, optimization=Optimization(2e-4, adamw)), batch)
+
+
+def autoregression(toy: bool) -> Work:
+    """AliTok's generator B on 272 tokens."""
+    stage, _ = made("generator B")
+    count = 1 if toy else 256
+    tokens = torch.randint(4096, (count, stage.network.sequence_length))
+    return Work(stage, {"tokens": tokens, "label": torch.randint(1000, (count,)), "id": torch.arange(count)})
+
+
+def images(count: int, size: int) -> dict[str, Tensor]:
+    return {"image": torch.rand(count, 3, size, size), "id": torch.arange(count)}
+
+
+def encoding(toy: bool, compiled: bool) -> tuple[int, float, Callable[[], Any]]:
+    """Images to latents: DINOv2-L/14 and the adapter, as ``aligntok encode`` calls them."""
+    stage, size = tiny32() if toy else paper256()
+    return inference(stage.tokenizer.encode, stage.tokenizer, compiled, torch.rand(4 if toy else 256, 3, size, size))
+
+
+def decoding(toy: bool, compiled: bool) -> tuple[int, float, Callable[[], Any]]:
+    """Latents to images: VA-VAE's decoder."""
+    stage, _ = tiny32() if toy else paper256()
+    shape = stage.tokenizer.spec.latent_shape
+    return inference(stage.tokenizer.decode, stage.tokenizer, compiled, torch.randn(4 if toy else 64, *shape))
+
+
+def inference(
+    function: Callable[[Tensor], Tensor], network: nn.Module, compiled: bool, given: Tensor
+) -> tuple[int, float, Callable[[], Any]]:
+    """Return how many images a call takes, the FLOPs of one, and the call."""
+    network.to(DEVICE).eval()
+    given = given.to(DEVICE)
+
+    def action(count: int | None = None) -> None:
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+            function(given[:count])
+
+    with FlopCounterMode(display=False) as counter:
+        action(COUNTED)
+    if compiled:
+        compile_blocks(network)
+    return len(given), counter.get_total_flops() / min(COUNTED, len(given)), action
+
+
+TRAINING = {"stage2": alignment, "alitok1": causal, "dit": diffusion, "ar": autoregression}
+INFERENCE = {"encode": encoding, "decode": decoding}
+
+
+# Measuring
+
+
+class Clock(pl.Callback):
+    """When each step began, by the GPU's clock: the host does not wait for it."""
+
+    def __init__(self) -> None:
+        self.began: list[Any] = []
+        self.first = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.began.append(moment())
+        if len(self.began) == WARM_UP + 1:
+            self.first = time.perf_counter()
+
+    def step(self) -> float:
+        """Return the seconds of a step after the warm-up."""
+        first, last = self.began[WARM_UP], self.began[-1]
+        if isinstance(first, float):
+            return (last - first) / (len(self.began) - 1 - WARM_UP)
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3 / (len(self.began) - 1 - WARM_UP)
+
+
+def moment() -> Any:
+    """Return a recorded event of the GPU, or the time of a CPU."""
+    if DEVICE.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def train(work: Work, compiled: bool, steps: int = WARM_UP + STEPS + 1) -> Clock:
+    """Train as a recipe does, and return the times."""
+    work.stage.compile_blocks = compiled
+    clock = Clock()
+    trainer = pl.Trainer(
+        accelerator=DEVICE.type,
+        devices=1,
+        precision="bf16-mixed" if DEVICE.type == "cuda" else "32-true",
+        max_steps=steps if DEVICE.type == "cuda" else WARM_UP + 2,
+        gradient_clip_val=1.0,
+        callbacks=[EMA(0.9999), clock],
+        log_every_n_steps=1000,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(work.stage, DataLoader([work.batch] * steps, batch_size=None, pin_memory=DEVICE.type == "cuda"))
+    return clock
+
+
+def training_flops(work: Work) -> float:
+    """Return the FLOPs of a training step, for one image."""
+    stage = work.stage.to(DEVICE).train()
+    batch = {key: value[:COUNTED].to(DEVICE) for key, value in work.batch.items()}
+    with FlopCounterMode(display=False) as counter, torch.autocast(DEVICE.type, torch.bfloat16):
+        loss = stage.training_step(batch, 0)
+    with counter:
+        loss.backward()
+    stage.zero_grad()
+    return counter.get_total_flops() / len(next(iter(batch.values())))
+
+
+def profiled(work: Work) -> str:
+    """Return the kernels that take the most time in four more steps, a line each."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        train(work, compiled=False, steps=4)  # its blocks stay as they are
+    events = [e for e in profiler.key_averages() if e.self_device_time_total and e.device_type.name == "CUDA"]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events) or 1
+    lines = [f"    {e.self_device_time_total / total:6.1%} {e.count:6d} x {e.key[:110]}" for e in events[:22]]
+    return "\n" + "\n".join(lines)
+
+
+def seconds(action: Callable[[], Any], times: int = 5) -> float:
+    """Return the seconds of a call."""
+    began = moment()
+    for _ in range(times):
+        action()
+    ended = moment()
+    if isinstance(began, float):
+        return (ended - began) / times
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1e3 / times
+
+
+def matmul_peak(size: int) -> float:
+    """Return the FLOP/s of a bf16 matmul of square random matrices."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * size**3 / seconds(lambda: a @ b, 20)
+
+
+if __name__ == "__main__":
+    main()
