@@ -4,11 +4,11 @@
     python benchmarks/gpu.py --only dit ar --eager --profile
     python benchmarks/gpu.py --toy                              # small sizes, also on a CPU: that it runs
 
-Training rows are the stages at the papers' sizes with random weights, each in a Lightning Trainer as its config has it:
-bf16-mixed, compiled blocks, TF32, gradient norms and clipping, fused AdamW, average of the weights. FLOPs are those that
-torch's FlopCounterMode counts in one step of the same stage without compilation: matmuls, convolutions and attention,
-forward and backward; frozen networks count, recomputed and elementwise work does not, causal attention counts in full.
-The peak is that of a large bf16 matmul just before. A row that fails says why, and the others go on.
+Training rows are the stages at the papers' sizes with random weights, each in a Lightning Trainer as its config has
+it: bf16-mixed, compiled blocks, TF32, gradient norms and clipping, fused AdamW, average of the weights. FLOPs are those
+that torch's formulas count in one step of the same stage without compilation: matmuls, convolutions and attention,
+forward and backward; frozen networks count, elementwise work does not, causal attention counts in full. The peak is
+that of a large bf16 matmul just before. A row that fails says why, and the others go on.
 """
 
 from __future__ import annotations
@@ -26,18 +26,30 @@ from alitok_training import made
 from dit import quiet
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torchvision.models import convnext_small
 from training_step import paper256, tiny32
 
 from aligntok.callbacks import EMA
 from aligntok.flow import FlowMatching, TimeSampling
 from aligntok.losses import LogitDistance, PerceptualTerm, ReconstructionLoss
-from aligntok.networks import DiT, Frozen, compile_blocks
-from aligntok.stages import CausalTokenization, LatentDiffusion, Optimization, Stage
+from aligntok.networks import (
+    AutoregressiveTransformer,
+    DiT,
+    Frozen,
+    LinearAdapter,
+    QueryEncoder,
+    TokenDecoder,
+    Tokenizer,
+    VectorQuantizer,
+    compile_blocks,
+)
+from aligntok.stages import AutoregressiveGeneration, CausalTokenization, LatentDiffusion, Optimization, Stage
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = torch.device("cuda" if ON_GPU else "cpu"), torch.bfloat16 if ON_GPU else torch.float32
 WARM_UP, STEPS = 4, 12
 COUNTED = 2  # images of the step whose FLOPs are counted
 HEADER = "| what | batch | images/s | GFLOP / image | TFLOP/s | share of the matmul peak | peak memory, GB | start, s |"
@@ -59,23 +71,23 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     torch.set_float32_matmul_precision("high")
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if ON_GPU else "CPU"
     peak = matmul_peak(256 if args.toy else 8192)
     print(f"{name}, torch {torch.__version__}; bf16 matmul {peak / 1e12:.3g} TFLOP/s\n\n{HEADER}\n{'|---' * 8}|")
     for key in args.only or TRAINING | INFERENCE:
-        for compiled in (True, False) if args.eager and key in TRAINING else (DEVICE.type == "cuda",):
+        for compiled in (True, False) if args.eager and key in TRAINING else (ON_GPU,):
             try:
                 row(key, compiled, peak, args)
             except Exception as error:
                 print(f"| {key} | failed: {type(error).__name__}: {str(error)[:2000]} |", flush=True)
             gc.collect()
-            if DEVICE.type == "cuda":
+            if ON_GPU:
                 torch.cuda.empty_cache()
 
 
 def row(key: str, compiled: bool, peak: float, args: argparse.Namespace) -> None:
     """Measure one row and print it."""
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     began, kernels = time.perf_counter(), ""
@@ -91,7 +103,7 @@ def row(key: str, compiled: bool, peak: float, args: argparse.Namespace) -> None
         action()
         start = time.perf_counter() - began
         rate = count / seconds(action)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else float("nan")
+    memory = torch.cuda.max_memory_allocated() / 1e9 if ON_GPU else float("nan")
     done = rate * flops
     print(
         f"| {key}{'' if compiled else ', eager'} | {count} | **{rate:.4g}** | {flops / 1e9:.4g} | {done / 1e12:.3g}"
@@ -114,12 +126,20 @@ def alignment(toy: bool) -> Work:
 
 def causal(toy: bool) -> Work:
     """AliTok stage 1, second version: ViT-B and ViT-L, ConvNeXt-S' logits of image and prefix, 256 px."""
-    stage, _ = made("stage 1, causal tokenization")
-    logits = LogitDistance()
+    size = 64 if toy else 256
+    stage = tiny_causal(size) if toy else made("stage 1, causal tokenization")[0]
+    logits = LogitDistance(32 if toy else 224)
     logits.network = Frozen(convnext_small)
     loss = ReconstructionLoss("mse", {"logits": PerceptualTerm(logits)})
     stage = CausalTokenization(stage.tokenizer, loss, stage.optimization, auxiliary="perceptual", prefix_weight=16.0)
-    return Work(stage, images(1 if toy else 48, 256))
+    return Work(stage, images(2 if toy else 48, size))
+
+
+def tiny_causal(size: int) -> CausalTokenization:
+    encoder, decoder = QueryEncoder(size, 16, 32, 1, 2, 4), TokenDecoder(8, size, 16, 32, 1, 2, 4, 1, True, True)
+    return CausalTokenization(
+        Tokenizer(encoder, LinearAdapter(32, 8), decoder, VectorQuantizer(16, 8)), auxiliary="mse"
+    )
 
 
 def diffusion(toy: bool) -> Work:
@@ -129,15 +149,20 @@ def diffusion(toy: bool) -> Work:
     objective = FlowMatching(TimeSampling("logit_normal"), cosine_weight=1.0)
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     count = 4 if toy else 128
-    batch = {"latent": torch.randn(count, 32, 16, 16), "label": torch.randint(1000, (count,)), "id": torch.arange(count)}
+    batch = {
+        "latent": torch.randn(count, 32, 16, 16),
+        "label": torch.randint(1000, (count,)),
+        "id": torch.arange(count),
+    }
     return Work(LatentDiffusion(network, objective=objective, optimization=Optimization(2e-4, adamw)), batch)
 
 
 def autoregression(toy: bool) -> Work:
     """AliTok's generator B on 272 tokens."""
-    stage, _ = made("generator B")
-    count = 1 if toy else 256
-    tokens = torch.randint(4096, (count, stage.network.sequence_length))
+    network = AutoregressiveTransformer(16, (4, 4), 4, 1000, width=32, depth=2, num_heads=2)
+    stage = AutoregressiveGeneration(network) if toy else made("generator B")[0]
+    count = 2 if toy else 256
+    tokens = torch.randint(stage.network.codebook_size, (count, stage.network.sequence_length))
     return Work(stage, {"tokens": tokens, "label": torch.randint(1000, (count,)), "id": torch.arange(count)})
 
 
@@ -166,14 +191,14 @@ def inference(
     given = given.to(DEVICE)
 
     def action(count: int | None = None) -> None:
-        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(DEVICE.type, DTYPE, enabled=ON_GPU):
             function(given[:count])
 
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         action(COUNTED)
     if compiled:
         compile_blocks(network)
-    return len(given), counter.get_total_flops() / min(COUNTED, len(given)), action
+    return len(given), counter.total / min(COUNTED, len(given)), action
 
 
 TRAINING = {"stage2": alignment, "alitok1": causal, "dit": diffusion, "ar": autoregression}
@@ -206,7 +231,7 @@ class Clock(pl.Callback):
 
 def moment() -> Any:
     """Return a recorded event of the GPU, or the time of a CPU."""
-    if DEVICE.type != "cuda":
+    if not ON_GPU:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -220,8 +245,8 @@ def train(work: Work, compiled: bool, steps: int = WARM_UP + STEPS + 1) -> Clock
     trainer = pl.Trainer(
         accelerator=DEVICE.type,
         devices=1,
-        precision="bf16-mixed" if DEVICE.type == "cuda" else "32-true",
-        max_steps=steps if DEVICE.type == "cuda" else WARM_UP + 2,
+        precision="bf16-mixed" if ON_GPU else "32-true",
+        max_steps=steps if ON_GPU else WARM_UP + 2,
         gradient_clip_val=1.0,
         callbacks=[EMA(0.9999), clock],
         log_every_n_steps=1000,
@@ -231,20 +256,35 @@ def train(work: Work, compiled: bool, steps: int = WARM_UP + STEPS + 1) -> Clock
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(work.stage, DataLoader([work.batch] * steps, batch_size=None, pin_memory=DEVICE.type == "cuda"))
+    trainer.fit(work.stage, DataLoader([work.batch] * steps, batch_size=None, pin_memory=ON_GPU))
     return clock
+
+
+class Flops(TorchDispatchMode):
+    """Counts as torch's FlopCounterMode does, whose hooks do not stand ``autograd.grad`` at a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=value)
+        return value
 
 
 def training_flops(work: Work) -> float:
     """Return the FLOPs of a training step, for one image."""
     stage = work.stage.to(DEVICE).train()
     batch = {key: value[:COUNTED].to(DEVICE) for key, value in work.batch.items()}
-    with FlopCounterMode(display=False) as counter, torch.autocast(DEVICE.type, torch.bfloat16):
-        loss = stage.training_step(batch, 0)
-    with counter:
+    with Flops() as counter:
+        with torch.autocast(DEVICE.type, DTYPE, enabled=ON_GPU):
+            loss = stage.training_step(batch, 0)
         loss.backward()
     stage.zero_grad()
-    return counter.get_total_flops() / len(next(iter(batch.values())))
+    return counter.total / len(next(iter(batch.values())))
 
 
 def profiled(work: Work) -> str:
@@ -272,7 +312,7 @@ def seconds(action: Callable[[], Any], times: int = 5) -> float:
 
 def matmul_peak(size: int) -> float:
     """Return the FLOP/s of a bf16 matmul of square random matrices."""
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
     for _ in range(3):
         a @ b
     return 2 * size**3 / seconds(lambda: a @ b, 20)
