@@ -78,6 +78,7 @@ class GraphSampler:
         for block, (keys, values) in zip(network.blocks, self.cached.caches, strict=True):
             x = self.apply_block(block, x, rotary, keys[:size], values[:size], self.position)
         self.finish(network, x, self.sequence, self.keys, self.scales, self.position, self.draw)
+        self.position.add_(1)  # outside, as the kernels before read it
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """Return what repeats a step: on a GPU its graph."""
@@ -105,14 +106,13 @@ def apply_block(block: Any, x: Tensor, rotary: Tensor, keys: Tensor, values: Ten
 def finish(
     network: Any, x: Tensor, sequence: Tensor, keys: Tensor, scales: Tensor, position: Tensor, draw: Draw
 ) -> None:
-    """Draw tokens from what the blocks gave, write them into all sequences (R, N + 1), and go to the next position."""
+    """Draw tokens from what the blocks gave, and write them into all sequences (R, N + 1)."""
     logits, count = network.head(network.norm(x[:, -1])).float(), len(keys)  # (R, codebook_size)
     if len(logits) > count:
         null = logits[count:]
         logits = null + (logits[:count] - null) * scales[position]
     tokens = draw(logits, keys, position)
     sequence.index_copy_(1, position + 1, tokens.repeat(len(sequence) // count)[:, None])
-    position.add_(1)
 
 
 _kept: WeakKeyDictionary[AutoregressiveTransformer, tuple[Hashable, GraphSampler]] = WeakKeyDictionary()
