@@ -50,7 +50,7 @@ from aligntok.stages import AutoregressiveGeneration, CausalTokenization, Latent
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if ON_GPU else "cpu"), torch.bfloat16 if ON_GPU else torch.float32
-WARM_UP, STEPS = 4, 12
+WARM_UP, STEPS, PROFILED = 4, 12, 3
 COUNTED = 2  # images of the step whose FLOPs are counted
 HEADER = "| what | batch | images/s | GFLOP / image | TFLOP/s | share of the matmul peak | peak memory, GB | start, s |"
 
@@ -94,10 +94,9 @@ def row(key: str, compiled: bool, peak: float, args: argparse.Namespace) -> None
     if key in TRAINING:
         work = TRAINING[key](args.toy)
         count, flops = len(next(iter(work.batch.values()))), training_flops(work)
-        clock = train(work, compiled)
+        clock = train(work, compiled, args.profile)
         rate, start = count / clock.step(), clock.first - began
-        if args.profile:
-            kernels = profiled(work)
+        kernels = clock.kernels()
     else:
         count, flops, action = INFERENCE[key](args.toy, compiled)
         action()
@@ -209,24 +208,47 @@ INFERENCE = {"encode": encoding, "decode": decoding}
 
 
 class Clock(pl.Callback):
-    """When each step began, by the GPU's clock: the host does not wait for it."""
+    """When each step began, by the GPU's clock, for which the host does not wait; then perhaps a profile of more steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, profiles: bool) -> None:
         self.began: list[Any] = []
         self.first = 0.0
+        self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) if profiles else None
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.began.append(moment())
+        if len(self.began) <= WARM_UP + STEPS:
+            self.began.append(moment())
         if len(self.began) == WARM_UP + 1:
             self.first = time.perf_counter()
+        if len(self.began) == WARM_UP + STEPS + 1 and self.profiler is not None:
+            self.profiler.start()
+            self.began.append(None)
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.profiler is not None:
+            torch.cuda.synchronize()
+            self.profiler.stop()
 
     def step(self) -> float:
         """Return the seconds of a step after the warm-up."""
-        first, last = self.began[WARM_UP], self.began[-1]
+        times = [time for time in self.began if time is not None]
+        first, last = times[WARM_UP], times[-1]
         if isinstance(first, float):
-            return (last - first) / (len(self.began) - 1 - WARM_UP)
+            return (last - first) / (len(times) - 1 - WARM_UP)
         torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1e3 / (len(self.began) - 1 - WARM_UP)
+        return first.elapsed_time(last) / 1e3 / (len(times) - 1 - WARM_UP)
+
+    def kernels(self) -> str:
+        """Return the kernels that took the most time of the profiled steps, milliseconds of a step, a line each."""
+        if self.profiler is None:
+            return ""
+        events = [event for event in self.profiler.key_averages() if event.device_type.name == "CUDA"]
+        events = sorted(events, key=lambda event: -event.self_device_time_total)
+        total = sum(event.self_device_time_total for event in events)
+        lines = [f"    {total / 1e3 / PROFILED:8.2f} ms in all"]
+        for e in events[:30]:
+            lines.append(f"    {e.self_device_time_total / 1e3 / PROFILED:8.2f} ms {e.count:6d} x {e.key[:110]}")
+        return "\n" + "\n".join(lines)
 
 
 def moment() -> Any:
@@ -238,15 +260,16 @@ def moment() -> Any:
     return event
 
 
-def train(work: Work, compiled: bool, steps: int = WARM_UP + STEPS + 1) -> Clock:
+def train(work: Work, compiled: bool, profiles: bool) -> Clock:
     """Train as a recipe does, and return the times."""
     work.stage.compile_blocks = compiled
-    clock = Clock()
+    clock = Clock(profiles and ON_GPU)
+    steps = WARM_UP + STEPS + PROFILED if ON_GPU else WARM_UP + 2
     trainer = pl.Trainer(
         accelerator=DEVICE.type,
         devices=1,
         precision="bf16-mixed" if ON_GPU else "32-true",
-        max_steps=steps if ON_GPU else WARM_UP + 2,
+        max_steps=steps,
         gradient_clip_val=1.0,
         callbacks=[EMA(0.9999), clock],
         log_every_n_steps=1000,
@@ -285,17 +308,6 @@ def training_flops(work: Work) -> float:
         loss.backward()
     stage.zero_grad()
     return counter.total / len(next(iter(batch.values())))
-
-
-def profiled(work: Work) -> str:
-    """Return the kernels that take the most time in four more steps, a line each."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        train(work, compiled=False, steps=4)  # its blocks stay as they are
-    events = [e for e in profiler.key_averages() if e.self_device_time_total and e.device_type.name == "CUDA"]
-    events.sort(key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in events) or 1
-    lines = [f"    {e.self_device_time_total / total:6.1%} {e.count:6d} x {e.key[:110]}" for e in events[:22]]
-    return "\n" + "\n".join(lines)
 
 
 def seconds(action: Callable[[], Any], times: int = 5) -> float:

@@ -290,6 +290,7 @@ def matmul_peak() -> float:
 
 def attention_ways() -> None:
     """Print microseconds of one layer's attention of AR-B, and its share of the bandwidth."""
+    from aligntok.decoding import attention_triton
     from aligntok.decoding.attention import attend
 
     def sums(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -316,6 +317,12 @@ def attention_ways() -> None:
                     seconds = graph_seconds(way)
                 share = 2 * 2 * rows * 16 * count * 48 / seconds / bandwidth()
                 print(f"| {rows} | {count} | {name} | {1e6 * seconds:.1f} | {share:.0%} |", flush=True)
+            for tile in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4), (128, 8), (256, 8)) if on_gpu() else ():
+                attention_triton.TILES = {True: tile, False: tile}
+                with torch.inference_mode():
+                    seconds = graph_seconds(ways["attend"])
+                share = 2 * 2 * rows * 16 * count * 48 / seconds / bandwidth()
+                print(f"| {rows} | {count} | tile {tile} | {1e6 * seconds:.1f} | {share:.0%} |", flush=True)
 
 
 def graph_seconds(way: Callable[[], Tensor], repeats: int = 50) -> float:
