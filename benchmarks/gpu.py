@@ -208,7 +208,7 @@ INFERENCE = {"encode": encoding, "decode": decoding}
 
 
 class Clock(pl.Callback):
-    """When each step began, by the GPU's clock, for which the host does not wait; then perhaps a profile of more steps."""
+    """When each step began, by the GPU's clock, for which the host does not wait; then a profile of more steps."""
 
     def __init__(self, profiles: bool) -> None:
         self.began: list[Any] = []
