@@ -40,7 +40,7 @@ class Grid(Measurement):
 
     @abstractmethod
     def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
-        """Return the picture (3, H, W) in [0, 1], or nothing where this module has none."""
+        """Return the picture (3, H, W) in [0, 1], or nothing where this module has none; called on all ranks."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare, for training without validation too."""
@@ -54,11 +54,13 @@ class Grid(Measurement):
             self.start(trainer, pl_module)
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw, on the first rank."""
-        picture = self.picture(trainer, module) if trainer.is_global_zero else None
+        """Draw, and write on the first rank."""
+        picture = self.picture(trainer, module)
         if picture is None or trainer.sanity_checking:
             return
         self.last_step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
         path = Path(trainer.default_root_dir) / "images" / f"{self.name}_{trainer.global_step:07d}.png"
         write_atomically(path, lambda temporary: save_image(picture, temporary, format="png"))
         for logger in trainer.loggers:
@@ -128,13 +130,16 @@ class SampleGrid(Grid):
             rank_zero_warn("SampleGrid draws nothing: the generator has no tokenizer to decode its samples")
 
     def picture(self, trainer: pl.Trainer, module: Any) -> Tensor | None:
-        """Return the rows."""
+        """Return the rows; each rank draws its share of the samples."""
         if module.tokenizer is None:
             return None
         rows = min(self.num_classes, module.network.num_classes or 1)
-        label = torch.arange(rows).repeat_interleave(self.per_class)
+        count, world = rows * self.per_class, trainer.world_size
+        ids = torch.arange(trainer.global_rank, -(-count // world) * world, world) % count  # as many on every rank
         with evaluation(trainer, module):
-            image = module.tokenizer.decode(module.sample(torch.arange(len(label)), label))
+            image = module.tokenizer.decode(module.sample(ids, ids // self.per_class)).float()
+        if world > 1:
+            image = trainer.strategy.all_gather(image).transpose(0, 1).flatten(0, 1)[:count]
         return tiled(image, self.per_class)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
-from aligntok.callbacks import EMA, GenerationQuality
+from aligntok.callbacks import EMA, GenerationQuality, SampleGrid
 from aligntok.data import ClassLabels
 from aligntok.flow import Euler, Guidance
 from aligntok.metrics import GenerationMetrics
@@ -36,6 +36,7 @@ def stage(tiny, **options):
 
 def run(tiny, folder, world):
     """Return what must be the same on any number of ranks, and what must be the same on all."""
+    torch.set_num_threads(1)  # a number of threads of its own would round in a way of its own
     cache = str(folder.parent / "cache")
     metrics = GenerationMetrics(tiny.Pixels(), precision_recall=True, kid=True)
     classifier = EncoderPretraining(tiny.encoder(8), 12)
@@ -50,8 +51,10 @@ def run(tiny, folder, world):
         options = {"limit_val_batches": 1.0, "enable_checkpointing": False, **parallel, **options}
         return tiny.trainer(folder, 4, callbacks, **options)
 
-    validating = trainer(quality)
-    validating.validate(stage(tiny), datamodule=data(), verbose=False)
+    validating = trainer(quality, SampleGrid(num_classes=5, per_class=3))  # 15, more than a batch of quality
+    validated, decoded = stage(tiny), []
+    validated.tokenizer.decoder.register_forward_pre_hook(lambda module, args: decoded.append(len(args[0])))
+    validating.validate(validated, datamodule=data(), verbose=False)
     fabric = make_fabric("cpu", world)
     sample(stage(tiny), ClassLabels(COUNT, 12).labels, folder, fabric, block_size=10, batch_size=4)
     trained = stage(tiny)
@@ -60,11 +63,11 @@ def run(tiny, folder, world):
     weights = {name: value.detach().clone() for name, value in trained.named_parameters()}
     logs = {name: float(value) for name, value in training.callback_metrics.items()}
     values = {name: float(value) for name, value in validating.callback_metrics.items()}
-    return {"values": values, "weights": weights, "logs": logs, "global_step": training.global_step}
+    results = {"values": values, "weights": weights, "logs": logs, "global_step": training.global_step}
+    return {**results, "decoded": max(decoded)}
 
 
 def main(folder):
-    torch.set_num_threads(1)
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     torch.save(run(load_tiny(), folder, world), folder / f"rank{rank}.pt")
     dist.destroy_process_group()

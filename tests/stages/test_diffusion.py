@@ -619,10 +619,16 @@ def test_validation_and_quality_are_the_same_on_two_ranks(ranks):
 def test_samples_are_the_same_files_on_two_ranks(ranks):
     *_, root = ranks
     files = [{p.relative_to(root / n): p.read_bytes() for p in (root / n).rglob("*.png")} for n in ("one", "two")]
-    assert len(files[0]) == 43
+    assert len(files[0]) == 43 + 1
+    assert Path("images/samples_0000000.png") in files[0]
     assert files[0] == files[1]
     arrays = [np.load(root / n / "samples_43x16x16x3.npz") for n in ("one", "two")]
     assert np.array_equal(arrays[0]["arr_0"], arrays[1]["arr_0"])
+
+
+def test_each_rank_draws_its_share_of_a_grid(ranks):
+    one, first, second, _ = ranks
+    assert (one["decoded"], first["decoded"], second["decoded"]) == (15, 8, 8)
 
 
 def test_two_ranks_train_the_model_of_one(ranks):
