@@ -77,9 +77,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         table: From ``rotary_table``.
     """
     pairs, table = x.float().reshape(*x.shape[:-1], -1, 2), table.float()
-    if torch.compiler.is_compiling():  # the compiler fuses real numbers only
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    if torch.compiler.is_compiling():  # which fuses real numbers only
+        cos, sin = table.chunk(2, dim=-1)
+        signs = torch.arange(-1, 2, 2, device=x.device)  # stacked halves would be written and read once more
+        rotated = pairs * cos + pairs.flip(-1) * sin * signs
     else:  # one pass over memory in place of seven
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return rotated.flatten(-2).to(x.dtype)
