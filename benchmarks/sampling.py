@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from aligntok.decoding import TokenSampler, release
+from aligntok.errors import words_of
 from aligntok.flow import Euler, Guidance
 from aligntok.networks import AutoregressiveTransformer, ConvDecoder, DiT
 from aligntok.networks.token_decoder import TokenDecoder
@@ -121,9 +122,9 @@ def main() -> None:
             print(row(), flush=True)
         except Exception as error:  # the rows after it are worth having
             failed = True
-            print(f"| {row.args} failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]} |", flush=True)
+            print(f"| {row.args[0]} | {row.args[1]} | failed: {words_of(error)} |", flush=True)
             traceback.print_exc(limit=-6)
-    sys.exit(failed)
+    sys.exit(int(failed))
 
 
 # Rows
@@ -265,7 +266,7 @@ def timed(run: Callable[[], object], rounds: int = 3, warm: bool = True) -> tupl
 @cache
 def bandwidth() -> float:
     """Return the bytes per second that a copy reads and writes."""
-    count = 2**30 if on_gpu() else 2**26
+    count = 2**30 if on_gpu() else 2**25
     source = torch.ones(count, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
     return 2 * count / timed(lambda: target.copy_(source), rounds=5)[0]
@@ -274,7 +275,7 @@ def bandwidth() -> float:
 @cache
 def matmul_peak() -> float:
     """Return the FLOP/s of a square bfloat16 matmul."""
-    size = 8192 if on_gpu() else 512
+    size = 8192 if on_gpu() else 256
     a, b = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
     repeats = 10 if on_gpu() else 1
 

@@ -43,7 +43,7 @@ class TokenSampler:
         dtype: Of the weights of the linear layers and of keys and values, in a copy.
         compile: Compile the step. On a CUDA GPU: step, guidance and draw as one graph, made in seconds for each number
             of sequences. It stays with the network, with a copy of the weights (read anew at each call) and the keys
-            and values, until the network is freed, sampled in another way, or ``aligntok.decoding.release(network)``.
+            and values, until the network is freed, sampled in another way or trained, or ``release(network)``.
             On a CPU: our own step in C++, a second for each number of sequences, for up to 8 at once (4 with guidance),
             float32 and bfloat16, and sizes that are multiples of 16. Without effect where these do not hold.
 

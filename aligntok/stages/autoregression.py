@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from aligntok.decoding import TokenSampler
+from aligntok.decoding import TokenSampler, release
 from aligntok.errors import UserError, check
 from aligntok.files import write_text
 from aligntok.networks.ar import AutoregressiveTransformer
@@ -97,6 +97,7 @@ class AutoregressiveGeneration(GeneratorStage):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of one batch."""
+        release(self.network)  # what drawing samples has kept is room for this step
         tokens = self.code_of(batch)  # (B, N)
         logits = self.logits(tokens, self.drop(batch))  # (B, N, codebook_size)
         loss = cross_entropy(logits.flatten(0, 1), tokens.flatten())

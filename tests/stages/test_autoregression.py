@@ -23,7 +23,7 @@ from aligntok.callbacks import (
 )
 from aligntok.data import ClassLabels, LatentDataModule, TokenShards
 from aligntok.data.shapes import Shapes
-from aligntok.decoding import TokenSampler
+from aligntok.decoding import TokenSampler, graph, sampler
 from aligntok.errors import UserError
 from aligntok.metrics import GenerationMetrics
 from aligntok.programs.fabric import make_fabric
@@ -231,6 +231,17 @@ def test_two_ranks_measure_what_one_measures(cache, tmp_path, tiny):
     assert {"val/loss", "val/accuracy", "val/accuracy_top5", "val/accuracy_prefix", "val/gfd_tiny"} <= expected.keys()
     for rank in range(2):
         assert json.loads((two / f"{rank}.json").read_text()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_what_sampling_keeps_is_freed_by_the_next_step(tiny, batch, monkeypatch):
+    """The copy of the weights, keys and values of a graph, here without compiler and GPU."""
+    monkeypatch.setattr(sampler, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    stage = tiny.autoregressive(sampler=TokenSampler(2.0, compile=True))
+    stage.sample(torch.arange(2), torch.arange(2))
+    assert stage.network in graph._kept
+    stage.training_step(batch, 0)
+    assert stage.network not in graph._kept
 
 
 # --- resume
