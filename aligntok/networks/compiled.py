@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import timm.models.vision_transformer
 import torch
@@ -40,12 +41,19 @@ def compile_blocks(module: nn.Module) -> int:
     found = any(shutil.which(name) for name in (os.environ.get("CC", COMPILERS[0]), *COMPILERS))
     check(found, "torch.compile needs a C compiler: install gcc, set CC to one, or switch compile off")
     torch._dynamo.config.recompile_limit = max(MOST_VERSIONS, torch._dynamo.config.recompile_limit)
-    count = 0
-    for part in module.modules():
-        if isinstance(part, Frozen) and "network" not in part._modules:  # built late, and not among the modules
-            part.load()
-            count += compile_blocks(part.network)
-        elif getattr(part, "compiled_as_one", False) or isinstance(part, LIBRARY_BLOCKS):
-            part.compile()
-            count += 1
-    return count
+    blocks = list(outermost_blocks(module))
+    for block in blocks:
+        block.compile()
+    return len(blocks)
+
+
+def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks inside a module, itself perhaps, but no block inside a block."""
+    if getattr(module, "compiled_as_one", False) or isinstance(module, LIBRARY_BLOCKS):
+        yield module
+        return
+    for child in module.children():
+        yield from outermost_blocks(child)
+    if isinstance(module, Frozen) and not module._modules:  # built late, and not among the children
+        module.load()
+        yield from outermost_blocks(module.network)

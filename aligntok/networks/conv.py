@@ -67,7 +67,7 @@ class ConvEncoder(nn.Module):
             for i, (w_in, w) in enumerate(zip([width, *widths[:-1]], widths, strict=True))
         )
         self.mid = middle(widths[-1], num_groups)
-        self.norm_out = nn.GroupNorm(num_groups, widths[-1], eps=NORM_EPS)
+        self.norm_out = NormSiLU(num_groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], self.width, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
@@ -76,7 +76,7 @@ class ConvEncoder(nn.Module):
         x = self.conv_in((2 * image - 1).contiguous(memory_format=torch.channels_last))
         for level in self.down:
             x = level(x)  # (B, widths[i], H / 2^i, W / 2^i)
-        features: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))  # (B, 2 * latent_dim, h, w)
+        features: Tensor = self.conv_out(self.norm_out(self.mid(x)))  # (B, 2 * latent_dim, h, w)
         return features
 
 
@@ -127,7 +127,7 @@ class ConvDecoder(nn.Module):
             Level(w_in, w, num_blocks, i in attended, num_groups, "up" if i > 0 else None)
             for i, (w_in, w) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out = nn.GroupNorm(num_groups, widths[0], eps=NORM_EPS)
+        self.norm_out = NormSiLU(num_groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # what the convolutions of CPUs and tensor cores want
 
@@ -153,7 +153,7 @@ class ConvDecoder(nn.Module):
         latent = latent.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(self.post_quant_conv(latent))  # (B, widths[-1], h, w)
         x = run_blocks([self.mid, *reversed(self.up)], x, recompute=self.gradient_checkpointing)  # (B, width, H, W)
-        image: Tensor = self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+        image: Tensor = self.conv_out(self.norm_out(x))  # (B, 3, H, W)
         return (image + 1) / 2
 
 
@@ -164,7 +164,7 @@ class Level(nn.Module):
     torch.Size([2, 8, 3, 3])
     """
 
-    compiled_as_one = True  # a GPU's GroupNorm alone would turn channels_last into contiguous
+    compiled_as_one = True
 
     def __init__(
         self, width_in: int, width: int, num_blocks: int, attention: bool, num_groups: int, resize: str | None = None
@@ -204,19 +204,33 @@ def upsample(width: int) -> nn.Sequential:
 class ResidualBlock(nn.Module):
     """Twice GroupNorm, SiLU, 3x3 convolution, added to the input, which a 1x1 convolution fits if the width changes."""
 
+    compiled_as_one = True
+
     def __init__(self, width_in: int, width: int, num_groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, width_in, eps=NORM_EPS)
+        self.norm1 = NormSiLU(num_groups, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(num_groups, width, eps=NORM_EPS)
+        self.norm2 = NormSiLU(num_groups, width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features of the same height and width, (B, C, h, w)."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return y + self.nin_shortcut(x)  # type: ignore[no-any-return]
+
+
+class NormSiLU(nn.GroupNorm):
+    """GroupNorm and SiLU; as one, since a GPU's GroupNorm alone would turn channels_last into contiguous."""
+
+    compiled_as_one = True
+
+    def __init__(self, num_groups: int, width: int) -> None:
+        super().__init__(num_groups, width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features of the same shape, (B, width, h, w)."""
+        return F.silu(super().forward(x))
 
 
 class SelfAttention(nn.Module):
