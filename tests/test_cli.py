@@ -262,6 +262,17 @@ def test_validate_without_weights_is_refused(fails):
     assert "last" in fails("validate", "--config", "quickstart/encoder.yaml", "--ckpt_path", "last")
 
 
+def test_the_run_layer_switches_compiling_and_tf32(monkeypatch):
+    compiled, precision = [], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    try:
+        encoder_run("--compile", "true", "--float32_matmul", "high")
+        assert torch.get_float32_matmul_precision() == "high"
+        assert compiled == ["Block"] * 4  # of the quickstart's ViT
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def test_every_verb_runs_from_the_saved_config():
     run = encoder_run()
     checkpoint = str(run / "checkpoints" / "last.ckpt")
