@@ -42,6 +42,13 @@ WIDTH, LATENT = 16, 4
 collect_ignore_glob = ["*_worker.py"]  # programs that tests start; --doctest-modules would import them
 
 
+def pytest_collection_modifyitems(items):
+    """On a GPU, what torch, Triton and Lightning warn of is no error, before a test either."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 class Tiny:
     """Factories; everything is 16 px, f4, and a function of ``seed``."""
 

@@ -98,11 +98,9 @@ def float32():
 
 
 def on_gpu(function):
-    """Mark a test; what torch and Lightning warn of on a GPU is no error."""
+    """Mark a test."""
     missing = DEVICE == "cuda" and not torch.cuda.is_available()
-    for mark in (pytest.mark.filterwarnings("default"), pytest.mark.skipif(missing, reason="no CUDA device")):
-        function = mark(function)
-    return pytest.mark.gpu(function)
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="no CUDA device")(function))
 
 
 @on_gpu
