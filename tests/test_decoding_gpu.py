@@ -2,6 +2,10 @@
 
 import copy
 import gc
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,6 +122,26 @@ def test_through_the_compiler_on_a_cpu(options, count, sizes, on_cpu):
     for _ in range(2):
         assert torch.equal(tokens(network, count, True, **options), tokens(network, count, False, **options))
     assert counters["stats"]["unique_graphs"] == 2 * sizes
+
+
+INTERPRETED = """
+import torch
+from aligntok.decoding import attention_triton
+q, keys, values = torch.randn(2, 2, 1, 12), *torch.randn(2, 2, 2, 70, 12)
+for tile in attention_triton.TILES.values():
+    attention_triton.TILES = {True: tile, False: tile}
+    for position in (0, 63, 64, 69):
+        seen = attention_triton.attend(q, keys, values, torch.tensor([position]))
+        known = keys[:, :, : position + 1], values[:, :, : position + 1]
+        torch.testing.assert_close(seen, torch.nn.functional.scaled_dot_product_attention(q, *known))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+def test_the_kernel_in_tritons_interpreter():
+    """With the tiles for few programs and for many."""
+    subprocess.run([sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
 
 
 # On a GPU
