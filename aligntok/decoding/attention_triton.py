@@ -39,15 +39,15 @@ def kernel(
     channels: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Softmax over tiles of keys, corrected whenever a larger score comes (Milakov et al., arXiv:1805.02867)."""
+    """Each place of a tile keeps its own softmax (Milakov et al., arXiv:1805.02867): warps meet at the end only."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(position).to(tl.int32) + 1
     channel = tl.arange(0, channels)
     inside = channel < head_dim
     query = tl.load(q + row * head_dim + channel, mask=inside, other=0.0).to(tl.float32) * scale
-    largest = tl.full([1], -float("inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    seen = tl.zeros([channels], tl.float32)
+    largest = tl.full([block], -1e30, tl.float32)  # finite: places without a token weigh exp(-inf) = 0
+    total = tl.zeros([block], tl.float32)
+    seen = tl.zeros([block, channels], tl.float32)
     for start in range(0, count, block):
         token = start + tl.arange(0, block)
         known = token < count
@@ -56,10 +56,12 @@ def kernel(
         key = tl.load(keys + place, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
         score = tl.where(known, tl.sum(key * query[None, :], axis=1), -float("inf"))
-        larger = tl.maximum(largest, tl.max(score, axis=0))
+        larger = tl.maximum(largest, score)
         weight = tl.exp(score - larger)
         shrink = tl.exp(largest - larger)
-        total = total * shrink + tl.sum(weight, axis=0)
-        seen = seen * shrink + tl.sum(value * weight[:, None], axis=0)
+        total = total * shrink + weight
+        seen = seen * shrink[:, None] + value * weight[:, None]
         largest = larger
-    tl.store(out + row * head_dim + channel, (seen / total).to(out.dtype.element_ty), mask=inside)
+    weight = tl.exp(largest - tl.max(largest, axis=0))
+    result = tl.sum(seen * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    tl.store(out + row * head_dim + channel, result.to(out.dtype.element_ty), mask=inside)
