@@ -39,7 +39,6 @@ from aligntok.programs.fabric import make_fabric
 from aligntok.stages import AutoregressiveGeneration, LatentAlignment, LatentDiffusion, Optimization
 
 WIDTH, LATENT = 16, 4
-collect_ignore_glob = ["*_worker.py"]  # programs that tests start; --doctest-modules would import them
 
 
 def pytest_collection_modifyitems(items):

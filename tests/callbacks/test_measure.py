@@ -1,10 +1,6 @@
 """Measurements through a real Trainer: what they say, what they keep, and that batches and ranks change nothing."""
 
-import inspect
-import json
-import subprocess
-import sys
-from pathlib import Path
+import os
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -35,25 +31,10 @@ from aligntok.metrics import EncoderFeatures, GenerationMetrics, InceptionFeatur
 from aligntok.metrics.collected import Collected
 from aligntok.networks import PatchDiscriminator
 from aligntok.stages import EncoderPretraining
+from tests.conftest import Tiny
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")  # runs without validation
-
-WORKER = """
-import json, os, sys
-from tests_conftest import Tiny
-from aligntok.callbacks import LinearProbe, ReconstructionFID, ReconstructionQuality
-from aligntok.metrics import EncoderFeatures
-import torch
-torch.set_num_threads(1)
-folder = sys.argv[1] + os.environ.get("LOCAL_RANK", "0")  # as on nodes with disks of their own
-stage = Tiny.stage()
-for attempt in range(2):  # the second finds the reference, but on the first rank alone
-    callbacks = [ReconstructionQuality(), LinearProbe(), ReconstructionFID(EncoderFeatures(Tiny.encoder(3), "tiny"))]
-    trainer = Tiny.trainer(folder, 1, callbacks, limit_val_batches=1.0, devices=2, strategy="ddp")
-    values = trainer.validate(stage, measured_data(8), verbose=False)[0]
-    if trainer.is_global_zero:
-        print("VALUES", json.dumps(values))
-"""
 
 
 def measured_data(batch: int, **options) -> LatentDataModule:
@@ -80,22 +61,22 @@ def test_any_batch_size_gives_the_same_values(tiny, tmp_path):
     assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-def test_two_ranks_give_the_same_values(tiny, tmp_path):
-    conftest = Path(__file__).parent.parent / "conftest.py"
-    (tmp_path / "tests_conftest.py").write_text(conftest.read_text())
-    source = inspect.getsource(measured_data)
-    header = "from aligntok.data import Augmentation, LatentDataModule, Shapes\n"
-    (tmp_path / "worker.py").write_text(header + source + WORKER)
-    command = [sys.executable, "worker.py", str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [line.removeprefix("VALUES ") for line in result.stdout.splitlines() if line.startswith("VALUES")]
-    assert len(lines) == 2
+def measure_on_rank(folder):
+    folder = f"{folder}{os.environ['LOCAL_RANK']}"  # as on nodes with disks of their own
+    values = []
+    for _ in range(2):  # the second finds the reference, but on the first rank alone
+        callbacks = [ReconstructionQuality(), LinearProbe(), ReconstructionFID(judge(Tiny))]
+        trainer = Tiny.trainer(folder, 1, callbacks, limit_val_batches=1.0, devices=2, strategy="ddp")
+        values += trainer.validate(Tiny.stage(), measured_data(8), verbose=False)
+    return values
+
+
+def test_two_ranks_give_the_same_values(tiny, tmp_path, capsys):
     expected = measure(tiny, tmp_path / "one")
-    for line in lines:
-        assert json.loads(line) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for values in run_ranks(2, measure_on_rank, tmp_path / "run"):
+        assert values == [pytest.approx(expected, rel=1e-4, abs=1e-6)] * 2
     assert [path.name for path in tmp_path.glob("run*/reference")] == ["reference"]
-    assert "sync_dist" not in result.stderr
+    assert "sync_dist" not in capsys.readouterr().out
 
 
 def test_perfect_reconstruction_has_distance_zero(tiny, tmp_path):

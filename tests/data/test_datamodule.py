@@ -1,10 +1,7 @@
 """What a real Trainer sees: order, resume, ranks, workers, bad files."""
 
 import hashlib
-import json
 import random
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
@@ -22,6 +20,7 @@ from aligntok.__main__ import last_message
 from aligntok.data import Augmentation, Digits, ImageFolder, LatentDataModule, Shapes
 from aligntok.data.images import center_crop, read_image
 from aligntok.errors import UserError
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:You requested to overfit")  # a test does so
 
@@ -304,43 +303,33 @@ def test_fingerprint_tells_images_and_crop():
 # --- ranks
 
 
-TWO_RANKS = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from test_datamodule import Recorder, SaveAlways, module, trainer
-from lightning.pytorch.strategies import DDPStrategy
-import lightning.pytorch as pl
-
-class Write(pl.Callback):
-    def on_train_end(self, trainer, recorder):
-        with open(f"{sys.argv[2]}/{name}_{trainer.global_rank}.json", "w") as file:
-            json.dump({"train": recorder.train_batches, "val": recorder.val_batches}, file)
-
-runs = {
-    "fresh": ({}, None),
-    "accumulated": ({"accumulate_grad_batches": 2}, None),
-    "resumed": ({}, sys.argv[2] + "/04_batch.ckpt"),
-    "resumed_smaller": ({}, sys.argv[2] + "/04_batch.ckpt"),
+RANK_RUNS = {  # on two ranks: options of the trainer, global batch size, and whether it goes on from the fourth step
+    "fresh": ({}, 8, False),
+    "accumulated": ({"accumulate_grad_batches": 2}, 8, False),
+    "resumed": ({}, 8, True),
+    "resumed_smaller": ({}, 4, True),
 }
-for name, (options, ckpt_path) in runs.items():
-    data = module(num_val=9, global_batch_size=4 if name == "resumed_smaller" else 8)
-    run = trainer([Write()], devices=2, strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
-                  max_steps=7, limit_val_batches=1.0, **options)
-    run.fit(Recorder(), datamodule=data, ckpt_path=ckpt_path)
-"""
+
+
+def fit_on_rank(folder):
+    """Return the batches of training and validation of each run on this rank."""
+    records = {}
+    for name, (options, global_batch_size, resumed) in RANK_RUNS.items():
+        options = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), **options}
+        recorder, data = Recorder(), module(num_val=9, global_batch_size=global_batch_size)
+        path = folder / "04_batch.ckpt" if resumed else None
+        trainer(max_steps=7, limit_val_batches=1.0, **options).fit(recorder, datamodule=data, ckpt_path=path)
+        records[name] = {"train": recorder.train_batches, "val": recorder.val_batches}
+    return records
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Records of runs on one and on two gloo processes."""
+    """Batches of a run on one process, and the records of runs on two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = fit(callbacks=[SaveAlways(folder)], max_steps=7)
-    command = [sys.executable, "-c", TWO_RANKS, str(Path(__file__).parent), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    records = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    return [ids for ids, _ in alone], {name.removesuffix("_0"): (records[name], records[name[:-1] + "1"])
-                                       for name in records if name.endswith("_0")}  # fmt: skip
+    first, second = run_ranks(2, fit_on_rank, folder)
+    return [ids for ids, _ in alone], {name: (first[name], second[name]) for name in RANK_RUNS}
 
 
 def merged(ranks):

@@ -1,7 +1,5 @@
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from aligntok.data import Digits, ImageFolder, Shapes
 from aligntok.data.dataset import reduced
 from aligntok.data.sources import Subset, read_item, source_id, split_holdout
 from aligntok.errors import UserError
+from tests.ranks import run_ranks
 
 
 def save(path, value=0, size=(8, 6)):
@@ -210,10 +209,8 @@ def test_every_source_has_an_id_that_depends_on_its_images(tmp_path):
 
 
 def test_ids_are_the_same_in_another_process():
-    code = "from aligntok.data import Digits; from aligntok.data.sources import Subset, source_id;"
-    code += "print(source_id(Subset(Digits('val'), [0, 5])))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == source_id(Subset(Digits("val"), [0, 5]))
+    subset = Subset(Digits("val"), [0, 5])
+    assert run_ranks(1, source_id, subset) == [source_id(subset)]
 
 
 # --- holdout

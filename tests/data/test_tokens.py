@@ -1,14 +1,12 @@
 """Cached tokens served: which view of which image, in which order, and what is refused."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,6 +16,7 @@ from aligntok.data.loaders import shuffled
 from aligntok.errors import UserError
 from aligntok.files import hash_file
 from aligntok.randomness import choices
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `validation_step`")  # modules of these tests only train
 
@@ -170,28 +169,12 @@ def test_a_run_resumed_anywhere_sees_the_very_next_views(cache, tmp_path):
         assert fit(module(cache), ckpt_path=path) == whole[int(path.stem) :], path.name
 
 
-TWO_RANKS = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from test_tokens import fit, module
-from lightning.pytorch.strategies import DDPStrategy
-import lightning.pytorch as pl
-from pathlib import Path
-
-class Write(pl.Callback):
-    def on_train_end(self, trainer, recorder):
-        Path(sys.argv[3], f"{trainer.global_rank}.json").write_text(json.dumps(recorder.seen))
-
-fit(module(Path(sys.argv[2])), callbacks=[Write()], devices=2,
-    strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"))
-"""
+def fit_on_rank(cache):
+    return fit(module(cache), devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
 
 
-def test_two_ranks_see_the_steps_of_one_in_the_same_views(cache, tmp_path):
-    command = [sys.executable, "-c", TWO_RANKS, str(Path(__file__).parent), str(cache), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+def test_two_ranks_see_the_steps_of_one_in_the_same_views(cache):
+    ranks = run_ranks(2, fit_on_rank, cache)
     for (ids, views), *shares in zip(fit(module(cache)), *ranks, strict=True):
         together = [pair for share in shares for pair in zip(*share, strict=True)]
         assert sorted(together) == sorted(zip(ids, views, strict=True))

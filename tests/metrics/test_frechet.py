@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import distributed, nn
 
 from aligntok.errors import UserError
 from aligntok.metrics import GenerationMetrics, InceptionFeatures, Reference, frechet_distance, inception
+from tests.ranks import run_ranks
 
 
 class Pixels(nn.Module):
@@ -279,10 +279,10 @@ def test_wrong_feature_networks():
 # ranks
 
 
-def compute_on_rank(rank: int, folder: str) -> None:
+def compute_on_rank():
     """Two ranks share the images unevenly; the last one sees no real image at all."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rank = int(os.environ["LOCAL_RANK"])
+    distributed.init_process_group("gloo", rank=rank)
     metric = measured(REAL if rank == 0 else REAL[:0], FAKE[:90] if rank == 0 else FAKE[90:])
     value = distance(metric)
     statistics = metric.reference()
@@ -290,15 +290,12 @@ def compute_on_rank(rank: int, folder: str) -> None:
     other = GenerationMetrics(Pixels())
     other.set_reference(statistics)
     other.update(FAKE[rank::2], real=False)
-    torch.save((value, distance(other), statistics.count, local_counts), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return value, distance(other), statistics.count, local_counts
 
 
-def test_two_processes_equal_one(tmp_path):
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+def test_two_processes_equal_one():
     expected = distance(measured(REAL, FAKE))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = run_ranks(2, compute_on_rank)
     for value, with_reference, count, _ in (first, second):
         assert value == pytest.approx(expected, rel=1e-8)
         assert with_reference == pytest.approx(expected, rel=1e-8)
@@ -342,7 +339,3 @@ def test_inception_runs_with_weights_from_home(tmp_path, monkeypatch):
     features = InceptionFeatures()
     assert features(REAL[:2]).shape == (2, 2048)
     assert not features.state_dict()
-
-
-if __name__ == "__main__":  # one rank of test_two_processes_equal_one
-    compute_on_rank(int(sys.argv[1]), sys.argv[2])

@@ -1,7 +1,6 @@
 """All measures in one pass, over a feature network whose output numpy can recompute."""
 
-import subprocess
-import sys
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +23,7 @@ from aligntok.metrics import (
 )
 from aligntok.metrics.collected import Collected
 from aligntok.metrics.reference import TENSORS
+from tests.ranks import run_ranks
 
 ALL = {"sfid": True, "inception_score": True, "precision_recall": True, "kid": True, "mind": True}
 
@@ -349,10 +349,10 @@ def test_named_protocols():
 # ranks
 
 
-def compute_on_rank(rank: int, folder: str) -> None:
+def compute_on_rank(folder):
     """Two ranks share the images unevenly; the last one sees no real image at all."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rank = int(os.environ["LOCAL_RANK"])
+    distributed.init_process_group("gloo", rank=rank)
     share = slice(0, 90) if rank == 0 else slice(90, None)
     results = []
     for options in (ALL, {}):
@@ -365,16 +365,13 @@ def compute_on_rank(rank: int, folder: str) -> None:
     empty.set_reference(metrics.given)
     results.append(feed(metrics, FAKE[rank::2], IDS[rank::2]).compute())
     results.append(feed(empty, FAKE[: 0 if rank else None], IDS[: 0 if rank else None]).compute())
-    torch.save((results, metrics.conditions), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return results, metrics.conditions
 
 
 def test_two_processes_equal_one(tmp_path):
     write_npz(tmp_path / "reference.npz")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     expected = measured().compute()
-    (first, line), (second, other_line) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, line), (second, other_line) = run_ranks(2, compute_on_rank, tmp_path)
     assert (first, line) == (second, other_line)
     assert "130 images" in line
     both, fid_alone, with_file, idle = first
@@ -382,7 +379,3 @@ def test_two_processes_equal_one(tmp_path):
     assert with_file == pytest.approx(expected, rel=1e-8)
     assert fid_alone == pytest.approx({"fid": expected["fid"]}, rel=1e-8)
     assert idle == pytest.approx(fid_alone, rel=1e-8)
-
-
-if __name__ == "__main__":  # one rank of test_two_processes_equal_one
-    compute_on_rank(int(sys.argv[1]), sys.argv[2])

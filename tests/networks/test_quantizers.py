@@ -1,9 +1,5 @@
 """The quantizer: parity with golden/README.md case f, gradients, bounded memory, ranks, and what moves the codes."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from aligntok.errors import UserError
 from aligntok.networks import VectorQuantizer
+from tests.networks.quantizer_worker import results, results_of_rank
+from tests.ranks import run_ranks
 
 # Outputs of AliTok's quantizer at commit 093e957; of zq and the gradient of z every seventh value.
 pytestmark = pytest.mark.kernels
@@ -23,7 +21,6 @@ GOLDEN = {
     key: torch.from_numpy(value)
     for key, value in np.load(Path(__file__).parents[1] / "golden" / "f_vq_clustering.npz").items()
 }
-WORKER = Path(__file__).parent / "quantizer_worker.py"
 
 
 def randn(*shape, seed=0):
@@ -256,32 +253,9 @@ def test_bad_arguments(option):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks():
     """What one process and each of two got from the same global batches."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    commands = [[sys.executable, str(WORKER), str(folder), str(rank), "2"] for rank in range(2)]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
-    spec = importlib.util.spec_from_file_location("quantizer_worker", WORKER)
-    worker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker)
-    one = worker.results(0, 1)
-    try:
-        texts = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, texts, strict=True):
-        assert process.returncode == 0, text[-4000:]
-    return [one, *(torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))]
+    return [results(0, 1), *run_ranks(2, results_of_rank)]
 
 
 KMEANS = ("kmeans", "kmeans_few", "kmeans_places", "kmeans_ties")

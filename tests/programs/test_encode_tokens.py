@@ -1,10 +1,7 @@
 """The token cache on disk: whose codes are in it, and that no kill, rank or broken file changes it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ from aligntok.networks import Tokenizer
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.programs.encode import Views, as_stored, encode
 from aligntok.programs.fabric import make_fabric
+from tests.ranks import run_ranks
 
 COUNT, SHARD, BATCH = 11, 4, 3  # shards of 4, 4, 3 images
 SIDE, PATCH = 20, 4  # 22 px at 1.1 times the size: the five crops begin at 0, 1 and 2
@@ -213,21 +211,8 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(ten, tmp_pa
     assert contents(tmp_path) == contents(ten)
 
 
-TWO_RANKS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from test_encode_tokens import write
-write(Path(sys.argv[2]), crops="ten", devices=2)
-"""
-
-
-def test_two_processes_of_fabrics_own_launcher_write_the_bytes_of_one(ten, tmp_path):
-    (tmp_path / "script.py").write_text(TWO_RANKS)
-    command = [sys.executable, str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path / "cache")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_two_ranks_write_the_bytes_of_one(ten, tmp_path):
+    run_ranks(2, partial(write, crops="ten", devices=2), tmp_path / "cache")
     assert contents(tmp_path / "cache") == contents(ten)
 
 

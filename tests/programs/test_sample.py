@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +18,8 @@ from aligntok.flow import Euler, Guidance
 from aligntok.metrics.reference import AdmFile
 from aligntok.programs.fabric import make_fabric
 from aligntok.programs.sample import sample as draw_samples
+from tests.conftest import Tiny
+from tests.ranks import run_ranks
 
 COUNT = 22
 
@@ -207,29 +207,14 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, draw, monke
         draw(tmp_path / "file" / "samples")
 
 
-TWO_PROCESSES = """
-import importlib.util, sys
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("tiny_conftest", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-sys.path.insert(0, sys.argv[2])
-from test_sample import COUNT, ClassLabels, draw_samples, generator, make_fabric, torch
-torch.set_num_threads(1)
-fabric = make_fabric("cpu", 2)
-draw_samples(generator(module.Tiny), ClassLabels(COUNT, 12).labels, sys.argv[3], fabric, block_size=8, batch_size=3)
-"""
+def draw_on_rank(folder):
+    fabric = make_fabric("cpu", 2)
+    draw_samples(generator(Tiny), ClassLabels(COUNT, 12).labels, folder, fabric, block_size=8, batch_size=3)
 
 
-def test_two_processes_of_fabrics_own_launcher_write_the_bytes_of_one(tmp_path, draw):
+def test_two_ranks_write_the_bytes_of_one(tmp_path, draw):
     draw(tmp_path / "one")
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    here = Path(__file__).parent
-    words = [tmp_path / "script.py", here.parent / "conftest.py", here, tmp_path / "two"]
-    environment = {**os.environ, "PYTHONPATH": str(here.parents[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(2, draw_on_rank, tmp_path / "two")
     assert files(tmp_path / "two") == files(tmp_path / "one")
     names = [f"samples_{COUNT}x16x16x3.npz", "samples.json"]
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)

@@ -1,17 +1,10 @@
-"""One of two CPU processes (or a single one) that run the real training; test_distributed.py starts them and compares.
+"""The real training on one of two ranks, or on a single one; test_distributed.py compares."""
 
-Usage: ddp_worker.py OUTPUT_FOLDER, with Lightning's LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-"""
-
-import importlib.util
 import os
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -22,16 +15,10 @@ from aligntok.callbacks import CodebookHealth, SaveCheckpoint
 from aligntok.data import Augmentation, LatentDataModule, Shapes
 from aligntok.networks import GaussianAdapter
 from aligntok.stages import CausalTokenization, DecoderRefinement, LatentAlignment, PerceptualAlignment
+from tests.conftest import Tiny
 
-WORLD = int(os.environ["WORLD_SIZE"])
-RANK = int(os.environ["LOCAL_RANK"])
-
-
-def load_tiny():
-    spec = importlib.util.spec_from_file_location("tiny_conftest", Path(__file__).parents[1] / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Tiny
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # of the rank that imports this; Lightning takes it away
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 
 class Recorder(SaveCheckpoint):
@@ -51,25 +38,24 @@ def parallel():
     return {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": WORLD} if WORLD > 1 else {}
 
 
-def health(tiny, folder):
+def health(folder):
     """Return the use of the codes by 37 images: neither batches nor ranks divide them."""
-    stage = tiny.stage(CausalTokenization, tokenizer=tiny.causal(), auxiliary="mse")
+    stage = Tiny.stage(CausalTokenization, tokenizer=Tiny.causal(), auxiliary="mse")
     images = {"val": Shapes(37, 16, seed=1), "augmentation": Augmentation("center", flip=False)}
     data = LatentDataModule(Shapes(72, 16), 8, 16, **images)
     options = {"limit_val_batches": 1.0, "enable_checkpointing": False, **parallel()}
-    return tiny.trainer(folder, 1, [CodebookHealth()], **options).validate(stage, data, verbose=False)[0]
+    return Tiny.trainer(folder, 1, [CodebookHealth()], **options).validate(stage, data, verbose=False)[0]
 
 
-def train(tiny, folder, cls, steps=5, **options):
-    return fitted(tiny, folder, tiny.stage(cls, **{"learning_rate": 0.1, "optimizer": tiny.sgd, **options}), steps)
+def train(folder, cls, steps=5, **options):
+    return fitted(folder, Tiny.stage(cls, **{"learning_rate": 0.1, "optimizer": Tiny.sgd, **options}), steps)
 
 
-def fitted(tiny, folder, stage, steps=5):
-    torch.set_num_threads(1)
+def fitted(folder, stage, steps=5):
     recorder = Recorder()
-    trainer = tiny.trainer(folder, steps, [recorder], log_every_n_steps=1, **parallel())
-    start = tiny.copies(stage)
-    data = tiny.data(
+    trainer = Tiny.trainer(folder, steps, [recorder], log_every_n_steps=1, **parallel())
+    start = Tiny.copies(stage)
+    data = Tiny.data(
         augmentation=Augmentation("random_resized"), calibration_images=37
     )  # odd: shares of different sizes
     trainer.fit(stage, datamodule=data)
@@ -80,19 +66,19 @@ def fitted(tiny, folder, stage, steps=5):
     return {"weights": weights, "change": change, **steps}
 
 
-def stages(tiny):
+def stages():
     """Return stages by name; each draws numbers of its own, or none."""
-    refined = tiny.causal(causal=False, prefix_head=False, num_buffer=3)
-    gaussian = tiny.tokenizer(adapter=GaussianAdapter)
-    sgd = {"learning_rate": 0.1, "optimizer": tiny.sgd}
-    started = {"tokenizer": tiny.causal(decay=0.5, kmeans_start=True), "auxiliary": "mse", "pixel_loss": "mse"}
+    refined = Tiny.causal(causal=False, prefix_head=False, num_buffer=3)
+    gaussian = Tiny.tokenizer(adapter=GaussianAdapter)
+    sgd = {"learning_rate": 0.1, "optimizer": Tiny.sgd}
+    started = {"tokenizer": Tiny.causal(decay=0.5, kmeans_start=True), "auxiliary": "mse", "pixel_loss": "mse"}
     return {
-        "stage3": tiny.stage(DecoderRefinement, **sgd),
-        "kl": tiny.stage(LatentAlignment, tokenizer=gaussian, kl_weight=1e-3, **sgd),
-        "alitok2": tiny.stage(DecoderRefinement, tokenizer=refined, pixel_loss="mse", **sgd),
-        "kmeans": tiny.stage(CausalTokenization, **started, **{**sgd, "learning_rate": 0.02}),
-        "dit": tiny.generator(label_dropout=0.5, **{**sgd, "learning_rate": 0.01}),
-        "ar": tiny.autoregressive(tiny.ar(dropout=0.0), label_dropout=0.5, **sgd),  # dropout is drawn by rank
+        "stage3": Tiny.stage(DecoderRefinement, **sgd),
+        "kl": Tiny.stage(LatentAlignment, tokenizer=gaussian, kl_weight=1e-3, **sgd),
+        "alitok2": Tiny.stage(DecoderRefinement, tokenizer=refined, pixel_loss="mse", **sgd),
+        "kmeans": Tiny.stage(CausalTokenization, **started, **{**sgd, "learning_rate": 0.02}),
+        "dit": Tiny.generator(label_dropout=0.5, **{**sgd, "learning_rate": 0.01}),
+        "ar": Tiny.autoregressive(Tiny.ar(dropout=0.0), label_dropout=0.5, **sgd),  # dropout is drawn by rank
     }
 
 
@@ -145,28 +131,22 @@ def smooth(adversarial):
     return adversarial
 
 
-def main(output):
-    tiny = load_tiny()
-    results = {name: fitted(tiny, output / name, stage) for name, stage in stages(tiny).items()}
+def train_all(output):
+    """Return what each training learned, by its name."""
+    results = {name: fitted(output / name, stage) for name, stage in stages().items()}
     for draw, name in WRONG.items() if WORLD == 1 else ():
         with drawn_by_place(draw):
-            results[f"wrong {draw}"] = fitted(tiny, output / f"wrong {draw}", stages(tiny)[name])
-    gan = {"perceptual": tiny.judge(), "adversarial": smooth(tiny.gan(weight=0.5, adaptive=False))}
-    results["stage1"] = train(tiny, output / "stage1", LatentAlignment, **gan)
-    late = tiny.gan(weight={2: 0.0, 3: 0.5}, adaptive=True, discriminator_start=2)  # idle, then alone, then both
-    results["stage2"] = train(tiny, output / "stage2", PerceptualAlignment, adversarial=smooth(late))
+            results[f"wrong {draw}"] = fitted(output / f"wrong {draw}", stages()[name])
+    gan = {"perceptual": Tiny.judge(), "adversarial": smooth(Tiny.gan(weight=0.5, adaptive=False))}
+    results["stage1"] = train(output / "stage1", LatentAlignment, **gan)
+    late = Tiny.gan(weight={2: 0.0, 3: 0.5}, adaptive=True, discriminator_start=2)  # idle, then alone, then both
+    results["stage2"] = train(output / "stage2", PerceptualAlignment, adversarial=smooth(late))
 
-    causal = {"tokenizer": tiny.causal(decay=0.5), "auxiliary": "mse", "pixel_loss": "mse"}
+    causal = {"tokenizer": Tiny.causal(decay=0.5), "auxiliary": "mse", "pixel_loss": "mse"}
     # a higher rate turns differences of rounding into another code for a vector
-    results["causal"] = train(tiny, output / "causal", CausalTokenization, learning_rate=0.02, **causal)
-    results["health"] = health(tiny, output / "health")
+    results["causal"] = train(output / "causal", CausalTokenization, learning_rate=0.02, **causal)
+    results["health"] = health(output / "health")
 
-    bad = tiny.NaNAt(1) if RANK == WORLD - 1 else tiny.NaNAt()  # not finite on one rank only
-    results["nonfinite"] = train(tiny, output / "nonfinite", LatentAlignment, steps=2, perceptual=bad)
-    torch.save(results, output / f"rank{RANK}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    bad = Tiny.NaNAt(1) if RANK == WORLD - 1 else Tiny.NaNAt()  # not finite on one rank only
+    results["nonfinite"] = train(output / "nonfinite", LatentAlignment, steps=2, perceptual=bad)
+    return results

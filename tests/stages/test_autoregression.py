@@ -2,14 +2,12 @@
 
 import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -30,6 +28,8 @@ from aligntok.programs.fabric import make_fabric
 from aligntok.programs.sample import sample
 from aligntok.schedule import CosineDecay
 from aligntok.stages import AutoregressiveGeneration, Optimization
+from tests.conftest import Tiny
+from tests.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log"),  # steps are called without a trainer
@@ -183,54 +183,24 @@ def test_equal_logits_are_no_accuracy(tiny, batch, tmp_path):
     assert stage.sums["positions"][2].sum() / stage.sums["positions"][3].sum() < 0.35
 
 
-TWO_RANKS = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import torch
-from lightning.pytorch.strategies import DDPStrategy
-from test_autoregression import load_tiny, measure
-parallel = {"devices": 2, "strategy": DDPStrategy(start_method="fork", process_group_backend="gloo")}
-measure(load_tiny(), sys.argv[2], Path(sys.argv[3]), **parallel)
-"""
-
-
-def load_tiny():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("tiny_conftest", Path(__file__).parents[1] / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Tiny
-
-
-def measure(tiny, cache, folder, **options):
-    """Validate, with 17 images, which two ranks cannot share evenly, and keep the measures."""
-    torch.set_num_threads(1)
-
-    class Keep(pl.Callback):
-        def on_validation_end(self, trainer, module):
-            values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            (folder / f"{trainer.global_rank}.json").write_text(json.dumps(values))
-
-    quality = GenerationQuality(GenerationMetrics(tiny.Pixels()), 11, 4, reference=Shapes(20, 16))
-    trainer = tiny.trainer(folder, 1, [quality, Keep()], limit_val_batches=1.0, enable_checkpointing=False, **options)
-    stage = tiny.autoregressive(sampler=TokenSampler(2.0))
+def measure(cache, folder, **options):
+    """Validate, with 17 images, which two ranks cannot share evenly, and return the measures."""
+    quality = GenerationQuality(GenerationMetrics(Tiny.Pixels()), 11, 4, reference=Shapes(20, 16))
+    trainer = Tiny.trainer(folder, 1, [quality], limit_val_batches=1.0, enable_checkpointing=False, **options)
+    stage = Tiny.autoregressive(sampler=TokenSampler(2.0))
     trainer.validate(stage, datamodule=cached(cache, val=17 / 64), verbose=False)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def test_two_ranks_measure_what_one_measures(cache, tmp_path, tiny):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    measure(tiny, cache, one)
-    command = [sys.executable, "-c", TWO_RANKS, str(Path(__file__).parent), cache, str(two)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    expected = json.loads((one / "0.json").read_text())
+def measure_on_rank(*folders):
+    return measure(*folders, devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+
+
+def test_two_ranks_measure_what_one_measures(cache, tmp_path):
+    expected = measure(cache, tmp_path / "one")
     assert {"val/loss", "val/accuracy", "val/accuracy_top5", "val/accuracy_prefix", "val/gfd_tiny"} <= expected.keys()
-    for rank in range(2):
-        assert json.loads((two / f"{rank}.json").read_text()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for values in run_ranks(2, measure_on_rank, cache, tmp_path / "two"):
+        assert values == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_what_sampling_keeps_is_freed_by_the_next_step(tiny, batch, monkeypatch):

@@ -1,10 +1,5 @@
 """A generator learns its latents, a sample is a function of its id, and parts that do not fit are named."""
 
-import os
-import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -22,14 +17,14 @@ from aligntok.losses import RepresentationAlignment
 from aligntok.stages import LatentAlignment, LatentDiffusion, Optimization
 from aligntok.weights import load_network
 from aligntok.weights.lightningdit import to_lightningdit
+from tests.ranks import run_ranks
+from tests.stages.generation_worker import generate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log"),  # steps are called without a trainer
     pytest.mark.filterwarnings("ignore:.*overridden `on_before_batch_transfer`"),  # stage and data both have a say
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),  # runs without validation
 ]
-
-WORKER = Path(__file__).parent / "generation_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -579,32 +574,7 @@ def ranks(tiny, tmp_path_factory):
     """Results of one process and of two on gloo, and their folder."""
     root = tmp_path_factory.mktemp("ranks")
     tiny.cache(root / "cache", tiny.measured())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(WORKER.parents[2])}
-    (root / "two").mkdir()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(root / "two")],
-            env={**os.environ, **common, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        one = runpy.run_path(str(WORKER))["run"](tiny, root / "one", 1)
-        texts = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, texts, strict=True):
-        assert process.returncode == 0, text[-4000:]
-    two = [torch.load(root / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    return one, *two, root
+    return generate(root / "one", 1), *run_ranks(2, generate, root / "two", 2), root
 
 
 def test_validation_and_quality_are_the_same_on_two_ranks(ranks):

@@ -1,61 +1,19 @@
 """Two processes on gloo are one process with twice the batch."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.ranks import run_ranks
+from tests.stages.ddp_worker import train_all
+
 pytestmark = pytest.mark.kernels
-
-WORKER = Path(__file__).parent / "ddp_worker.py"
-
-
-def start(folder, world):
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        environment = {
-            **os.environ,
-            "LOCAL_RANK": str(rank),
-            "NODE_RANK": "0",
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
-        command = [sys.executable, str(WORKER), str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    return processes
-
-
-def finish(folder, processes):
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    for process, text in zip(processes, texts, strict=True):
-        assert process.returncode == 0, text[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(processes))]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Results of one process, then of the two ranks."""
     root = tmp_path_factory.mktemp("ddp")
-    one, two = start(root / "one", 1), start(root / "two", 2)
-    try:
-        return [*finish(root / "one", one), *finish(root / "two", two)], root
-    finally:
-        for process in (*one, *two):
-            process.kill()
-            process.communicate()
+    return [*run_ranks(1, train_all, root / "one"), *run_ranks(2, train_all, root / "two")], root
 
 
 OTHERS = ["stage3", "kl", "alitok2", "kmeans", "dit", "ar"]

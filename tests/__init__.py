@@ -1,0 +1,1 @@
+"""A package, so that ranks find this folder and not the `tests` that torch-fidelity installs."""
