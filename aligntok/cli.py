@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonito
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.checkpoint import AtomicCheckpointIO
@@ -87,8 +87,8 @@ class RunCLI(LightningCLI):
         add("--ema", type=float | None, help=about)
         about = "Compile the blocks of all networks with torch.compile: a minute at the start, then faster on a GPU."
         add("--compile", type=bool, default=False, help=about)
-        about = "Products of float32 matrices on a GPU: highest is exact; high, TF32, is several times faster."
-        add("--float32_matmul", type=Literal["highest", "high", "medium"], default="highest", help=about)
+        about = "Products of float32 matrices on a GPU: highest is float32; high, TF32, is several times faster."
+        add("--float32_matmul", type=Literal["highest", "high", "medium"] | None, default=None, help=about)
         about = "Callbacks by name; null removes one. In a list, without names: trainer.callbacks."
         add("--callbacks", type=dict[str, Callback | None], default={}, help=about)
         parser.link_arguments("output", "trainer.default_root_dir")
@@ -149,11 +149,10 @@ class RunCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         trainer, output = config.trainer, config.output
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
-        loggers: list[Logger] | bool = False
-        if self.subcommand == "fit" and not trainer.fast_dev_run:
-            loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output)]
-        if trainer.logger not in (None, True):
-            loggers = trainer.logger
+        given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        loggers: list[Logger] = [logger for logger in given if isinstance(logger, Logger)]  # of W&B, MLflow, ...
+        if self.subcommand == "fit" and not trainer.fast_dev_run and trainer.logger is not False:
+            loggers = [TensorBoardLogger(output, name="", version=""), MetricsCSV(output), *loggers]
         listed = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
         callbacks = [callback for callback in (*config.callbacks.values(), *listed) if callback is not None]
         saves = self.subcommand == "fit" and trainer.enable_checkpointing is not False
@@ -165,6 +164,7 @@ class RunCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is not False and not any(isinstance(c, TQDMProgressBar) for c in callbacks):
             callbacks.append(ProgressBar())
+        callbacks += [CompileBlocks()] if config.compile else []
         kwargs |= {"logger": loggers, "enable_checkpointing": saves, "callbacks": [*callbacks, RunRecord()]}
         check_positive(accumulate_grad_batches=trainer.accumulate_grad_batches)
         check_nonnegative(**{name: trainer[name] for name in NONNEGATIVE})
@@ -187,14 +187,10 @@ class RunCLI(LightningCLI):
             raise UserError(about_trainer(error, {**self.config[subcommand].trainer})) from error
 
     def after_instantiate_classes(self) -> None:
-        """Switch on what makes a GPU faster, and take the previous stage's weights."""
+        """Say how float32 is multiplied, and take the previous stage's weights."""
         config = self.config[self.subcommand]
-        torch.set_float32_matmul_precision(config.float32_matmul)
-        if config.compile and isinstance(self.model, Stage):
-            self.model.compile_blocks = True  # once all networks are there
-        elif config.compile:
-            what = f"--compile has no effect on {type(self.model).__name__}: no class of its parts says compiled_as_one"
-            check(bool(compile_blocks(self.model)), what)
+        if config.float32_matmul:
+            torch.set_float32_matmul_precision(config.float32_matmul)
         if config.init_from and not config.get("ckpt_path"):
             if not isinstance(self.model, Stage):
                 raise UserError(f"--init_from has no effect on {type(self.model).__name__}: it is no stage of aligntok")
@@ -230,6 +226,16 @@ class SaveConfig(SaveConfigCallback):
                 path.rename(folder / f"config.{len(list(folder.glob('config.*.yaml'))) + 1}.yaml")
             write_text(path, text)
         self.already_saved = True
+
+
+class CompileBlocks(pl.Callback):
+    """Compiles the blocks of all networks when training begins."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compile, once the judges are built too."""
+        if not compile_blocks(pl_module):
+            name = type(pl_module).__name__
+            rank_zero_warn(f"--compile: {name} has no block of a class with compiled_as_one, and stays as it is")
 
 
 class Parser(ShortErrors, LightningArgumentParser):

@@ -46,6 +46,7 @@ from aligntok.networks import (
     VectorQuantizer,
     compile_blocks,
 )
+from aligntok.networks.frozen import load_frozen
 from aligntok.stages import AutoregressiveGeneration, CausalTokenization, LatentDiffusion, Optimization, Stage
 
 ON_GPU = torch.cuda.is_available()
@@ -262,7 +263,9 @@ def moment() -> Any:
 
 def train(work: Work, compiled: bool, profiles: bool) -> Clock:
     """Train as a recipe does, and return the times."""
-    work.stage.compile_blocks = compiled
+    if compiled:
+        load_frozen(work.stage)
+        compile_blocks(work.stage)
     clock = Clock(profiles and ON_GPU)
     steps = WARM_UP + STEPS + PROFILED if ON_GPU else WARM_UP + 2
     trainer = pl.Trainer(

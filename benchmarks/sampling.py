@@ -126,36 +126,21 @@ def main() -> None:
 # Rows
 
 
-def ar_row(size: str, batch: int, guided: bool = True) -> Row:
+def ar_row(size: str, batch: int) -> Row:
     """Measure drawing tokens, e.g. of "AR-B"; on a CPU of a shorter sequence, scaled up."""
     sizes, guidance = AR[size]
     grid, prefix = (GRID, PREFIX) if on_gpu() else ((2, 2), 4)
     network = reset(lambda: AutoregressiveTransformer(CODES, grid, prefix, CLASSES, *sizes))
-    sampler = (
-        TokenSampler(*guidance, dtype="bfloat16", compile=True)
-        if guided
-        else TokenSampler(1.0, 1.0, 1.0, None, 1.0, "bfloat16", True)
-    )
+    sampler = TokenSampler(*guidance, dtype="bfloat16", compile=True)
     ids = torch.arange(batch)
     label = (ids % CLASSES).to(device())
     seconds, made = timed(lambda: sampler(network, label, ids, seed=0))
-    measured, scale = "in full", 1.0
     full = PREFIX + GRID[0] * GRID[1]
-    if network.sequence_length < full:
-        scale = full / network.sequence_length
-        measured = f"{network.sequence_length} of {full} tokens"
-    rows = batch * (1 + guided)
+    drawn = network.sequence_length
     linear = sum(weight.numel() for name, weight in network.named_parameters() if "embed" not in name)
-    cached = 2 * rows * sizes[0] * sizes[1] * (full + 1) / 2  # of the average token
-    row = finished(
-        size + ("" if guided else ", unguided"),
-        batch,
-        seconds * scale,
-        2 * full * (linear + cached),
-        "B",
-        made,
-        measured,
-    )
+    cached = 2 * 2 * batch * sizes[0] * sizes[1] * (full + 1) / 2  # keys and values of both rows, of the average token
+    measured = "in full" if drawn == full else f"{drawn} of {full} tokens"
+    row = finished(size, batch, seconds * full / drawn, 2 * full * (linear + cached), "B", made, measured)
     release(network)
     return row
 

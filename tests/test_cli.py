@@ -273,6 +273,13 @@ def test_the_run_layer_switches_compiling_and_tf32(monkeypatch):
         torch.set_float32_matmul_precision(precision)
 
 
+def test_a_logger_of_the_user_comes_beside_ours():
+    run = encoder_run("--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=theirs")
+    assert "train/loss" in (run / "metrics.csv").read_text()
+    assert list(run.glob("events.out.tfevents.*"))
+    assert len(list(Path("theirs").rglob("metrics.csv"))) == 1
+
+
 def test_every_verb_runs_from_the_saved_config():
     run = encoder_run()
     checkpoint = str(run / "checkpoints" / "last.ckpt")

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligntok.callbacks import EMA, CodebookHealth, ProgressBar, SaveCheckpoint
-from aligntok.networks import AutoregressiveTransformer, codebook, quantizers
+from aligntok.networks import AutoregressiveTransformer, codebook, compile_blocks, quantizers
 from aligntok.stages import (
     CausalTokenization,
     DecoderRefinement,
@@ -121,7 +121,7 @@ def test_bf16_mixed(tiny, tmp_path, expected, name):
 def test_compiled(tiny, tmp_path, expected, name):
     torch.compiler.reset()
     stage = stage_of(tiny, name)
-    stage.compile_blocks = True
+    assert compile_blocks(stage)
     losses = fit(tiny, tmp_path, stage, precision="bf16-mixed")
     torch.testing.assert_close(losses, expected(name), rtol=BF16, atol=BF16)
 
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_the_device_and_reported_lat
     lines = (tmp_path / "nonfinite_steps.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["1", "4"]
     assert all(len(line.split(",")[2].split()) == 8 for line in lines)
-    assert not stage.verdicts
+    assert not stage.pending_checks
 
 
 # The host waits for nothing
@@ -228,7 +228,7 @@ def watched(tiny, folder, name, begin, end, **options):
 def test_a_step_that_is_not_logged_asks_for_no_value(tiny, tmp_path, name, monkeypatch):
     """On a CPU that goes the way of a GPU: no operation that would make a host wait."""
     for module in (codebook, quantizers):
-        monkeypatch.setattr(module, "FREE_LOOK", set())
+        monkeypatch.setattr(module, "HOST_DEVICES", set())
     monkeypatch.setattr(AutoregressiveTransformer, "_check_tokens", lambda *_: None)  # looks at values on a CPU alone
     waits = Waits()
     watched(tiny, tmp_path, name, waits.__enter__, lambda: waits.__exit__(None, None, None), device="cpu")

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
@@ -22,7 +22,7 @@ from aligntok.protocols import HasPreview, needed_data
 
 
 class Grid(Measurement):
-    """Base: draws a picture every so many steps and at validation, to TensorBoard and ``images/<name>_<step>.png``.
+    """Base: draws a picture every so many steps and at validation, to ``images/<name>_<step>.png`` and the loggers.
 
     Args:
         every_n_steps: Optimizer steps between two pictures; null draws at validation alone. Validation draws with the
@@ -30,6 +30,7 @@ class Grid(Measurement):
     """
 
     needs = ()  # it draws images of its own
+    on_all_ranks = False  # whether all ranks draw a share of the picture
     name = "step"
     title = ""
 
@@ -55,6 +56,8 @@ class Grid(Measurement):
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw, and write on the first rank."""
+        if not (trainer.is_global_zero or self.on_all_ranks):
+            return
         picture = self.picture(trainer, module)
         if picture is None or trainer.sanity_checking:
             return
@@ -66,6 +69,10 @@ class Grid(Measurement):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(self.title, picture, trainer.global_step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(self.title, [str(path)], step=trainer.global_step)
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_artifact(logger.run_id, str(path), "images")
 
 
 class ReconstructionGrid(Grid):
@@ -114,6 +121,7 @@ class SampleGrid(Grid):
         per_class: Columns.
     """
 
+    on_all_ranks = True
     name = "samples"
     title = "samples, a row for each class"
 

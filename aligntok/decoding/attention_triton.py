@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 FEW_PROGRAMS = 512  # fewer leave a GPU's memory idle unless each has more keys under way
-TILES = {True: (256, 8), False: (64, 4)}  # keys at a time and warps, with few programs and with many
+TILES = {True: (256, 8), False: (64, 4)}  # keys of 64 channels at a time, and warps: with few programs and with many
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -20,6 +20,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     out = torch.empty_like(q)
     block, warps = TILES[rows * num_heads < FEW_PROGRAMS]
     channels = triton.next_power_of_2(head_dim)
+    block = max(16, block * 64 // max(64, channels))  # as many registers for wider heads
     kernel[(rows * num_heads,)](
         q, keys, values, position, out, head_dim**-0.5, length, head_dim, channels, block, num_warps=warps
     )

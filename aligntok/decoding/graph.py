@@ -14,9 +14,9 @@ from torch import Tensor
 from aligntok.decoding.attention import attend
 from aligntok.decoding.cached import CachedTransformer
 from aligntok.networks.ar import AutoregressiveTransformer
+from aligntok.networks.compiled import allow_recompilations
 from aligntok.networks.layers import KeyValueCache
 
-OPTIONS: dict[str, Any] | None = None  # of the compiler
 WARM_UPS = 3  # steps before a capture: they compile, choose kernels and allocate
 Draw = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits, keys and position, as of ``TokenSampler.draw``
 
@@ -53,9 +53,8 @@ class GraphSampler:
         self.keys = torch.zeros(count, 2, dtype=torch.int64, device=device)
         self.scales = torch.tensor(scales, dtype=torch.float32, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.apply_block, self.finish = (
-            torch.compile(part, dynamic=False, options=OPTIONS) for part in (apply_block, finish)
-        )
+        allow_recompilations()  # each number of rows is a shape of its own
+        self.apply_block, self.finish = (torch.compile(part, dynamic=False) for part in (apply_block, finish))
         self.steps = {}
         for size in {count} if joins == len(scales) else {rows} if joins == 0 else {count, rows}:
             self.steps[size] = self.captured(partial(self.step, size))

@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KMEANS_ITERATIONS = 10
-FREE_LOOK = {"cpu"}  # devices whose values the host sees without waiting; their sizes may then depend on values
+HOST_DEVICES = {
+    "cpu",
+    "mps",
+}  # devices whose values the host sees without waiting; their sizes may then depend on values
 HASH_MULTIPLIERS = (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85)  # Vigna, arXiv:1402.6246
 
 
@@ -43,7 +46,7 @@ def nearest(points: Tensor, targets: Tensor, max_distances: int) -> Tensor:
     finite = targets.isfinite().all(1)
     targets = targets.masked_fill(~finite[:, None], 0)
     barred = targets.new_zeros(len(targets)).masked_fill(~finite, torch.inf)
-    if points.device.type in FREE_LOOK:
+    if points.device.type in HOST_DEVICES:
         best, unclear = nearest_by_product(points, targets, barred, max_distances)
         again = unclear.nonzero().flatten()
         if len(again):

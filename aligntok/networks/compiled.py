@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import timm.models.vision_transformer
 import torch
@@ -16,7 +18,7 @@ from aligntok.networks.frozen import Frozen
 
 LIBRARY_BLOCKS = (timm.models.vision_transformer.Block, torchvision.models.convnext.CNBlock)
 COMPILERS = ("cc", "gcc", "clang", "cl")
-MOST_VERSIONS = 64  # of one block for inputs of different shapes; beyond torch's own 8 it would run uncompiled
+RECOMPILE_LIMIT = 64  # shapes of its input that a block is compiled for; beyond torch's own 8 it would run uncompiled
 
 
 def compile_blocks(module: nn.Module) -> int:
@@ -26,7 +28,8 @@ def compile_blocks(module: nn.Module) -> int:
     ConvNeXt, the levels of convolutional encoders and decoders, LPIPS' VGG, and every module of yours whose class says
     ``compiled_as_one = True``. They are compiled when they first run: blocks of equal shape share the work, so that
     it takes a minute where a whole network takes ten. Names of weights, checkpoints and copies stay as they were.
-    Discriminators are left out: their graph is gone through twice, for images and for weights.
+    Discriminators are left out: their graph is gone through twice, for images and for weights. So are networks that
+    ``load_frozen`` has not built yet.
 
     >>> from aligntok.networks import DiT
     >>> compile_blocks(DiT(latent_shape=(4, 2, 2), num_classes=3, width=16, depth=2, num_heads=2))
@@ -38,13 +41,24 @@ def compile_blocks(module: nn.Module) -> int:
     Reference:
         https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
     """
-    found = any(shutil.which(name) for name in (os.environ.get("CC", COMPILERS[0]), *COMPILERS))
+    given = shlex.split(os.environ.get("CC", ""))[:1]
+    found = any(shutil.which(name) for name in given or COMPILERS)
     check(found, "torch.compile needs a C compiler: install gcc, set CC to one, or switch compile off")
-    torch._dynamo.config.recompile_limit = max(MOST_VERSIONS, torch._dynamo.config.recompile_limit)
+    allow_recompilations()
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks where the buckets of gradients end
     blocks = list(outermost_blocks(module))
     for block in blocks:
         block.compile()
     return len(blocks)
+
+
+def allow_recompilations() -> None:
+    """Let torch compile a function for more shapes than its own limit."""
+    config: Any = torch._dynamo.config
+    name = (
+        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    )  # the latter before torch 2.7
+    setattr(config, name, max(RECOMPILE_LIMIT, getattr(config, name)))
 
 
 def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -52,8 +66,8 @@ def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
     if getattr(module, "compiled_as_one", False) or isinstance(module, LIBRARY_BLOCKS):
         yield module
         return
-    for child in module.children():
+    children = [*module.children()]
+    if isinstance(module, Frozen) and not children and module.build is None:  # built late, and not among the children
+        children = [module.network]
+    for child in children:
         yield from outermost_blocks(child)
-    if isinstance(module, Frozen) and not module._modules:  # built late, and not among the children
-        module.load()
-        yield from outermost_blocks(module.network)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import check, check_positive
 from aligntok.networks.codebook import (
-    FREE_LOOK,
+    HOST_DEVICES,
     counts_of_all_ranks,
     kmeans,
     means_of_all_ranks,
@@ -179,7 +179,7 @@ class VectorQuantizer(nn.Module):
         if self.update == "clustering":
             slope = CLUSTERING_SHARPNESS * self.codebook_size / (1 - self.decay)
             weight = torch.exp(-self.usage * slope - CLUSTERING_SHIFT)
-            if codes.device.type in FREE_LOOK:  # exactly 0 for codes in use: leaving them out saves their search
+            if codes.device.type in HOST_DEVICES:  # exactly 0 for codes in use: leaving them out saves their search
                 moving = weight.nonzero().flatten()
                 if not len(moving):
                     return

@@ -119,7 +119,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     That is torch's own way for mixed precision. The fused Adam and AdamW have it; the fused SGD has it too, but takes
     memory that nobody wrote for its momentum after a first step that was skipped.
     """
-    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))  # no subclasses of each other in torch 2.6
+    adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)  # a subclass may step in a way of its own
     return adam and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

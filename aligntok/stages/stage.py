@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from aligntok.errors import UserError, check
-from aligntok.networks import compile_blocks
 from aligntok.protocols import HasSourceIndices, offered_data
 from aligntok.randomness import normal, uniform
 from aligntok.stages.optimization import (
@@ -33,7 +32,7 @@ from aligntok.weights.migration import STAGE_KEY, migrate, split_groups
 LAG = 2  # steps after which the host looks at what a GPU found: it is there by then, and nothing waits for it
 
 
-class Verdict(NamedTuple):
+class PendingCheck(NamedTuple):
     """Whether the gradient of a step was bad, on its way from the device to the host.
 
     Attributes:
@@ -64,9 +63,6 @@ class Stage(pl.LightningModule):
     needs_previous = False
     """Whether the command line refuses to start this stage without ``--init_from``."""
 
-    compile_blocks = False
-    """Whether the blocks of all networks are compiled before the run; see ``aligntok.networks.compile_blocks``."""
-
     def __init__(self, optimization: Optimization) -> None:
         super().__init__()
         # Lightning has no public way to ask whether its command line builds the module. The command line's recipe is
@@ -75,7 +71,7 @@ class Stage(pl.LightningModule):
             self.save_hyperparameters(logger=False)
         self.optimization = optimization
         self.nonfinite_steps = 0  # in a row
-        self.verdicts: list[Verdict] = []  # that the host has not looked at, the oldest first
+        self.pending_checks: list[PendingCheck] = []  # that the host has not looked at, the oldest first
         self.batch_ids: list[Tensor] = []
         self.resumed = False
 
@@ -131,12 +127,6 @@ class Stage(pl.LightningModule):
             check(by_norm, "gradient_clip_algorithm value is not supported: gradients are clipped by norm, remove it")
             self.train()
 
-    def configure_model(self) -> None:
-        """Compile what is to be compiled, once."""
-        if self.compile_blocks:
-            self.compile_blocks = False
-            compile_blocks(self)
-
     # Optimisation
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -176,15 +166,15 @@ class Stage(pl.LightningModule):
         elif bad:
             for parameters in groups.values():
                 drop_gradients(parameters)
-        on_host = bad.to("cpu", non_blocking=True)
+        on_host = bad.to("cpu", non_blocking=bad.is_cuda)
         arrived = torch.cuda.current_stream().record_event() if bad.is_cuda else None
-        self.verdicts.append(Verdict(on_host, arrived, self.global_step, ids))
-        self.look_at_verdicts(LAG if bad.is_cuda else 0)
+        self.pending_checks.append(PendingCheck(on_host, arrived, self.global_step, ids))
+        self.read_checks(LAG if bad.is_cuda else 0)
 
-    def look_at_verdicts(self, but: int = 0) -> None:
-        """Count bad steps in a row and report them, as far as the device has come; leave the last ``but`` for later."""
-        while len(self.verdicts) > but:
-            bad, arrived, step, ids = self.verdicts.pop(0)
+    def read_checks(self, keep: int = 0) -> None:
+        """Count bad steps in a row and report them; leave the last ``keep`` for later."""
+        while len(self.pending_checks) > keep:
+            bad, arrived, step, ids = self.pending_checks.pop(0)
             if arrived is not None:
                 arrived.synchronize()
             if bad.tolist():
@@ -194,7 +184,7 @@ class Stage(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Look at the last steps."""
-        self.look_at_verdicts()
+        self.read_checks()
 
     def report_nonfinite(self, step: int, ids: list[Tensor]) -> None:
         """Write down which images of the source made a step fail, and stop after too many in a row."""
@@ -270,7 +260,7 @@ class Stage(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which stage this is; a run that must stop for its gradients does so before."""
-        self.look_at_verdicts()
+        self.read_checks()
         checkpoint[STAGE_KEY] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

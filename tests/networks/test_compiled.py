@@ -44,13 +44,16 @@ def test_blocks(build, blocks):
 
 def test_a_judge_that_is_built_late():
     judge = Frozen(lambda: nn.Sequential(Mine(2, 2)))
+    assert compile_blocks(nn.ModuleList([judge])) == 0  # nothing is fetched for it
+    judge.load()
     assert compile_blocks(nn.ModuleList([judge])) == 1
     assert compiled(judge.network) == ["0"]
 
 
-def test_no_compiler_is_a_line(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CC", "/nowhere/cc")
+@pytest.mark.parametrize("variables", [{"CC": "/nowhere/cc -O2"}, {"CC": "", "PATH": ""}])
+def test_no_compiler_is_a_line(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="needs a C compiler: install gcc"):
         compile_blocks(nn.Linear(2, 2))
 

@@ -11,7 +11,7 @@ from aligntok.data import Augmentation, LatentDataModule
 from aligntok.data.shapes import Shapes
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
-from aligntok.stages.stage import Verdict
+from aligntok.stages.stage import PendingCheck
 
 FUSED = partial(torch.optim.AdamW, fused=True)  # skips a step by itself, on the device
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [torch.optim.AdamW, FUSED])
@@ -122,8 +122,8 @@ def test_the_optimizer_that_skips_by_itself_takes_the_same_steps(tiny, tmp_path)
 def test_what_a_gpu_finds_is_looked_at_later_but_before_a_checkpoint(tiny, tmp_path):
     stage = tiny.stage(max_nonfinite_steps=3)
     stage.trainer = tiny.trainer(tmp_path, 1)
-    stage.verdicts = [Verdict(torch.tensor(True), None, step, [torch.tensor([step])]) for step in range(5)]
-    stage.look_at_verdicts(but=3)
+    stage.pending_checks = [PendingCheck(torch.tensor(True), None, step, [torch.tensor([step])]) for step in range(5)]
+    stage.read_checks(keep=3)
     assert rows(tmp_path) == [(0, [0]), (1, [1])]
     with pytest.raises(UserError, match="not finite in 3 steps in a row up to 2"):
         stage.on_save_checkpoint({})
