@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import vgg as vgg16
 
 from aligntok.__main__ import main
 from aligntok.callbacks.checkpoint import AtomicCheckpointIO
@@ -277,11 +278,11 @@ def tiny():
     return Tiny
 
 
-@pytest.fixture(scope="module")
-def judge_weights(tmp_path_factory):
-    """Put other weights where VGG's, ConvNeXt's and Inception's would be: no network, but all of the loading code."""
+@pytest.fixture(scope="session")
+def judge_home(tmp_path_factory):
+    """A folder with other weights where VGG's, ConvNeXt's and Inception's would be."""
     home = tmp_path_factory.mktemp("home")
-    vgg = torchvision.models.vgg16().features.state_dict()
+    vgg = vgg16.make_layers(vgg16.cfgs["D"], batch_norm=False).state_dict()
     torch.save({f"features.{key}": value for key, value in vgg.items()}, home / Path(VGG16_URL).name)
     with torch.device("meta"):
         convnext = torchvision.models.convnext_small().state_dict()
@@ -294,8 +295,14 @@ def judge_weights(tmp_path_factory):
         torch.save({}, home / "empty.pth")
         untrained = network("inception", ["2048"], feature_extractor_weights_path=str(home / "empty.pth"))
     torch.save(untrained.state_dict(), home / InceptionFeatures.FILE)
+    return home
+
+
+@pytest.fixture(scope="module")
+def judge_weights(judge_home):
+    """Take those weights: no network, but all of the loading code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNTOK_HOME", str(home))
+        patch.setenv("ALIGNTOK_HOME", str(judge_home))
         yield
 
 

@@ -1,11 +1,12 @@
 """Every shipped recipe on two processes by Lightning's own launcher: `--trainer.devices 2 --trainer.strategy ddp`.
 
 Each runs two steps at a debug size by the command that its header or the Makefile says, after the runs and the cache
-that this command and the recipe itself name, which are made by two processes too.
+that this command and the recipe itself name. `aligntok encode` launches two processes by Fabric.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from aligntok.__main__ import main
 from aligntok.data import Shapes
 from aligntok.layers import find_config, read_configs, shipped_configs
 
@@ -25,7 +27,7 @@ RECIPES = [
     for name in shipped_configs()
     if {"output", "model"} <= (config := read_configs(name)).keys() and "num_samples" not in config
 ]
-SECONDS = {"quickstart/encoder.yaml", "quickstart/stage1.yaml", "stage1.yaml", "alitok_stage1.yaml"}  # in `make test`
+FAST = {"stage1.yaml", *(f"quickstart_alitok/{name}.yaml" for name in ("stage1", "cache", "ar"))}  # in `make test`
 MADE_BY = {read_configs(name)["output"]: name for name in (*RECIPES, *CACHES)}
 MADE_BY["runs/quickstart_alitok/encoder"] = "quickstart/encoder.yaml"
 
@@ -50,8 +52,8 @@ SMALL = {  # options for every recipe that has this layer, or is it
     "cache.yaml": ("--images.root", "photos"),
     "token_cache.yaml": ("--images.root", "photos"),
 }
-ENCODE = ("--min_psnr", "0", "--num_workers", "0", "--devices", "2", "--accelerator", "cpu")
-FIT = ("--config", "run/debug.yaml", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+ENCODE = ("--min_psnr", "0", "--num_workers", "0", "--accelerator", "cpu", "--devices", "1")
+FIT = ("--config", "run/debug.yaml")
 
 
 def layers_of(name: str) -> set[str]:
@@ -60,23 +62,19 @@ def layers_of(name: str) -> set[str]:
 
 
 class Runs:
-    """Runs of recipes in one folder, each made once, when first asked for."""
+    """Runs of recipes in the current folder."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.done: dict[Path, str] = {}
+    def __init__(self) -> None:
+        self.done: set[str] = set()
         for index in range(20):
-            photo = folder / "photos" / f"class{index % 2}" / f"{index}.jpg"
+            photo = Path("photos", f"class{index % 2}", f"{index}.jpg")
             photo.parent.mkdir(parents=True, exist_ok=True)
             Shapes(20, (150, 200))[index][0].save(photo)
 
-    def make(self, name: str, output: str | None = None) -> str:
-        """Run a recipe, or write a cache, after what it needs, on two processes; return what was printed on stderr."""
+    def command(self, name: str, output: str) -> list[str]:
+        """Return the command of a recipe, or of a cache, after what it needs was run by one process, in this one."""
         config = read_configs(name)
-        usual = config.pop("output")
-        folder = self.folder / (output or usual)
-        if folder in self.done:
-            return self.done[folder]
+        config.pop("output")
         verb = "encode" if name in CACHES else "fit"
         options = [word for layer in sorted(layers_of(name)) for word in SMALL.get(layer, ())]
         commands = find_config(name).read_text() + MAKEFILE
@@ -85,33 +83,53 @@ class Runs:
             options += said[1].split()
         for path in re.findall(r"\bruns/\S+", f"{yaml.safe_dump(config)} {' '.join(options)}"):
             self.need(path)
-        if output not in (None, usual):
-            options += ["--output", output]
-        options += FIT if verb == "fit" else ENCODE
-        command = [sys.executable, "-m", "aligntok", verb, "--config", name, *options]
-        result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[-3000:]}"
-        assert "litlogger" not in result.stdout + result.stderr  # Lightning's advice, and its tips
-        self.done[folder] = result.stderr
-        if verb == "fit":
-            assert torch.load(folder / LAST, weights_only=True)["global_step"] == 2
-            assert re.search("global batch: .* = 2 x ", result.stdout)
-        return result.stderr
+        return [verb, "--config", name, *options, "--output", output, *(ENCODE if verb == "encode" else FIT)]
 
     def need(self, path: str) -> None:
         """Run what writes a file or a cache."""
         for output, name in MADE_BY.items():
-            if Path(path).is_relative_to(output):
-                self.make(name, output)
+            if Path(path).is_relative_to(output) and output not in self.done:
+                assert main(self.command(name, output)) == 0
+                self.done.add(output)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, judge_weights):
-    return Runs(tmp_path_factory.mktemp("launch"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("launch"))
+        yield Runs()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SECONDS else pytest.mark.slow) for name in RECIPES]
-)
+def launch(command: list[str]) -> str:
+    """Run a command in processes of its own and return what it printed."""
+    words = [sys.executable, "-m", "aligntok", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # rounds like the tests
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{' '.join(words)}\n{result.stderr[-3000:]}"
+    printed = result.stdout + result.stderr
+    assert "litlogger" not in printed  # Lightning's advice, and its tips
+    assert "sync_dist" not in printed
+    return printed
+
+
+def marked(names: list[str]):
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(RECIPES))
 def test_two_processes_run_the_recipe(runs, name):
-    assert "sync_dist" not in runs.make(name)
+    command = runs.command(name, f"two/{name}")
+    assert re.search(
+        "global batch: .* = 2 x ", launch([*command, "--trainer.devices", "2", "--trainer.strategy", "ddp"])
+    )
+    assert torch.load(f"two/{name}/{LAST}", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", marked(CACHES))
+def test_two_processes_write_the_cache_of_one(runs, name):
+    launch([*runs.command(name, f"two/{name}"), "--devices", "2"])
+    one = read_configs(name)["output"]
+    runs.need(one)
+    files = [{path.name: path.read_bytes() for path in Path(at).glob("*.safetensors")} for at in (one, f"two/{name}")]
+    assert files[0]
+    assert files[0] == files[1]
