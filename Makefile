@@ -1,7 +1,7 @@
 # The words that people and CI use. `make quickstart` and `make test` need nothing but Python >= 3.10; both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n 2 --dist loadscope
+PYTEST := $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 RUN := runs/quickstart
 ALITOK := runs/quickstart_alitok
 LAST := checkpoints/last.ckpt
@@ -77,7 +77,7 @@ test-gpu: install
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[dev]'
-	.venv-oldest/bin/pytest -n 2 --dist loadscope -o filterwarnings=default -m "not slow and not gpu"
+	.venv-oldest/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder -o filterwarnings=default -m "not slow and not gpu"
 
 # The built wheel in an empty environment: what README shows, from an empty folder, at a debug size.
 test-wheel:

@@ -86,15 +86,15 @@ def fit(name: str, *args: str) -> str:
 
 def test_both_stages_run(judge_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = fit("alitok_stage1.yaml")
+    first = fit("alitok_stage1.yaml", "--callbacks.rfid=null")  # Inception is slow: once, in stage 2
     second = fit("alitok_stage2.yaml", "--init_from", first)
     tokenizer = load_tokenizer(second)
     assert tokenizer.encode(torch.rand(2, 3, 32, 32)).shape == (2, 4 + 16)
     assert tokenizer.fingerprint() == load_tokenizer(first).fingerprint()
     metrics = [json.loads(Path(f"runs/alitok/stage{n}/run.json").read_text())["metrics"].keys() for n in (1, 2)]
     both = {"train/mse", "train/logits", "train/lpips", "train/gan_generator", "train/gan_discriminator"}
-    both |= {"val/rfid", "val/psnr", "val/codebook_usage", "val/codebook_entropy"}
+    both |= {"val/psnr", "val/codebook_usage", "val/codebook_entropy"}
     learned = {f"train/{name}" for name in ("prefix_mse", "prefix_logits", "prefix_lpips", "commitment", "codebook")}
     assert both | learned <= metrics[0]
-    assert both <= metrics[1]
+    assert both | {"val/rfid"} <= metrics[1]
     assert not learned & metrics[1]

@@ -34,7 +34,7 @@ def fit(recipe: str, *args: str) -> None:
 
 
 def test_latent_shape_and_classes(in_folder, monkeypatch, judge_weights):
-    ours = ("--data.image_size=64", "--model.tokenizer.adapter.latent_dim=6")
+    ours = ("--data.image_size=64", "--model.tokenizer.adapter.latent_dim=6", "--callbacks.rfid=null")
     fit("stage1.yaml", "--config=size/debug.yaml", *SHAPES, *ours)
     dit = network(monkeypatch, "dit.yaml")
     assert (dit.latent_shape, dit.num_classes) == ((6, 4, 4), 12)
