@@ -41,7 +41,7 @@ class Grid(Measurement):
 
     @abstractmethod
     def picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
-        """Return the picture (3, H, W) in [0, 1], or nothing where this module has none; called on all ranks."""
+        """Return the picture (3, H, W) in [0, 1], or nothing where this module has none."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare, for training without validation too."""
@@ -55,7 +55,7 @@ class Grid(Measurement):
             self.start(trainer, pl_module)
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw, and write on the first rank."""
+        """Draw, on the first rank or on all, and write on the first."""
         if not (trainer.is_global_zero or self.on_all_ranks):
             return
         picture = self.picture(trainer, module)

@@ -55,9 +55,8 @@ def compile_blocks(module: nn.Module) -> int:
 def allow_recompilations() -> None:
     """Let torch compile a function for more shapes than its own limit."""
     config: Any = torch._dynamo.config
-    name = (
-        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    )  # the latter before torch 2.7
+    recent = hasattr(config, "recompile_limit")  # torch from 2.7
+    name = "recompile_limit" if recent else "cache_size_limit"
     setattr(config, name, max(RECOMPILE_LIMIT, getattr(config, name)))
 
 
