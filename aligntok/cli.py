@@ -27,7 +27,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
-from aligntok.callbacks.checkpoint import AtomicCheckpointIO
+from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.callbacks.progress import MetricsCSV
 from aligntok.errors import UserError, check, check_nonnegative, check_positive, shortened, words_of
 from aligntok.files import check_writable, locked, write_text

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import vgg as vgg16
 
 from aligntok.__main__ import main
-from aligntok.callbacks.checkpoint import AtomicCheckpointIO
+from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.data import Augmentation, LatentDataModule, LatentShards
 from aligntok.data.shapes import Shapes
 from aligntok.flow import FlowMatching

@@ -10,7 +10,7 @@ import yaml
 
 from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SaveCheckpoint
-from aligntok.callbacks.checkpoint import AtomicCheckpointIO
+from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.errors import UserError
 from aligntok.networks import ConvDecoder, VisionEncoder
 from aligntok.stages import (
