@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aligntok.decoding import TokenSampler, release
 from aligntok.errors import words_of
 from aligntok.flow import Euler, Guidance
-from aligntok.networks import AutoregressiveTransformer, ConvDecoder, DiT
+from aligntok.networks import AutoregressiveTransformer, ConvDecoder, DiT, compile_blocks
 from aligntok.networks.token_decoder import TokenDecoder
 
 CODES, GRID, PREFIX, CLASSES, SHAPE = 4096, (16, 16), 16, 1000, (32, 16, 16)
@@ -148,7 +148,9 @@ def ar_row(size: str, batch: int) -> Row:
 def dit_row(size: str, batch: int, num_steps: int = EULER_STEPS) -> Row:
     """Measure sampling of latents; on a CPU by one step, scaled up."""
     steps = num_steps if on_gpu() else 1
-    network = reset(lambda: DiT(SHAPE, CLASSES, *DITS[size], compile_blocks=on_gpu()))
+    network = reset(lambda: DiT(SHAPE, CLASSES, *DITS[size]))
+    if on_gpu():
+        compile_blocks(network)
     label = torch.arange(batch, device=device()) % CLASSES
     noise = torch.randn(batch, *SHAPE, device=device())
     velocity = Guidance(**DIT_GUIDANCE).velocity(network, label)

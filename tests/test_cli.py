@@ -266,9 +266,14 @@ def test_the_run_layer_switches_compiling_and_tf32(monkeypatch):
     compiled, precision = [], torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
     try:
-        encoder_run("--compile", "true", "--float32_matmul", "high")
+        recomputed = []
+        monkeypatch.setattr(
+            "aligntok.networks.blocks.checkpoint", lambda call, *args, **_: recomputed.append(call) or call(*args)
+        )
+        encoder_run("--compile", "true", "--float32_matmul", "high", "--gradient_checkpointing", "true")
         assert torch.get_float32_matmul_precision() == "high"
         assert compiled == ["Block"] * 4  # of the quickstart's ViT
+        assert len(set(recomputed)) == 4
     finally:
         torch.set_float32_matmul_precision(precision)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from aligntok.decoding.attention import attend
 from aligntok.decoding.cached import CachedTransformer
 from aligntok.networks.ar import AutoregressiveTransformer
-from aligntok.networks.compiled import allow_recompilations
+from aligntok.networks.blocks import allow_recompilations
 from aligntok.networks.layers import KeyValueCache
 
 WARM_UPS = 3  # steps before a capture: they compile, choose kernels and allocate

@@ -2,7 +2,7 @@
 
 from aligntok.networks.adapters import GaussianAdapter, LinearAdapter, MLPAdapter
 from aligntok.networks.ar import AutoregressiveTransformer
-from aligntok.networks.compiled import compile_blocks
+from aligntok.networks.blocks import checkpoint_blocks, compile_blocks
 from aligntok.networks.conv import ConvDecoder, ConvEncoder
 from aligntok.networks.discriminators import BlurDiscriminator, PatchDiscriminator
 from aligntok.networks.dit import DiT, WideHead
@@ -34,5 +34,6 @@ __all__ = [
     "VectorQuantizer",
     "VisionEncoder",
     "WideHead",
+    "checkpoint_blocks",
     "compile_blocks",
 ]

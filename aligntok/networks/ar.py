@@ -39,7 +39,6 @@ class AutoregressiveTransformer(layers.ClassConditional):
         hidden: Channels inside the MLP; None for 8/3 of `width`, rounded up to a multiple of 256.
         dropout: Share of zeros in training: embedded tokens, attention weights, outputs of attention and MLP.
         null_class: One more class, `num_classes`, that means no class; without effect in an unconditional network.
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Attributes:
         sequence_length: N = num_prefix + h * w.
@@ -62,7 +61,6 @@ class AutoregressiveTransformer(layers.ClassConditional):
         hidden: int | None = None,
         dropout: float = 0.1,
         null_class: bool = True,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         layers.check_rotary_sizes(width, depth, num_heads)
@@ -74,7 +72,6 @@ class AutoregressiveTransformer(layers.ClassConditional):
         self.sequence_length = num_prefix + grid[0] * grid[1]
         self.num_classes, self.width, self.num_heads = num_classes, width, num_heads
         self.null_label = num_classes if null_class else None
-        self.gradient_checkpointing = gradient_checkpointing
         self.hidden = hidden or -(-(width * 8 // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
         num_starts = 1 if num_classes is None else num_classes + null_class
@@ -102,7 +99,8 @@ class AutoregressiveTransformer(layers.ClassConditional):
         ids = torch.cat((self.start_ids(label, len(tokens))[:, None].to(tokens.device), tokens), dim=1)
         x = self.dropout(self.embed(ids))  # (B, n + 1, width)
         rotary = self.rotary[: ids.shape[1]]
-        x = layers.run_blocks(self.blocks, x, rotary, recompute=self.gradient_checkpointing)  # (B, n + 1, width)
+        for block in self.blocks:
+            x = block(x, rotary)  # (B, n + 1, width)
         logits: Tensor = self.head(self.norm(x))  # (B, n + 1, codebook_size)
         return logits
 

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from aligntok.errors import UserError, check, check_positive
 from aligntok.networks.encoders import pair
-from aligntok.networks.layers import run_blocks
 
 NORM_EPS = 1e-6  # of every GroupNorm in latent diffusion's autoencoder; torch's default is 1e-5
 
@@ -99,7 +98,6 @@ class ConvDecoder(nn.Module):
             count from the latent's resolution, so -1 (the default, as in VA-VAE) is the lowest resolution whatever the
             number of levels. One more attention is always in the middle, at the latent's resolution.
         num_groups: Groups of every GroupNorm; must divide the width of every level (32 in latent diffusion).
-        gradient_checkpointing: Recompute each level in the backward pass instead of keeping its activations.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -113,13 +111,11 @@ class ConvDecoder(nn.Module):
         num_blocks: int,
         attention_levels: Sequence[int] = (-1,),
         num_groups: int = 32,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_positive(latent_dim=latent_dim, num_blocks=num_blocks)
         widths, attended = check_levels(width, multipliers, attention_levels, num_groups)
         self.latent_dim, self.downsampling = latent_dim, 2 ** (len(widths) - 1)
-        self.gradient_checkpointing = gradient_checkpointing
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
         self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], num_groups)
@@ -151,8 +147,9 @@ class ConvDecoder(nn.Module):
                 "give the decoder the adapter's latent_dim"
             )
         latent = latent.contiguous(memory_format=torch.channels_last)
-        x = self.conv_in(self.post_quant_conv(latent))  # (B, widths[-1], h, w)
-        x = run_blocks([self.mid, *reversed(self.up)], x, recompute=self.gradient_checkpointing)  # (B, width, H, W)
+        x = self.mid(self.conv_in(self.post_quant_conv(latent)))  # (B, widths[-1], h, w)
+        for level in reversed(self.up):
+            x = level(x)  # (B, widths[i], H / 2^i, W / 2^i)
         image: Tensor = self.conv_out(self.norm_out(x))  # (B, 3, H, W)
         return (image + 1) / 2
 

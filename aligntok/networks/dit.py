@@ -14,8 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_positive
-from aligntok.networks import compiled
-from aligntok.networks.layers import Attention, ClassConditional, SwiGLU, check_rotary_sizes, run_blocks
+from aligntok.networks.layers import Attention, ClassConditional, SwiGLU, check_rotary_sizes
 from aligntok.networks.positions import grid_coordinates, rotary_table, sincos_positions, wave_frequencies
 
 INIT_STD = 0.02  # of label table and time embedding, arXiv:2212.09748
@@ -63,8 +62,6 @@ class DiT(ClassConditional):
         qk_norm: Normalise queries and keys; stabler in long runs (arXiv:2302.05442).
         null_class: One more class, `num_classes`, that means no class.
         wide_head: RAE's wide head.
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
-        compile_blocks: Compile each block when it first runs; ``compile_blocks(network)`` does so later.
 
     Reference:
         Yao et al., arXiv:2501.01423, section 4.
@@ -85,8 +82,6 @@ class DiT(ClassConditional):
         qk_norm: bool = False,
         null_class: bool = True,
         wide_head: WideHead | None = None,
-        gradient_checkpointing: bool = False,
-        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         check_rotary_sizes(width, depth, num_heads)
@@ -97,7 +92,6 @@ class DiT(ClassConditional):
         self.latent_shape = channels, h, w = (latent_shape[0], latent_shape[1], latent_shape[2])
         self.num_classes, self.width, self.patch_size = num_classes, width, patch_size
         self.null_label = num_classes if null_class else None
-        self.gradient_checkpointing = gradient_checkpointing
         self.grid = (h // patch_size, w // patch_size)
         patch_channels = channels * patch_size**2
 
@@ -116,10 +110,7 @@ class DiT(ClassConditional):
                 Block(wide_head.width, wide_head.num_heads, qk_norm) for _ in range(wide_head.depth)
             )
         self.head = Head(width if wide_head is None else wide_head.width, patch_channels)
-        all_blocks = [module for module in self.modules() if isinstance(module, Block)]
-        self._init_weights(all_blocks)
-        if compile_blocks:
-            compiled.compile_blocks(self)
+        self._init_weights()
 
     def forward(self, latent: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Return the velocity (B, C, h, w).
@@ -154,21 +145,22 @@ class DiT(ClassConditional):
         patches = rearrange(latent, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=p, p2=p)
         time = self.embed_time(t)[:, None]  # (B, 1, width)
         condition = F.silu(time + self.embed_label(label)[:, None])  # (B, 1, width): one for all tokens
-        x = self.embed_latent(patches) + self.positions  # (B, N, width)
-        blocks, recompute = list(self.blocks), self.gradient_checkpointing
-        tokens = run_blocks(blocks[:block], x, condition, self.rotary, recompute=recompute)  # (B, N, width)
-        x = run_blocks(blocks[block:], tokens, condition, self.rotary, recompute=recompute)  # (B, N, width)
+        x = tokens = self.embed_latent(patches) + self.positions  # (B, N, width)
+        for number, each in enumerate(self.blocks, start=1):
+            x = each(x, condition, self.rotary)  # (B, N, width)
+            tokens = x if number == block else tokens
         if self.wide_head is not None:
             condition = F.silu(self.embed_condition(F.silu(time + x)))  # (B, N, wide width): one per token
             x = self.embed_wide(patches)  # (B, N, wide width)
-            x = run_blocks(self.wide_blocks, x, condition, self.wide_rotary, recompute=recompute)
+            for each in self.wide_blocks:
+                x = each(x, condition, self.wide_rotary)  # (B, N, wide width)
         velocity = rearrange(self.head(x, condition), "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
-        return velocity, tokens
+        return velocity.clone(), tokens  # of a view, FSDP loses sight where it is changed in place
 
     def _rotary(self, head_dim: int) -> Tensor:
         return rotary_table(grid_coordinates(*self.grid), head_dim)
 
-    def _init_weights(self, blocks: list[Block]) -> None:
+    def _init_weights(self) -> None:
         """Start as DiT does: every block is the identity, the velocity is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -176,6 +168,7 @@ class DiT(ClassConditional):
                 nn.init.zeros_(module.bias)
         for module in (self.embed_label, self.embed_time.proj_in, self.embed_time.proj_out):
             nn.init.normal_(module.weight, std=INIT_STD)
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
         for module in (*(block.modulation for block in blocks), self.head.modulation, self.head.proj):
             nn.init.zeros_(module.weight)
 

@@ -38,7 +38,6 @@ class VisionEncoder(nn.Module):
             extra ``aligntok[offline]`` brings, for ``name: tf_efficientnet_lite0``), or null: random.
         layer: Index among the backbone's intermediate features; by default the deepest that gives the grid.
         model_args: More arguments for ``timm.create_model``, such as ``{embed_dim: 128, depth: 4}``.
-        gradient_checkpointing: Recompute the blocks in the backward pass instead of keeping their activations.
 
     Raises:
         UserError: Unknown name, weights that are missing or do not fit, a grid that the backbone cannot give.
@@ -56,7 +55,6 @@ class VisionEncoder(nn.Module):
         weights: str | None = "hub",
         layer: int | None = None,
         model_args: dict[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.image_size, self.downsampling = name, pair(image_size), downsampling
@@ -67,8 +65,6 @@ class VisionEncoder(nn.Module):
         self.width: int = self.backbone.feature_info[self.layer]["num_chs"]
         self.backbone.prune_intermediate_layers([self.layer], prune_norm=False, prune_head=True)
         self.layer = min(self.layer, len(self.backbone.feature_info) - 1)
-        if gradient_checkpointing:
-            self.backbone.set_grad_checkpointing(True)
         mean, std = self.backbone.pretrained_cfg["mean"], self.backbone.pretrained_cfg["std"]
         if weights == "offline":
             mean, std = (LITE0_MEAN,) * 3, (LITE0_STD,) * 3

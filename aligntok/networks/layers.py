@@ -5,32 +5,14 @@ Touvron et al., LLaMA, arXiv:2302.13971.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from aligntok.errors import check, check_positive
 from aligntok.networks.positions import rotate
-
-
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *inputs: Any, recompute: bool = False, **options: Any) -> Tensor:
-    """Apply blocks one after another, each to what the one before gives and the same inputs and options.
-
-    >>> run_blocks([nn.ReLU(), nn.Flatten()], torch.tensor([[[-1.0, 2.0]]])).tolist()
-    [[0.0, 2.0]]
-
-    With `recompute` each block is computed again in the backward pass instead of keeping its activations.
-    """
-    for block in blocks:
-        if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, *inputs, use_reentrant=False, **options)
-        else:
-            x = block(x, *inputs, **options)
-    return x
 
 
 def check_rotary_sizes(width: int, depth: int, num_heads: int) -> None:

@@ -25,7 +25,7 @@ class QueryEncoder(nn.Module):
     Args:
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side of a patch in pixels, the downsampling factor.
-        width, depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
+        width, depth, num_heads, mlp_ratio: As in ``Transformer``.
         num_prefix: Queries before those of the grid, at least 0.
         causal: The ablation: patches in raster order see earlier ones only, a query sees earlier queries and the
             patches up to its own. In the prefix, each query sees one more patch of the first row than the one before;
@@ -53,7 +53,6 @@ class QueryEncoder(nn.Module):
         from_patches: bool = False,
         backbone: VisionEncoder | None = None,
         mlp_ratio: float = 4.0,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check(num_prefix >= 0, f"num_prefix={num_prefix}: give at least 0")
@@ -73,7 +72,7 @@ class QueryEncoder(nn.Module):
             self.embed = nn.Conv2d(backbone.width, width, 1)
         self.positions = learned(h * w, width)
         self.queries = learned(self.grid[1], width)
-        self.transformer = Transformer(width, depth, num_heads, mlp_ratio, gradient_checkpointing)
+        self.transformer = Transformer(width, depth, num_heads, mlp_ratio)
         self.norm_out = nn.LayerNorm(width)
         for part in (self.embed, self.transformer):  # not the backbone
             part.apply(init_weights)

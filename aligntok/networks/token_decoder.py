@@ -27,7 +27,7 @@ class TokenDecoder(nn.Module):
     Args:
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side in pixels of the patch that a vector of the grid gives, the downsampling factor.
-        width, depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
+        width, depth, num_heads, mlp_ratio: As in ``Transformer``.
         num_prefix: Vectors before those of the grid, at least 0.
         num_buffer: Learned tokens in front, at least 0, or 1 (the start token) if `causal`.
         causal: Whether a token sees itself and earlier ones only.
@@ -50,7 +50,6 @@ class TokenDecoder(nn.Module):
         causal: bool = False,
         prefix_head: bool = False,
         mlp_ratio: float = 4.0,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check(num_prefix >= prefix_head, f"num_prefix={num_prefix}: give at least 0, or 1 with prefix_head")
@@ -61,7 +60,7 @@ class TokenDecoder(nn.Module):
         self.proj_in = nn.Linear(latent_dim, width)
         self.buffer_tokens = learned(num_buffer, width) if num_buffer else None
         self.positions = learned(num_buffer + self.sequence_length, width)
-        self.transformer = Transformer(width, depth, num_heads, mlp_ratio, gradient_checkpointing)
+        self.transformer = Transformer(width, depth, num_heads, mlp_ratio)
         self.norm_out = nn.LayerNorm(width)
         self.head = PatchHead(width, patch_size)
         self.prefix_head = PatchHead(width, patch_size) if prefix_head else None

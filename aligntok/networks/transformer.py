@@ -10,7 +10,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from aligntok.errors import check, check_positive
-from aligntok.networks.layers import run_blocks
 
 INIT_STD = 0.02  # AliTok, arXiv:2506.05289
 
@@ -28,16 +27,12 @@ class Transformer(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP in units of `width`.
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(
-        self, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, gradient_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         check_positive(width=width, depth=depth, num_heads=num_heads)
         check(width % num_heads == 0, f"width={width}: give a multiple of num_heads={num_heads}")
-        self.gradient_checkpointing = gradient_checkpointing
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth)
@@ -54,8 +49,10 @@ class Transformer(nn.Module):
         Returns:
             (B, N, width), not normalised.
         """
-        options = {"attn_mask": mask, "is_causal": causal}
-        return run_blocks(self.blocks, self.norm(x), recompute=self.gradient_checkpointing, **options)  # (B, N, width)
+        x = self.norm(x)
+        for block in self.blocks:
+            x = block(x, attn_mask=mask, is_causal=causal)  # (B, N, width)
+        return x
 
 
 def init_weights(module: nn.Module) -> None:

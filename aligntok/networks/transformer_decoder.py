@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_positive
 from aligntok.networks.encoders import grid_of
-from aligntok.networks.layers import run_blocks
 from aligntok.networks.positions import sincos_positions
 from aligntok.networks.transformer import init_weights
 
@@ -30,7 +29,7 @@ class TransformerDecoder(nn.Module):
         image_size: Height and width of the image in pixels; one number for a square image.
         patch_size: Side in pixels of the patch that one latent position gives, the downsampling factor.
         width: Channels of a token, a multiple of 4 (the position table) and of `num_heads`.
-        depth, num_heads, mlp_ratio, gradient_checkpointing: As in ``Transformer``.
+        depth, num_heads, mlp_ratio: As in ``Transformer``.
 
     Raises:
         UserError: If an argument does not fit the others.
@@ -47,14 +46,12 @@ class TransformerDecoder(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_positive(latent_dim=latent_dim, width=width, depth=depth, num_heads=num_heads)
         fits = width % 4 == width % num_heads == 0
         check(fits, f"width={width}: give a multiple of 4 and of num_heads={num_heads}")
         self.latent_dim, self.downsampling, self.grid = latent_dim, patch_size, grid_of(image_size, patch_size)
-        self.gradient_checkpointing = gradient_checkpointing
         self.proj_in = nn.Linear(latent_dim, width)
         self.register_buffer("positions", sincos_positions(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in range(depth))
@@ -83,7 +80,8 @@ class TransformerDecoder(nn.Module):
                 f"images of {h * p}x{w * p} pixels: set latent_dim, image_size and patch_size to what the encoder gives"
             )
         x: Tensor = self.proj_in(rearrange(latent, "b c h w -> b (h w) c")) + self.positions  # (B, h * w, width)
-        x = run_blocks(self.blocks, x, recompute=self.gradient_checkpointing)  # (B, h * w, width)
+        for block in self.blocks:
+            x = block(x)  # (B, h * w, width)
         patches: Tensor = self.head(self.norm(x))  # (B, h * w, patch_size^2 * 3)
         image = rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
         return (image + 1) / 2

@@ -7,7 +7,7 @@ from typing import Any
 STAGE_KEY = "aligntok_stage"
 CHAIN_KEY = "tokenizer_chain"
 OLD_DISCRIMINATOR, DISCRIMINATOR = "adversarial.", "loss.adversarial."
-OLD_ARGUMENTS = {"checkpoint_activations": "gradient_checkpointing"}
+SWITCHES = {"checkpoint_activations", "gradient_checkpointing", "compile_blocks"}  # of a network; today of a run
 MOVED_ARGUMENTS = {  # of a stage; today they are arguments of one of its parts
     "optimization": ("learning_rate", "optimizer", "max_nonfinite_steps"),
     "objective": ("time_sampling", "uniform_from", "cosine_weight"),
@@ -20,7 +20,7 @@ def migrate(checkpoint: dict[str, Any]) -> None:
         for key in [key for key in checkpoint.get(states, {}) if key.startswith(OLD_DISCRIMINATOR)]:
             checkpoint[states][DISCRIMINATOR + key.removeprefix(OLD_DISCRIMINATOR)] = checkpoint[states].pop(key)
     if "hyper_parameters" in checkpoint:
-        checkpoint["hyper_parameters"] = regrouped(renamed(checkpoint["hyper_parameters"]))
+        checkpoint["hyper_parameters"] = regrouped(without_switches(checkpoint["hyper_parameters"]))
     if CHAIN_KEY not in checkpoint:  # the name of the stage told it
         stage = checkpoint.get(STAGE_KEY)
         learned = ["adapter", "quantizer", "decoder"]
@@ -45,13 +45,16 @@ def regrouped(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def renamed(recipe: Any) -> Any:
-    """Return a recipe of classes and arguments under today's names of the arguments."""
+def without_switches(recipe: Any) -> Any:
+    """Return a recipe of classes and arguments without those that our networks no longer have."""
     if isinstance(recipe, list):
-        return [renamed(value) for value in recipe]
+        return [without_switches(value) for value in recipe]
     if not isinstance(recipe, dict):
         return recipe
-    return {OLD_ARGUMENTS.get(key, key): renamed(value) for key, value in recipe.items()}
+    parts = {key: without_switches(value) for key, value in recipe.items()}
+    if str(parts.get("class_path")).startswith("aligntok.networks."):
+        parts["init_args"] = {key: value for key, value in parts.get("init_args", {}).items() if key not in SWITCHES}
+    return parts
 
 
 def split_groups(

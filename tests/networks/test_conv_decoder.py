@@ -123,28 +123,6 @@ def test_attention_is_the_formula():
     torch.testing.assert_close(attention(x), x + attention.proj_out(attended))
 
 
-def test_checkpointing_changes_nothing():
-    plain, checkpointed = small_decoder(), small_decoder(gradient_checkpointing=True)
-    latents = [torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
-    images = [decoder(latent) for decoder, latent in zip((plain, checkpointed), latents, strict=True)]
-    assert torch.equal(*images)
-    for image in images:
-        image.square().sum().backward()
-    assert torch.equal(latents[0].grad, latents[1].grad)
-    for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-
-
-def test_checkpointing_keeps_less():
-    def kept(decoder):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            decoder(torch.randn(1, 4, 4, 4))
-        return sum(sizes)
-
-    assert kept(small_decoder(gradient_checkpointing=True)) < kept(small_decoder()) / 4
-
-
 def test_last_layer_is_last():
     decoder = small_decoder()
     latent = torch.randn(2, 4, 2, 3)

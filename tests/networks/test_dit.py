@@ -1,6 +1,5 @@
 """The network itself; that it equals the official one is in tests/weights/test_lightningdit.py."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -213,42 +212,6 @@ def test_null_class(null_class, null_label):
     for wrong in (10 + null_class, -1):
         with pytest.raises(UserError, match=rf"label {wrong} is none of the network's classes 0\.\.9"):
             network.check_labels(torch.tensor([0, wrong, 1]))
-
-
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_checkpointing_changes_no_gradient(changes):
-    plain, checkpointed = small(**changes), small(**changes, gradient_checkpointing=True)
-    runs = [0, 0]
-    for i, network in enumerate((plain, checkpointed)):
-
-        def run(module, args, output, i=i):
-            runs[i] += 1
-
-        network.blocks[0].mlp.register_forward_hook(run)
-        network(*inputs(network)).square().sum().backward()
-    assert runs == [1, 2]
-    for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-
-
-def test_compiled_blocks_keep_names_and_results(monkeypatch):
-    """With a compiler that only says what it was given: a real one takes a minute."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda call, *args, **options: compiled.append(call) or call)
-    network, plain = small(wide_head=WideHead(48, 2, 3), compile_blocks=True), small(wide_head=WideHead(48, 2, 3))
-    assert [call.__self__ for call in compiled] == [*network.blocks, *network.wide_blocks]
-    assert list(network.state_dict()) == list(plain.state_dict())
-    assert torch.equal(network(*inputs(network)), plain(*inputs(plain)))
-    assert torch.equal(copy.deepcopy(network)(*inputs(network)), plain(*inputs(plain)))  # as an average makes a copy
-
-
-@pytest.mark.slow
-def test_real_compiler():
-    network, plain = small(compile_blocks=True, gradient_checkpointing=True), small()
-    for each in (network, plain):
-        each(*inputs(each)).square().sum().backward()
-    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -28,7 +28,7 @@ from aligntok.weights.checkpoint import (
     without_encoder_weights,
     write_exported,
 )
-from aligntok.weights.migration import renamed
+from aligntok.weights.migration import without_switches
 
 
 class Touch:
@@ -266,10 +266,13 @@ def test_a_checkpoint_without_a_recipe(stage1):
         load_tokenizer(stage1)
 
 
-def test_a_recipe_with_an_earlier_name_of_an_argument_is_built():
+def test_a_recipe_with_arguments_of_earlier_versions_is_built():
     sizes = {"latent_dim": 4, "width": 8, "multipliers": [1], "num_blocks": 1, "num_groups": 4}
-    recipe = {"class_path": "aligntok.networks.ConvDecoder", "init_args": sizes | {"checkpoint_activations": True}}
-    assert build(renamed(recipe), ConvDecoder).gradient_checkpointing
+    for name in ("checkpoint_activations", "gradient_checkpointing", "compile_blocks"):
+        recipe = {"class_path": "aligntok.networks.ConvDecoder", "init_args": {**sizes, name: True}}
+        theirs = {"class_path": "theirs.Decoder", "init_args": {name: True}}
+        assert without_switches([recipe, theirs]) == [recipe | {"init_args": sizes}, theirs]
+    build(without_switches(recipe), ConvDecoder)
 
 
 def test_a_generator_of_an_earlier_version_is_built_from_its_recipe(tiny, tmp_path):
