@@ -8,8 +8,9 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 
-from aligntok import __version__
+from aligntok import __version__, preemption
 from aligntok.errors import UserError
 from aligntok.layers import check_configs
 
@@ -45,13 +46,18 @@ Train image tokenizers from pretrained vision encoders, and generators on their 
 
 A config is a file, or the name of a shipped one; several --config are layers, later ones win."""
 
-
-INTERRUPTED = 130  # as a shell reports Ctrl-C: 128 + SIGINT
+SAVE_THEMSELVES = ("fit", "encode", "sample")  # verbs that a signal ends where nothing is lost
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    """Run a command; a user's mistake is one line on stderr and exit code 2; 143: saved, not finished."""
     verb, *arguments = (sys.argv[1:] if args is None else args) or [""]
+    with preemption.listening() if verb in SAVE_THEMSELVES else nullcontext():
+        return run(verb, arguments)
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Run a verb and return the exit code."""
     try:
         if verb in ("-h", "--help"):
             print(HELP.format(verbs="\n".join(f"  {name:<10}{line}" for name, (_, line) in VERBS.items())))
@@ -63,10 +69,10 @@ def main(args: list[str] | None = None) -> int:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             module, _, command = VERBS[verb][0].rpartition(".")
             gc.disable()  # nothing that modules define is garbage, and to look through it takes a tenth of the import
-            run = getattr(importlib.import_module(module), command)
+            function = getattr(importlib.import_module(module), command)
             gc.enable()
             silence()  # after the import, in which Lightning sets its loggers to speak
-            run(arguments)
+            function(arguments)
         else:
             problem = f"there is no verb '{verb}'" if verb else "a verb is missing"
             raise UserError(f"{problem}: give one of {', '.join(VERBS)}, or see aligntok --help")
@@ -74,10 +80,12 @@ def main(args: list[str] | None = None) -> int:
         print(f"aligntok: error: {last_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return preemption.INTERRUPTED
+    except preemption.Preempted as end:
+        return int(str(end.code))
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's Trainer caught it, and ends with 1
-            return INTERRUPTED
+            return preemption.INTERRUPTED
         raise
     return 0
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from pydoc import locate
@@ -27,6 +29,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
+from aligntok import preemption
 from aligntok.callbacks import ProgressBar, RunRecord, SaveCheckpoint
 from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.callbacks.progress import MetricsCSV
@@ -94,6 +97,8 @@ class RunCLI(LightningCLI):
         add("--float32_matmul", type=Literal["highest", "high", "medium"] | None, default=None, help=about)
         about = "Callbacks by name; null removes one. In a list, without names: trainer.callbacks."
         add("--callbacks", type=dict[str, Callback | None], default={}, help=about)
+        about = "Minutes that processes wait for one that hangs, before the run ends and names it."
+        add("--timeout", type=float, default=10.0, help=about)
         parser.link_arguments("output", "trainer.default_root_dir")
 
     def _parse_ckpt_path(self) -> None:  # private: LightningCLI has no switch for it
@@ -135,6 +140,8 @@ class RunCLI(LightningCLI):
     def check_start(self, config: Namespace, last: Path) -> None:
         """Resolve ``--ckpt_path last``, and refuse to write over another run or to start a stage from nothing."""
         check(config.ema is None, "--ema is of validate, test and predict: fit goes on with all weights that it kept")
+        if config.ckpt_path is None and preemption.was_requeued():
+            config.ckpt_path = "last"
         check(
             config.ckpt_path is not None or not last.is_file(),
             f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another --output",
@@ -143,6 +150,11 @@ class RunCLI(LightningCLI):
             config.ckpt_path = str(last) if last.is_file() else None
             if config.ckpt_path is None:
                 print(f"--ckpt_path last: no {last} yet, the run starts from the beginning", flush=True)
+        for left in Path(config.output).glob("hpc_ckpt_*") if config.ckpt_path is None else ():
+            raise UserError(
+                f"{left} is of Lightning's own requeueing, which may save in the middle of a step: go on with it by"
+                " --ckpt_path, or move it away to start from the beginning"
+            )
         stage: Any = locate(config.model.class_path)
         if getattr(stage, "needs_previous", False) and not config.ckpt_path and not config.init_from:
             raise UserError(f"{stage.__name__} starts from a previous stage: add --init_from CHECKPOINT of that stage")
@@ -172,6 +184,7 @@ class RunCLI(LightningCLI):
         )
         callbacks += [ChangeBlocks("compile", compile_blocks)] if config.compile else []
         kwargs |= {"logger": loggers, "enable_checkpointing": saves, "callbacks": [*callbacks, RunRecord()]}
+        check(0 < config.timeout < math.inf, f"timeout={config.timeout}: give minutes, more than 0")
         check_positive(accumulate_grad_batches=trainer.accumulate_grad_batches)
         check_nonnegative(**{name: trainer[name] for name in NONNEGATIVE})
         check(
@@ -179,11 +192,17 @@ class RunCLI(LightningCLI):
             "val_check_interval=0: give steps, or limit_val_batches 0 for no validation",
         )
         try:
-            return super().instantiate_trainer(
+            made = super().instantiate_trainer(
                 plugins=[*filter(None, plugins), AtomicCheckpointIO(config.ema)], **kwargs
             )
         except Exception as error:
             raise UserError(about_trainer(error, {**trainer})) from error
+        if isinstance(trainer.strategy, str) and hasattr(made.strategy, "_timeout"):
+            made.strategy._timeout = timedelta(minutes=config.timeout)  # private: of what a name stands for
+        if not any(isinstance(callback, SaveCheckpoint) for callback in callbacks):
+            preemption.stop_listening()  # nothing could be saved
+            made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # private: these would wait for other ranks
+        return made
 
     def _run_subcommand(self, subcommand: str) -> None:  # private: LightningCLI does all within its constructor
         """Run the verb; what Lightning has against the trainer's arguments is a line."""

@@ -1,9 +1,10 @@
-"""When and how a run saves itself: checkpoints that are whole or absent, also when it ends by an error or Ctrl-C."""
+"""When and how a run saves itself: checkpoints that are whole or absent, also when it ends by an error or a signal."""
 
 from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
+from aligntok import preemption
+from aligntok.callbacks.agreement import Agreement
 from aligntok.callbacks.ema import EMA
 from aligntok.callbacks.progress import is_last_step
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
 from aligntok.files import check_writable
 from aligntok.networks.quantizers import VectorQuantizer
+from aligntok.preemption import Preempted
 
 ADAM = 2  # values that it keeps of each weight that it trains
 
@@ -26,9 +30,12 @@ ADAM = 2  # values that it keeps of each weight that it trains
 class SaveCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run's folder, written every so many optimizer steps and at the last one.
 
-    A run that ends by an error or Ctrl-C saves the last finished step. Ctrl-C lets the running step end; a second one
-    ends at once. What a step changes is known at its end: weights move after ``on_before_optimizer_step`` alone, and
-    what moves earlier (position in the data, running statistics, codes) is kept, as it was, until then.
+    A run that ends by an error or a signal saves the last finished step. Ctrl-C, SIGTERM and SIGUSR1 let the running
+    step end; at the next one, or the next batch of a validation, all ranks know of it, and end together: ``Preempted``.
+    A second Ctrl-C ends at once. Of a Slurm job in which nobody pressed Ctrl-C, the first rank then requeues it.
+
+    What a step changes is known at its end: weights move after ``on_before_optimizer_step`` alone, and what moves
+    earlier (position in the data, running statistics, codes) is kept, as it was, until then.
 
     >>> save = SaveCheckpoint(every_n_steps=500, keep_every_n_steps=10_000)  # among the `callbacks` of a Trainer
     >>> save.seen_step  # last step that it looked at
@@ -49,10 +56,16 @@ class SaveCheckpoint(Checkpoint):
         self.finished: dict[str, Any] | None = None  # what a checkpoint of the last step has beside weights ...
         self.moving: list[Tensor] = []  # ... and what forward passes change in place,
         self.moved: list[Tensor] = []  # as it was at the end of that step
+        self.ranks = Agreement()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew."""
         self.seen_step, self.interrupts, self.in_step, self.finished = -1, 0, False, None
+        take_signals(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Connect the ranks."""
+        self.ranks = Agreement(getattr(trainer.strategy, "_timeout", None))  # private: of the process group
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look whether a checkpoint can be written, and take over Ctrl-C until Lightning ends the fit."""
@@ -68,13 +81,24 @@ class SaveCheckpoint(Checkpoint):
     def interrupt(self, *args: Any) -> None:
         """Stop now where what is in memory belongs to a finished step, else at the end of this one."""
         self.interrupts += 1
-        if not self.in_step or self.interrupts > 1:
+        if self.interrupts > 1 or not (self.in_step or self.ranks.group):
             raise KeyboardInterrupt
+        preemption.note(signal.SIGINT)
         print("\nCtrl-C: the running step ends first; once more ends at once, without saving", flush=True)
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Note that a step runs."""
+        """Note that a step runs, or end here."""
         self.in_step = True
+        self.end_where_asked()
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        """End here where a signal came."""
+        self.end_where_asked()
+
+    def end_where_asked(self) -> None:
+        """End the run if a signal came to one of the ranks."""
+        if number := self.ranks.largest(preemption.asked):
+            raise Preempted(number)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """From here on the weights are no longer those of the last step."""
@@ -92,11 +116,10 @@ class SaveCheckpoint(Checkpoint):
                 trainer.save_checkpoint(self.last(trainer), weights_only=False)
                 self.saved_step = step
         self.in_step = False
-        if self.interrupts:
-            raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step of a run that something else ended, such as ``trainer.max_time``."""
+        self.ranks.finish()
         if self.finished is not None and self.seen_step != self.saved_step and trainer.is_global_zero:
             self.save_finished(trainer)
 
@@ -110,8 +133,29 @@ class SaveCheckpoint(Checkpoint):
             self.finished[type(data).__qualname__] = state
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save the last finished step, and say how to go on."""
-        if self.seen_step < 0 or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        """Save the last finished step, and say how to go on; requeue a job that was preempted, and name who hangs."""
+        preemption.forget()
+        if isinstance(exception, Preempted):
+            self.save_last(trainer)
+            self.hand_back(trainer, exception)
+        elif self.ranks.is_overdue():  # and nothing is saved: a GPU that waits for another one cannot be read
+            for rank in self.ranks.hanging():
+                where, seconds = f"rank {rank} on {self.ranks.nodes[rank]}", self.ranks.seconds
+                print(f"  {where} hangs: it did not answer for {seconds:.0f} s", file=sys.stderr, flush=True)
+        elif trainer.is_global_zero:
+            self.save_last(trainer)
+
+    def hand_back(self, trainer: pl.Trainer, exception: Preempted) -> None:
+        """Requeue the Slurm job, unless it was Ctrl-C, and let all ranks end."""
+        if trainer.is_global_zero and exception.code != preemption.INTERRUPTED:
+            preemption.requeue()
+        started: Any = getattr(trainer.strategy.launcher, "procs", [])  # by Lightning, which watches them:
+        started.clear()  # the first to end would have the others killed
+        self.ranks.wait()
+
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """Save the last finished step where it is not saved yet, and say how to go on."""
+        if self.seen_step < 0 or getattr(trainer, "fast_dev_run", False):
             return
         last = self.last(trainer)
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -122,7 +166,7 @@ class SaveCheckpoint(Checkpoint):
                 self.save_finished(trainer)
             except (UserError, RuntimeError) as error:  # the disk may be full, the device lost
                 print(f"  step {self.seen_step} could not be saved: {error}", flush=True)
-        if last.is_file():
+        if last.is_file() and trainer.is_global_zero:
             print(f"  {last} is of step {self.saved_step}: --ckpt_path last goes on from there", flush=True)
 
     @torch.no_grad()
@@ -141,6 +185,14 @@ class SaveCheckpoint(Checkpoint):
     def last(trainer: pl.Trainer) -> Path:
         """Return the path of the checkpoint that a run goes on from."""
         return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+
+
+def take_signals(trainer: pl.Trainer) -> None:
+    """Have Lightning's handlers note a signal, and no more: inside of them it would save, and wait for other ranks."""
+    connector = trainer._signal_connector  # private, all three: Lightning has no switch
+    connector._sigterm_notifier_fn = connector._slurm_sigusr_handler_fn = preemption.note  # type: ignore[assignment, method-assign]
+    # twice per batch, with a wait of the host for the GPU, for what an `Agreement` tells
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def moved_by_forward(module: nn.Module) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from aligntok import preemption
 from aligntok.data.dataset import Augmentation, BatchDataset, ImageDataset, no_bad_images, reduced
 from aligntok.data.loaders import (
     InOrderSampler,
@@ -364,6 +365,7 @@ class LatentDataModule(pl.LightningDataModule):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=processes,
+            worker_init_fn=preemption.ignore,
             persistent_workers=processes > 0 and isinstance(sampler, ShuffledSampler),
             collate_fn=as_it_is,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 
+from aligntok import preemption
 from aligntok.cache import CacheReader, CacheWriter, Manifest, code_counts, latent_statistics
 from aligntok.cache.manifest import CROPS
 from aligntok.cache.shards import LABELS, LATENTS, MIRRORED, TOKENS
@@ -27,7 +28,7 @@ from aligntok.messages import building
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.programs.command import make_parser, read, split_values, started
-from aligntok.programs.fabric import dealt, held, make_fabric, on_first_rank, progress_of, unfinished
+from aligntok.programs.fabric import dealt, held, make_fabric, on_first_rank, progress_of, unfinished, until_signal
 
 DESCRIPTION = """\
 Write what a tokenizer makes of images, latents or tokens, into a cache. The same command goes on with it, or repairs.
@@ -166,11 +167,12 @@ def encode(
             batch_sampler=[list(ids) for _, ids in batches],
             num_workers=num_workers,
             collate_fn=as_it_is,
+            worker_init_fn=preemption.ignore,
             pin_memory=fabric.device.type == "cuda",
         )
         progress = progress_of(fabric, "images", left)
         rows: list[dict[str, Tensor]] = []
-        for (shard, ids), batch in zip(batches, loader, strict=True):
+        for (shard, ids), batch in until_signal(fabric, zip(batches, loader, strict=True)):
             if batch is not None:  # else none of its images can be read
                 image = to_floats(batch["image"], fabric)
                 with fabric.autocast():
@@ -183,7 +185,6 @@ def encode(
                 writer.write(shard, {key: torch.cat([batch.pop(key) for batch in rows]) for key in list(rows[0])})
                 rows = []
             progress.add(len(ids))
-        fabric.barrier()
         on_first_rank(fabric, conclude)
 
 

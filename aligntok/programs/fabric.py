@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from aligntok import preemption
 from aligntok.callbacks.measurement import on_first_rank as on_first_rank  # for the programs, from here
 from aligntok.errors import UserError, check, words_of
 from aligntok.files import locked
 from aligntok.progress import Progress
+
+T = TypeVar("T")
 
 
 def make_fabric(
@@ -120,6 +126,28 @@ def dealt(fabric: Fabric, blocks: Sequence[range], batch_size: int) -> list[tupl
     """
     mine = blocks[fabric.global_rank :: fabric.world_size]
     return [(block, block[i : i + batch_size]) for block in mine for i in range(0, len(block), batch_size)]
+
+
+def until_signal(fabric: Fabric, work: Iterable[T]) -> Iterator[T]:
+    """Yield this rank's pieces of work until a signal comes, then wait until the other ranks end, too.
+
+    Raises:
+        Preempted: On all ranks, where one has left some of its work; the same command does it. A Slurm job is requeued.
+    """
+    asked = 0
+    for piece in work:
+        if asked := preemption.asked:
+            break
+        yield piece
+    children = getattr(fabric.strategy.launcher, "procs", [])  # that Fabric started; Slurm's signals reach all ranks
+    for child in children if asked else ():
+        child.send_signal(signal.SIGTERM)
+    if number := int(fabric.all_reduce(torch.tensor(asked, device=fabric.device), reduce_op="max")):  # type: ignore[arg-type]
+        if fabric.is_global_zero:
+            preemption.requeue()
+        children.clear()  # else the first of them to end would have the others killed
+        fabric.barrier()
+        raise preemption.Preempted(number)
 
 
 def progress_of(fabric: Fabric, what: str, blocks: Sequence[range]) -> Progress:

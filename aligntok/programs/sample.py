@@ -25,7 +25,7 @@ from aligntok.errors import check, check_positive
 from aligntok.files import hash_tensors, read_json, write_atomically, write_text
 from aligntok.messages import building
 from aligntok.programs.command import make_parser, read, started
-from aligntok.programs.fabric import dealt, held, make_fabric, on_first_rank, progress_of, unfinished
+from aligntok.programs.fabric import dealt, held, make_fabric, on_first_rank, progress_of, unfinished, until_signal
 from aligntok.stages.generator import GeneratorStage, generator_recipe
 
 DESCRIPTION = """\
@@ -87,13 +87,12 @@ def sample(
     with held(fabric, folder):
         left = on_first_rank(fabric, begin)
         progress = progress_of(fabric, "samples", left)
-        for _, part in dealt(fabric, left, batch_size):
+        for _, part in until_signal(fabric, dealt(fabric, left, batch_size)):
             label = torch.from_numpy(files.labels[part.start : part.stop])
             batch = fabric.to_device({"id": torch.tensor(part), "label": label})
             with fabric.autocast():
                 files.write(part, generator.predict_step(batch, 0)["image"])
             progress.add(len(part))
-        fabric.barrier()
         on_first_rank(fabric, lambda: files.finish(npz, blocks))
 
 
