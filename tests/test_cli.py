@@ -195,6 +195,55 @@ def test_ctrl_c_before_the_first_step_ends_with_130(monkeypatch):
     assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG]) == 130
 
 
+class Signal(pl.Callback):
+    """Sends one while the second step runs."""
+
+    def on_before_optimizer_step(self, trainer, *args):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_ends_with_143_and_the_requeued_job_goes_on(capsys, monkeypatch, fails):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    command = ["fit", "--config", "quickstart/encoder.yaml", *DEBUG, "--trainer.max_steps", "4"]
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([*command, "--callbacks.stop.class_path", f"{__name__}.Signal"]) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "last.ckpt is of step 2: --ckpt_path last goes on" in capsys.readouterr().out
+    assert "already holds a run" in fails(*command)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main(command) == 0
+    assert "from step 2" in capsys.readouterr().out
+
+
+def test_a_signal_before_the_first_step_ends_with_143(monkeypatch):
+    monkeypatch.setattr(Digits, "__len__", lambda self: os.kill(os.getpid(), signal.SIGUSR1) or 1437)
+    assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG]) == 143
+
+
+def test_signals_are_noted_before_torch_is_imported():
+    program = """
+import os, signal, sys
+import aligntok.__main__ as program
+def check_configs(arguments):
+    assert "torch" not in sys.modules
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    return []
+program.check_configs = check_configs
+print(program.main(["fit", "--trainer.max_steps", "many"]))
+"""
+    code = "2\n"  # it lived on, to find that mistake
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == code
+
+
+def test_what_lightnings_own_requeueing_left_is_never_taken(fails):
+    left = Path("runs/quickstart/encoder/hpc_ckpt_1.ckpt")
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert f"{left} is of Lightning's own requeueing" in fails("fit", "--config", "quickstart/encoder.yaml", *DEBUG)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(fails):
     folder = Path("runs/quickstart/encoder")
     hold = f"from aligntok.files import locked\nwith locked('{folder}'): print(flush=True); input()"
