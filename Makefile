@@ -2,10 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
-RUN := runs/quickstart
-ALITOK := runs/quickstart_alitok
-LAST := checkpoints/last.ckpt
-FIT := $(BIN)/aligntok fit --ckpt_path last --config
 
 .PHONY: install format check docs test test-slow test-gpu test-kernels test-oldest test-wheel bench quickstart quickstart-alitok clean
 
@@ -16,31 +12,12 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-# Encoder, three stages, control; then latents, generator, samples; report. A run that was cut off goes on where it stopped.
+# Both systems on scanned digits, step by step. A chain that was cut off goes on where it stopped.
 quickstart: install
-	$(FIT) quickstart/encoder.yaml
-	$(FIT) quickstart/stage1.yaml
-	$(FIT) quickstart/control.yaml --init_from $(RUN)/stage1/$(LAST)
-	$(FIT) quickstart/stage2.yaml --init_from $(RUN)/stage1/$(LAST)
-	$(FIT) quickstart/stage3.yaml --init_from $(RUN)/stage2/$(LAST)
-	$(BIN)/aligntok validate --config quickstart/stage3.yaml --ckpt_path $(RUN)/stage3/$(LAST)
-	$(BIN)/aligntok encode --config quickstart/cache.yaml --tokenizer $(RUN)/stage3/$(LAST)
-	$(FIT) quickstart/dit.yaml
-	$(BIN)/aligntok validate --config quickstart/dit.yaml --ckpt_path $(RUN)/dit/$(LAST)
-	$(BIN)/aligntok sample --config quickstart/samples.yaml --ckpt_path $(RUN)/dit/$(LAST)
-	$(BIN)/aligntok report $(RUN)
+	$(BIN)/aligntok chain chains/quickstart.yaml
 
-# A classifier that judges, both stages of the discrete tokenizer; then tokens, generator, samples; report.
 quickstart-alitok: install
-	$(FIT) quickstart/encoder.yaml --output $(ALITOK)/encoder
-	$(FIT) quickstart_alitok/stage1.yaml
-	$(FIT) quickstart_alitok/stage2.yaml --init_from $(ALITOK)/stage1/$(LAST)
-	$(BIN)/aligntok validate --config quickstart_alitok/stage2.yaml --ckpt_path $(ALITOK)/stage2/$(LAST)
-	$(BIN)/aligntok encode --config quickstart_alitok/cache.yaml --tokenizer $(ALITOK)/stage2/$(LAST)
-	$(FIT) quickstart_alitok/ar.yaml
-	$(BIN)/aligntok validate --config quickstart_alitok/ar.yaml --ckpt_path $(ALITOK)/ar/$(LAST)
-	$(BIN)/aligntok sample --config quickstart_alitok/samples.yaml --ckpt_path $(ALITOK)/ar/$(LAST)
-	$(BIN)/aligntok report $(ALITOK)
+	$(BIN)/aligntok chain chains/quickstart_alitok.yaml
 
 format: install
 	$(BIN)/ruff format

@@ -26,6 +26,7 @@ SMALLER = [  # what a command of the table contains, and the words that make it 
     ("sample --config dit.yaml", "--config size/dit_debug.yaml --num_samples 8 --accelerator cpu"),
     ("fit --config alitok_ar.yaml", f"--config size/ar_debug.yaml {TWO_STEPS}"),
     ("encode", SHAPES),
+    ("chain", "--dry_run"),
     ("new", ""),
     ("report", ""),
     ("repair", ""),
@@ -74,7 +75,8 @@ def readme() -> None:
             more = next(more for part, more in SMALLER if part in words)
             run(*shlex.split(command), *shlex.split(more))
     run(*shlex.split(f"aligntok fit --config photos/stage1.yaml --config FOLDER.yaml {TWO_STEPS}"))  # as `new` says
-    steps = subprocess.run(["make", "-n", "quickstart"], cwd=SOURCE, capture_output=True, text=True, check=True).stdout
+    chain = ["aligntok", "chain", "chains/quickstart.yaml", "--dry_run"]
+    steps = subprocess.run(chain, capture_output=True, text=True, check=True).stdout
     for step in re.findall(r"aligntok ((?:fit|encode) .*)", steps):
         if "control" not in step:
             small = "--config run/debug.yaml" if step.startswith("fit") else "--min_psnr 0"

@@ -28,6 +28,7 @@ VERBS = {  # verb: function that takes the words after it, and a line of help
         "turn published weights into a checkpoint and a config",
     ),
     "evaluate": ("aligntok.programs.evaluate.evaluate_command", "measure stored images: FID and its companions"),
+    "chain": ("aligntok.programs.chain.chain_command", "run commands one after another; finished ones are skipped"),
     "report": ("aligntok.programs.report.report_command", "report.html of the runs in a folder"),
 }
 

@@ -25,10 +25,11 @@ ENCODE = {
     "quickstart_alitok/cache.yaml",
 }
 SAMPLE = {"sample.yaml", "quickstart/samples.yaml", "quickstart_alitok/samples.yaml"}
+CHAINS = {name for name in shipped_configs() if name.startswith("chains/")}
 RECIPES = [
     name
     for name in shipped_configs()
-    if name not in ENCODE | SAMPLE and "output" in yaml.safe_load(find_config(name).read_text())
+    if name not in ENCODE | SAMPLE | CHAINS and "output" in yaml.safe_load(find_config(name).read_text())
 ]
 OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
 OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {
@@ -64,7 +65,7 @@ def build(monkeypatch, tmp_path, *args: str) -> cli.RunCLI:
 
 def test_every_layer_is_used():
     used = set().union(*(layers_of(name) for name in RECIPES))
-    assert used | OPTIONAL | ENCODE | SAMPLE == set(shipped_configs())
+    assert used | OPTIONAL | ENCODE | SAMPLE | CHAINS == set(shipped_configs())
 
 
 @pytest.mark.parametrize("name", sorted(ENCODE))

@@ -1,6 +1,6 @@
 """Every shipped recipe on two processes by Lightning's own launcher: `--trainer.devices 2 --trainer.strategy ddp`.
 
-Each runs two steps at a debug size by the command that its header or the Makefile says, after the runs and the cache
+Each runs two steps at a debug size by the command that its header or a chain says, after the runs and the cache
 that this command and the recipe itself name. `aligntok encode` launches two processes by Fabric.
 """
 
@@ -19,6 +19,7 @@ import yaml
 from aligntok.__main__ import main
 from aligntok.data import Shapes
 from aligntok.layers import find_config, read_configs, shipped_configs
+from aligntok.programs.steps import read_chain
 
 LAST = "checkpoints/last.ckpt"
 CACHES = [name for name in shipped_configs() if name.endswith("cache.yaml")]
@@ -31,9 +32,7 @@ FAST = {"stage1.yaml", *(f"quickstart_alitok/{name}.yaml" for name in ("stage1",
 MADE_BY = {read_configs(name)["output"]: name for name in (*RECIPES, *CACHES)}
 MADE_BY["runs/quickstart_alitok/encoder"] = "quickstart/encoder.yaml"
 
-MAKEFILE = (Path(__file__).parent.parent / "Makefile").read_text()
-MAKEFILE = MAKEFILE.replace("$(FIT)", "aligntok fit --config").replace("$(LAST)", LAST)
-MAKEFILE = MAKEFILE.replace("$(RUN)", "runs/quickstart").replace("$(ALITOK)", "runs/quickstart_alitok")
+CHAINS = [step.command for name in ("quickstart", "quickstart_alitok") for step in read_chain(f"chains/{name}.yaml")]
 
 PHOTOS = ("--data.train.root", "photos")
 PAPER = (*PHOTOS, "--data.val.root", "photos", "--data.image_size", "32", "--data.global_batch_size", "4")
@@ -77,7 +76,7 @@ class Runs:
         config.pop("output")
         verb = "encode" if name in CACHES else "fit"
         options = [word for layer in sorted(layers_of(name)) for word in SMALL.get(layer, ())]
-        commands = find_config(name).read_text() + MAKEFILE
+        commands = "\n".join([find_config(name).read_text(), *CHAINS])
         said = re.search(rf"aligntok {verb} --config {name} .*?(--(init_from|tokenizer) \S+)", commands)
         if said:
             options += said[1].split()

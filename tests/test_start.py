@@ -30,6 +30,7 @@ HEAVY = {"torch", "lightning", "jsonargparse", "omegaconf", "torchvision"}
         ["fit", "--config", "stage1.yaml", "--config", "nosuch.yaml"],
         ["encode", "--config=nosuch.yaml"],
         ["sample", "-c", "twice.yaml"],
+        ["chain", "nosuch.yaml"],
     ],
 )
 def test_what_needs_no_torch_does_not_wait_for_it(words, in_folder):
