@@ -99,6 +99,7 @@ def silence() -> None:
         ".*does not have many workers.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*in eval mode at the start.*",
+        "The `srun` command is available.*",  # said on each machine that has Slurm
         ".*You have overridden `on_before_batch_transfer`.*",
     ):
         warnings.filterwarnings("ignore", message)
