@@ -27,6 +27,7 @@ SMALLER = [  # what a command of the table contains, and the words that make it 
     ("fit --config alitok_ar.yaml", f"--config size/ar_debug.yaml {TWO_STEPS}"),
     ("encode", SHAPES),
     ("chain", "--dry_run"),
+    ("submit", "--dry_run"),
     ("new", ""),
     ("report", ""),
     ("repair", ""),

@@ -29,6 +29,10 @@ VERBS = {  # verb: function that takes the words after it, and a line of help
     ),
     "evaluate": ("aligntok.programs.evaluate.evaluate_command", "measure stored images: FID and its companions"),
     "chain": ("aligntok.programs.chain.chain_command", "run commands one after another; finished ones are skipped"),
+    "submit": (
+        "aligntok.programs.submit.submit_command",
+        "write sbatch files for a fit or a chain, and submit them to Slurm",
+    ),
     "report": ("aligntok.programs.report.report_command", "report.html of the runs in a folder"),
 }
 
@@ -47,7 +51,7 @@ Train image tokenizers from pretrained vision encoders, and generators on their 
 
 A config is a file, or the name of a shipped one; several --config are layers, later ones win."""
 
-SAVE_THEMSELVES = ("fit", "encode", "sample")  # verbs that a signal ends where nothing is lost
+SAVE_THEMSELVES = ("fit", "encode", "sample", "chain")  # verbs that a signal ends where nothing is lost
 
 
 def main(args: list[str] | None = None) -> int:
@@ -99,7 +103,7 @@ def silence() -> None:
         ".*does not have many workers.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*in eval mode at the start.*",
-        "The `srun` command is available.*",  # said on each machine that has Slurm
+        ".*`srun` command is available.*",
         ".*You have overridden `on_before_batch_transfer`.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -9,6 +9,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from aligntok import preemption
+from aligntok.errors import check
 from aligntok.programs.parser import Parser
 from aligntok.programs.steps import is_first_task, read_chain
 
@@ -21,8 +23,6 @@ is finished is skipped.
 
 Words after -- are added to each fit, or to the step of --only. In the steps, ${key} stands for another key of the
 chain, ${STEP} for the folder of an earlier step: OUTPUT/STEP, unless its words say --output."""
-
-SAVED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes: what was done is saved, but it is not finished
 
 
 def chain_command(arguments: list[str]) -> None:
@@ -39,7 +39,10 @@ def chain_command(arguments: list[str]) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
     words, added = split_dashes(arguments)
     options = parser.parse_args(words)
-    steps = read_chain(options.chain, options.output, added, options.only)
+    steps = read_chain(options.chain, options.output, {options.only or "fit": added})
+    names = [step.name for step in steps]
+    for name in [*filter(None, [options.only]), *options.keep]:
+        check(name in names, f"there is no step {name}: {options.chain} has {', '.join(names)}")
     for number, step in enumerate(steps, 1):
         if options.only not in (None, step.name):
             continue
@@ -51,10 +54,15 @@ def chain_command(arguments: list[str]) -> None:
         step.write(step.made() if finished else None)
         if finished:
             continue
+        if preemption.asked:
+            if is_first_task():
+                preemption.requeue()
+            raise preemption.Preempted(preemption.asked)
         code = run(step.words)
         took = timedelta(seconds=round(time.monotonic() - start))
         if code:
-            how = "was interrupted, and is saved," if code in SAVED else f"ended with exit code {code}"
+            stopped = code in (preemption.INTERRUPTED, preemption.UNFINISHED)
+            how = "was interrupted" if stopped else f"ended with exit code {code}"
             print(f"aligntok: {title}, {how} after {took}. The same command goes on from there", file=sys.stderr)
             raise SystemExit(code)
         step.write(step.made())
@@ -67,8 +75,12 @@ def run(words: list[str]) -> int:
     TERM and USR1 are handed on to it; Ctrl-C reaches it by itself.
     """
     with subprocess.Popen([sys.executable, "-m", "aligntok", *words]) as process:
-        handlers: dict[int, Any] = {signal.SIGINT: lambda *_: None}
-        handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), lambda number, _: process.send_signal(number))
+
+        def hand_on(number: int, _: Any) -> None:
+            preemption.note(number)
+            process.send_signal(number)
+
+        handlers = {**dict.fromkeys(preemption.SIGNALS, hand_on), signal.SIGINT: lambda *_: None}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         code = process.wait()
         for number, handler in before.items():

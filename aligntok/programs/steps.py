@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -114,7 +114,7 @@ class Step:
             write_text(self.record, json.dumps(content, indent=1))
 
 
-def read_chain(name: str, output: str | None = None, added: Sequence[str] = (), only: str | None = None) -> list[Step]:
+def read_chain(name: str, output: str | None = None, added: Mapping[str, Sequence[str]] | None = None) -> list[Step]:
     """Return the steps of a chain.
 
     >>> [step.name for step in read_chain("chains/quickstart.yaml")][:3]
@@ -123,8 +123,7 @@ def read_chain(name: str, output: str | None = None, added: Sequence[str] = (), 
     Args:
         name: A path, or the name of a shipped chain.
         output: Its folder, in place of what it says.
-        added: Words for each fit, or for the step ``only``.
-        only: A step.
+        added: More words of a step, or of all with one verb.
 
     Raises:
         UserError: It is no chain, or its steps are no commands.
@@ -132,15 +131,14 @@ def read_chain(name: str, output: str | None = None, added: Sequence[str] = (), 
     config = read_configs(name)
     texts, own = config.pop("steps", None), str(config.get("output"))
     check(isinstance(texts, dict) and "output" in config, f"{name} is no chain: it needs `output:` and `steps:`")
-    check(only is None or only in texts, f"--only {only}: the steps of {name} are {', '.join(texts)}")
     steps: list[Step] = []
-    values = {**config, "output": output or own}
+    values, added = {**config, "output": output or own}, added or {}
     for key, text in texts.items():
         words = [Template(word).safe_substitute(values) for word in shlex.split(str(text or ""))]
         if not words:
             continue  # a layer above took it out
         check(words[0] in PRODUCTS, f"{name}: {key} begins with '{words[0]}', give one of {', '.join(PRODUCTS)}")
-        words += added if (key == only if only else words[0] == "fit") else ()
+        words += added.get(key, added.get(words[0], ()))
         steps.append(Step(key, words, values["output"], steps))
         fixed = values["output"] != own and f"{own}/" in steps[-1].layers
         check(not fixed, f"--output {output}: the configs of {key} read from {own}/, so it must stay there")
