@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -65,12 +66,13 @@ class CacheReader:
                 )
             print(f"aligntok: shards skipped: {summary(problems)}", file=sys.stderr, flush=True)
         try:
-            self.views = list(zip(*(shard.views for shard in self.shards), strict=True))  # of each view, its shards
+            self.files = [(shard.memory, shard.content) for shard in self.shards]
             self.labels: Indices = np.concatenate([shard.labels() for shard in self.shards])
         except OSError as error:
             many = f": more than `ulimit -n` allows, {len(self.shards)}" if error.errno == errno.EMFILE else ""
             raise UserError(f"cannot map the shards of {folder} ({error}){many}") from error
         self.starts: Indices = np.cumsum([0] + [shard.shape[0] for shard in self.shards])[:-1]
+        self.views: Indices = np.array([shard.starts for shard in self.shards]).T  # (V, shards), bytes into the file
 
     def open(self, path: Path, verify: bool) -> Shard:
         """Open a shard, which must be as the manifest says; without one, all must be alike.
@@ -101,11 +103,14 @@ class CacheReader:
         shards = np.searchsorted(self.starts, ids, "right") - 1
         for shard in set(shards.tolist()):
             self.shards[shard].check_whole()
-        places = zip(views.tolist(), shards.tolist(), (ids - self.starts[shards]).tolist(), strict=True)
-        rows = [(self.views[view][shard], row) for view, shard, row in places]
-        for view, row in rows:
-            view.prefetch(row)
-        return self.shards[0].tensor([view.rows[row] for view, row in rows]), torch.from_numpy(self.labels[ids])
+        size, stride = self.shards[0].row_size, self.shards[0].stride
+        begins = self.views[views.astype(np.int64), shards] + (ids - self.starts[shards]) * stride
+        files = [(*self.files[shard], begin) for shard, begin in zip(shards.tolist(), begins.tolist(), strict=True)]
+        for memory, _, begin in files:  # the disk reads them all at once: touched one by one, each is waited for
+            page = begin - begin % mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, page, begin + size - page)
+        rows = [content[begin : begin + size] for _, content, begin in files]
+        return self.shards[0].tensor(rows), torch.from_numpy(self.labels[ids])
 
 
 def finished_manifest(folder: Path, layout: Layout) -> Manifest | None:

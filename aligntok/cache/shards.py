@@ -61,25 +61,6 @@ LATENT_LAYOUT = Layout(LATENTS, {"F32": torch.float32, "BF16": torch.bfloat16}, 
 TOKEN_LAYOUT = Layout(TOKENS, {"U16": torch.uint16}, 1, WRITE.format("token_"))
 
 
-class View(NamedTuple):
-    """One view of all images of a shard: ``rows[i]`` (N, size) are the bytes of image i, at ``start + i * stride``."""
-
-    memory: mmap.mmap
-    rows: Bytes
-    start: int
-    size: int
-    stride: int
-
-    def prefetch(self, row: int) -> None:
-        """Let the disk read a row, without waiting for it.
-
-        Rows of a batch lie anywhere: touched one after the other, each would be waited for, with its surroundings.
-        """
-        start = self.start + row * self.stride
-        aligned = start - start % mmap.PAGESIZE
-        self.memory.madvise(mmap.MADV_WILLNEED, aligned, start + self.size - aligned)
-
-
 @dataclass(frozen=True)
 class Shard:
     """One file of latents or tokens, by its header; the rows stay on disk.
@@ -152,13 +133,25 @@ class Shard:
         return self.shape, str(self.dtype), len(self.starts)
 
     @cached_property
-    def views(self) -> list[View]:
-        """The rows of each view, in mapped memory; those of the image as it is come before mirrored ones."""
+    def row_size(self) -> int:
+        """Bytes of one view of one image."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @cached_property
+    def stride(self) -> int:
+        """Bytes from an image's row to the next image's, of the same view."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @cached_property
+    def memory(self) -> mmap.mmap:
+        """The file, mapped."""
         with self.path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        size, stride = (math.prod(shape) * self.dtype.itemsize for shape in (self.row_shape, self.shape[1:]))
-        rows = [np.ndarray((self.shape[0], size), np.uint8, memory, start, (stride, 1)) for start in self.starts]
-        return [View(memory, part, start, size, stride) for part, start in zip(rows, self.starts, strict=True)]
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def content(self) -> Bytes:
+        """The mapped bytes of the file."""
+        return np.frombuffer(self.memory, np.uint8)
 
     def labels(self) -> Indices:
         """Read the labels, (N,).
@@ -172,7 +165,7 @@ class Shard:
         return labels
 
     def tensor(self, rows: Sequence[Bytes]) -> Tensor:
-        """Copy mapped rows into latents (B, C, h, w) or tokens (B, L)."""
+        """Copy mapped rows, ``row_size`` bytes each, into latents (B, C, h, w) or tokens (B, L)."""
         return torch.from_numpy(np.concatenate(rows)).view(self.dtype).view(len(rows), *self.row_shape)
 
     def check_whole(self) -> None:
@@ -181,8 +174,7 @@ class Shard:
         A file that is cut off in the very moment between this and the reading is not caught; nothing could be, but by
         reading without mapped memory, at twice the cost.
         """
-        memory = self.views[0].memory
-        whole = memory.size() >= len(memory)
+        whole = self.memory.size() >= len(self.memory)
         check(whole, f"{self.path} was cut off while it was in use: `aligntok repair {self.path.parent}`")
 
 

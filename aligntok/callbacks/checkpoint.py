@@ -12,17 +12,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
 from aligntok import preemption
 from aligntok.callbacks.agreement import Agreement
+from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.callbacks.ema import EMA
 from aligntok.callbacks.progress import is_last_step
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
 from aligntok.files import check_writable
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.preemption import Preempted
+from aligntok.weights.checkpoint import read_checkpoint
 
 ADAM = 2  # values that it keeps of each weight that it trains
 
@@ -43,7 +46,8 @@ class SaveCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Optimizer steps between two saves.
-        keep_every_n_steps: Optimizer steps between checkpoints that stay, as ``step_0010000.ckpt``; null keeps none.
+        keep_every_n_steps: Optimizer steps between checkpoints that stay, as ``step_0010000.ckpt``: another name of
+            the same file, so that nothing is written twice. Null keeps none.
     """
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int | None = None) -> None:
@@ -59,7 +63,9 @@ class SaveCheckpoint(Checkpoint):
         self.ranks = Agreement()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew."""
+        """Begin anew, with our writer where the trainer was given none."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self.seen_step, self.interrupts, self.in_step, self.finished = -1, 0, False, None
         take_signals(trainer)
 
@@ -109,13 +115,22 @@ class SaveCheckpoint(Checkpoint):
         step = trainer.global_step
         if step not in (self.seen_step, 0) and not getattr(trainer, "fast_dev_run", False):
             self.note_step(trainer)  # not in the middle of an accumulation: its gradients would be lost
-            if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
-                name = f"step_{step:07d}.ckpt"
-                trainer.save_checkpoint(self.last(trainer).with_name(name), weights_only=False)
-            if step % self.every_n_steps == 0 or is_last_step(trainer):
-                trainer.save_checkpoint(self.last(trainer), weights_only=False)
-                self.saved_step = step
+            self.save_where_due(trainer)
         self.in_step = False
+
+    def save_where_due(self, trainer: pl.Trainer) -> None:
+        """Save in the background, of which an error ends the run one step later; the last step at once."""
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, AtomicCheckpointIO):
+            writer.raise_failure(wait=False)
+        step, path = self.seen_step, self.last(trainer)
+        keep = bool(self.keep_every_n_steps and step % self.keep_every_n_steps == 0)
+        ends = is_last_step(trainer)
+        if keep or ends or step % self.every_n_steps == 0:
+            kept = [path.with_name(f"step_{step:07d}.ckpt")] if keep else []
+            options = {"background": not ends, "also": kept}
+            trainer.save_checkpoint(path, weights_only=False, storage_options=options)
+            self.saved_step = step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step of a run that something else ended, such as ``trainer.max_time``."""
@@ -157,7 +172,9 @@ class SaveCheckpoint(Checkpoint):
         """Save the last finished step where it is not saved yet, and say how to go on."""
         if self.seen_step < 0 or getattr(trainer, "fast_dev_run", False):
             return
-        last = self.last(trainer)
+        last, writer = self.last(trainer), trainer.strategy.checkpoint_io
+        if isinstance(writer, AtomicCheckpointIO) and writer.wait():
+            self.saved_step = -1  # what was to be saved in the background is not
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if self.finished is None and progress.ready == progress.processed and trainer.global_step > self.seen_step:
             self.note_step(trainer)  # another callback failed after the step, before this one could see it
@@ -167,7 +184,8 @@ class SaveCheckpoint(Checkpoint):
             except (UserError, RuntimeError) as error:  # the disk may be full, the device lost
                 print(f"  step {self.seen_step} could not be saved: {error}", flush=True)
         if last.is_file() and trainer.is_global_zero:
-            print(f"  {last} is of step {self.saved_step}: --ckpt_path last goes on from there", flush=True)
+            step = read_checkpoint(last, weights=False)["global_step"]
+            print(f"  {last} is of step {step}: --ckpt_path last goes on from there", flush=True)
 
     @torch.no_grad()
     def save_finished(self, trainer: pl.Trainer) -> None:

@@ -80,8 +80,9 @@ class ShuffledSampler(DistributedSampler[Key]):
         epoch, image = self.position.epoch, self.position.image
         while True:
             end = self.end - (self.end - image) % self.batch  # after a change of batch size, the middle of an epoch
-            for index in shuffled(self.num_images, self.seed, epoch)[image + self.rank : end : self.num_replicas]:
-                yield epoch, int(index)
+            order = shuffled(self.num_images, self.seed, epoch)[image + self.rank : end : self.num_replicas]
+            for index in memoryview(order):  # type: ignore[arg-type]  # plain numbers; NumPy types no buffer before 3.12
+                yield epoch, index
             epoch, image = epoch + 1, 0
 
     def advance(self) -> None:

@@ -45,11 +45,17 @@ def fit(tiny, folder, callback, max_steps=5, **options):
 def test_saves_when_due_and_at_the_end(tiny, tmp_path):
     callback = Count(every_n_steps=2, keep_every_n_steps=3)
     fit(tiny, tmp_path, callback)
-    assert callback.writes == [(2, "last.ckpt"), (3, "step_0000003.ckpt"), (4, "last.ckpt"), (5, "last.ckpt")]
+    assert callback.writes == [(step, "last.ckpt") for step in (2, 3, 4, 5)]
     steps = {
         path.name: torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "checkpoints").iterdir()
     }
     assert steps == {"last.ckpt": 5, "step_0000003.ckpt": 3}
+
+
+def test_a_checkpoint_that_is_kept_is_not_written_twice(tiny, tmp_path):
+    fit(tiny, tmp_path, SaveCheckpoint(every_n_steps=2, keep_every_n_steps=2), max_steps=2)
+    first, second = (tmp_path / "checkpoints").iterdir()
+    assert first.samefile(second)
 
 
 def test_the_last_step_of_max_epochs_is_saved(tiny, tmp_path):
@@ -62,7 +68,7 @@ def test_never_in_the_middle_of_an_accumulation(tiny, tmp_path):
     """There the gradients of the first batches would be lost, and the resumed step be another one."""
     callback = Count(every_n_steps=1000, keep_every_n_steps=2)
     fit(tiny, tmp_path, callback, accumulate_grad_batches=2)
-    assert callback.writes == [(4, "step_0000002.ckpt"), (8, "step_0000004.ckpt"), (10, "last.ckpt")]
+    assert callback.writes == [(4, "last.ckpt"), (8, "last.ckpt"), (10, "last.ckpt")]
 
 
 def test_fast_dev_run_writes_nothing(tiny, tmp_path):
