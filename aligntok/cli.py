@@ -42,6 +42,7 @@ from aligntok.programs.fabric import check_nodes
 from aligntok.programs.repair import refuse_writers
 from aligntok.references import followed
 from aligntok.stages import Stage
+from aligntok.stages.supported import check_precision, check_strategy
 from aligntok.weights.checkpoint import read_checkpoint
 
 VERBS = {
@@ -118,6 +119,9 @@ class RunCLI(LightningCLI):
             " small sizes, or --config run/debug.yaml to try two steps",
         )
         check_nodes(config.trainer.num_nodes)
+        check_strategy(config.trainer.strategy)
+        if issubclass(locate(config.model.class_path), Stage):  # type: ignore[arg-type]  # the parser has found it
+            check_precision(config.trainer.precision, fit=self.subcommand == "fit")
         config.weights_only = True  # AtomicCheckpointIO reads nothing else; said here, Lightning does not warn
         last = Path(config.output) / "checkpoints" / "last.ckpt"
         for key in ("ckpt_path", "init_from"):

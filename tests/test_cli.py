@@ -32,6 +32,32 @@ def encoder_run(*args: str) -> Path:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--trainer.precision", "bf16-true"], ["precision bf16-true", "use bf16-mixed"]),
+        (["--trainer.precision", "64-true"], ["precision 64-true", "use 32-true"]),
+        (["--trainer.precision", "16-mixed"], ["precision 16-mixed", "underflow", "use bf16-mixed"]),
+        (["--trainer.strategy", "ddp_spawn"], ["trainer.strategy ddp_spawn", "use ddp"]),
+        (["--trainer.strategy", "fsdp"], ["trainer.strategy fsdp", "norm of its own shard", "sharded"]),
+        (["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"], ["trainer.strategy fsdp", "use ddp"]),
+        (
+            [
+                *("--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy"),
+                *("--trainer.strategy.start_method", "spawn"),
+            ],
+            ["trainer.strategy ddp_spawn", "use ddp"],
+        ),
+    ],
+    ids=lambda value: value[-1] if value[0].startswith("--") else "",
+)
+def test_what_lightning_has_and_a_run_cannot_have_is_refused_by_name(fails, args, words):
+    """Before anything is built."""
+    line = fails("fit", "--config", "quickstart/encoder.yaml", *DEBUG, *args)
+    assert all(word in line for word in words)
+    assert not Path("runs").exists() or not list(Path("runs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
         (["--config", "stage22.yaml"], ["stage22.yaml", "stage2.yaml"]),
         (["--config", "quickstart/encoder.yaml", "--model.foo", "3"], ["'foo'", "model"]),
         (["--config", "quickstart/encoder.yaml", "--trainer.max_stepz", "3"], ["trainer.max_stepz"]),

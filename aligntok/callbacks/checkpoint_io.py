@@ -11,10 +11,12 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from aligntok.errors import UserError
 from aligntok.files import write_atomically
 from aligntok.weights.checkpoint import read_checkpoint
 
@@ -79,15 +81,35 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; whatever ``weights_only`` says, no code is run."""
+        """Read a checkpoint on all ranks; whatever ``weights_only`` says, no code is run.
+
+        The first rank reads all of the file, to compare it with its checksums; each maps it into memory and reads what
+        it uses.
+        """
         self.raise_failure()
-        checkpoint = read_checkpoint(path, map_location, self.ema)
+        check_on_first_rank(path)
+        checkpoint = read_checkpoint(path, map_location, self.ema, weights=False)
         checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)  # an exported one knows none
         return checkpoint
 
     def teardown(self) -> None:
         """End with what is on disk; Lightning calls this at the end of a run, however it ends."""
         self.raise_failure()
+
+
+def check_on_first_rank(path: Any) -> None:
+    """Raise a ``UserError`` on all ranks where the first one finds that a file is no checkpoint or is damaged."""
+    several = dist.is_available() and dist.is_initialized()
+    found: list[UserError | None] = [None]
+    if not several or dist.get_rank() == 0:
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            found = [error]
+    if several:
+        dist.broadcast_object_list(found)
+    if found[0] is not None:
+        raise found[0]
 
 
 def write(checkpoint: dict[str, Any], paths: list[Path], arrived: torch.cuda.Event | None = None) -> None:

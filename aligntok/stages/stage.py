@@ -26,6 +26,7 @@ from aligntok.stages.optimization import (
     parameters_by_group,
     skips_on_device,
 )
+from aligntok.stages.supported import check_precision
 from aligntok.weights.checkpoint import check_fits, part_of, read_checkpoint
 from aligntok.weights.migration import STAGE_KEY, migrate, split_groups
 
@@ -116,13 +117,11 @@ class Stage(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot go right, and train in train mode, in whatever mode the modules came.
 
-        Weights stay in float32: in bf16 they are too coarse for steps of 1e-4 and averages of 0.999. The gradients of a
-        GAN underflow in fp16.
+        Raises:
+            UserError: The precision or the clipping is one that stages do not have; see ``aligntok.stages.supported``.
         """
-        fit, precision = stage == "fit", self.trainer.precision
-        known = precision in ("32-true", "bf16-mixed") or (precision == "16-mixed" and not fit)
-        check(known, f"precision {precision} is not supported in {stage}: use bf16-mixed or 32-true (float32 weights)")
-        if fit:
+        check_precision(self.trainer.precision, fit=stage == "fit")
+        if stage == "fit":
             by_norm = self.trainer.gradient_clip_algorithm != GradClipAlgorithmType.VALUE
             check(by_norm, "gradient_clip_algorithm value is not supported: gradients are clipped by norm, remove it")
             self.train()

@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.errors import UserError
 from aligntok.stages import LatentAlignment
 from aligntok.weights.checkpoint import read_checkpoint
+from tests.ranks import run_ranks
 
 FORK = multiprocessing.get_context("fork")  # of this process, with all that is imported; it computes in one thread
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
@@ -109,6 +111,33 @@ def test_a_failure_in_the_background_is_said_once_and_the_file_stays(tmp_path, m
     monkeypatch.setattr(module, "write_atomically", good)
     io.save_checkpoint({"state_dict": {}, "step": 3}, path)  # there is room again
     assert io.load_checkpoint(path)["step"] == 3
+
+
+def read_and_count(path):
+    """Read a checkpoint, also a damaged one; return how many bytes this process asked the system for."""
+    torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+    counted = [bytes_read()]
+    state = AtomicCheckpointIO().load_checkpoint(path / "good.ckpt")["state_dict"]
+    counted.append(bytes_read())
+    with pytest.raises(UserError, match="damaged, it is not what was written"):
+        AtomicCheckpointIO().load_checkpoint(path / "bad.ckpt")
+    return counted[1] - counted[0], state["weight"].sum().item()
+
+
+def bytes_read():
+    text = Path("/proc/self/io").read_text()
+    return int(text.split()[1])
+
+
+def test_one_rank_reads_the_file_once_and_the_others_only_what_they_use(tmp_path):
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(1 << 20)}}, tmp_path / "good.ckpt")
+    content = bytearray((tmp_path / "good.ckpt").read_bytes())
+    content[1 << 20] ^= 1
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    (first, one), (second, two) = run_ranks(2, read_and_count, tmp_path)
+    assert one == two == 1 << 20
+    assert len(content) <= first < 1.1 * len(content)
+    assert second < 0.1 * len(content)
 
 
 def save_for_ever(path, begun, finished, limit=None):
