@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: install format check docs test test-slow test-gpu test-kernels test-oldest test-wheel bench quickstart quickstart-alitok clean
+.PHONY: install format check docs test test-slow test-slurm test-gpu test-kernels test-oldest test-wheel bench quickstart quickstart-alitok clean
 
 install: .venv/installed
 
@@ -35,7 +35,7 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: install
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not slurm"
 
 # What rounding could tip, with other kernels of the processor and with one thread.
 test-kernels: install
@@ -45,7 +45,11 @@ test-kernels: install
 	OMP_NUM_THREADS=1 $(PYTEST) -m "kernels and not slow and not gpu"
 
 test-slow: install
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu and not slurm"
+
+# Signals, kills and hangs under a Slurm of two virtual nodes, from Debian's packages; as root. About ten minutes.
+test-slurm: install
+	$(BIN)/pytest -m slurm tests/slurm
 
 test-gpu: install
 	$(BIN)/pytest -m gpu
@@ -54,7 +58,7 @@ test-gpu: install
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[dev]'
-	.venv-oldest/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder -o filterwarnings=default -m "not slow and not gpu"
+	.venv-oldest/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder -o filterwarnings=default -m "not slow and not gpu and not slurm"
 
 # The built wheel in an empty environment: what README shows, from an empty folder, at a debug size.
 test-wheel:

@@ -20,7 +20,7 @@ from aligntok import preemption
 from aligntok.callbacks.agreement import Agreement
 from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.callbacks.ema import EMA
-from aligntok.callbacks.progress import is_last_step
+from aligntok.callbacks.progress import batch_split, is_last_step
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
 from aligntok.files import check_writable
 from aligntok.networks.quantizers import VectorQuantizer
@@ -198,6 +198,22 @@ class SaveCheckpoint(Checkpoint):
         loops = {**checkpoint["loops"], **self.finished["loops"]}
         trainer.strategy.save_checkpoint({**checkpoint, **self.finished, "loops": loops}, self.last(trainer))
         self.saved_step = self.seen_step
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep how the batch is split."""
+        checkpoint["batch_split"] = batch_split(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say where the run goes on with another split."""
+        now = batch_split(trainer)
+        before = checkpoint.get("batch_split", now)
+        if before != now and trainer.state.fn == "fit" and trainer.is_global_zero:
+            what = f"devices x accumulated x batch was {before} and is now {now}"
+            print(f"  {what}: images come in the same order, sums round in another way", flush=True)
 
     @staticmethod
     def last(trainer: pl.Trainer) -> Path:

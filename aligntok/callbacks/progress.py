@@ -192,8 +192,7 @@ def summary(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
     if data is not None:
         count, val, batch = data.num_images("train"), data.num_images("val"), data.global_batch_size
         lines["data"] = f"{count:,} training images, {val:,} validation, {len(data.classes)} classes"
-        parts = f"{ranks} x {data.accumulation} x {data.batch_size}"
-        lines["global batch"] = f"{batch} = devices x accumulated x batch = {parts}"
+        lines["global batch"] = f"{batch} = devices x accumulated x batch = {batch_split(trainer)}"
         start, end = trainer.global_step, trainer.global_step + (left or 0)
         begun = f", from step {start:,}" if start else ""
         ends = "" if left is None else f"{begun}, ends at step {end:,} after {end * batch:,} images"
@@ -202,6 +201,14 @@ def summary(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
         lines[part] = f"{trained:,} trained, {frozen:,} frozen parameters"
     device = torch.cuda.get_device_name() if module.device.type == "cuda" else module.device.type
     return {**lines, "device": f"{ranks} x {device}, precision {trainer.precision}", "output": trainer.default_root_dir}
+
+
+def batch_split(trainer: pl.Trainer) -> str:
+    """Return how a batch is made: devices x accumulated batches x images of each, such as ``8 x 1 x 32``."""
+    data = offered_data(trainer, HasNumImages)
+    accumulated: int = trainer.accumulate_grad_batches
+    parts = [trainer.world_size, accumulated, *([] if data is None else [data.batch_size])]
+    return " x ".join(map(str, parts))
 
 
 def steps_left(trainer: pl.Trainer) -> int | None:

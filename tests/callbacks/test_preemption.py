@@ -141,6 +141,14 @@ def test_ranks_agree_on_a_signal_that_came_to_one_of_them(tiny, tmp_path, slurm)
     assert slurm.read_text().splitlines() == 2 * ["show job -o 5_2", "requeue 5_2"]
 
 
+def test_a_run_that_goes_on_with_another_split_says_so(tiny, tmp_path, capsys):
+    run(tiny, tmp_path, gan)
+    assert "was 1 x 1 x 8" not in capsys.readouterr().out
+    trainer = tiny.trainer(tmp_path, STEPS + 1, [EMA(), SaveCheckpoint()], accumulate_grad_batches=2)
+    trainer.fit(gan(tiny), tiny.data(26), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert "devices x accumulated x batch was 1 x 1 x 8 and is now 1 x 2 x 4" in capsys.readouterr().out
+
+
 def hang(folder):
     aligntok.callbacks.agreement.PATIENCE = 1
     try:

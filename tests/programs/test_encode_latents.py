@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from aligntok import preemption
 from aligntok.cache import Manifest, shard_name
 from aligntok.data import LatentDataModule, LatentShards
 from aligntok.data.sources import crop_id
 from aligntok.errors import UserError
 from aligntok.files import hash_file
 from aligntok.networks import Tokenizer
+from aligntok.preemption import Preempted
 from aligntok.programs.encode import Views, as_stored, encode
 from aligntok.programs.fabric import make_fabric
 from tests.programs.encode_worker import write_alone, write_as_rank
@@ -279,6 +282,23 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(cache, tmp_
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in there} == there
     encoded = {bytes(image.numpy()) for images in tokenizer.encoder.seen[:-2] for image in images}
     assert len(encoded) == 2 * (COUNT - SHARD * len(there))
+
+
+def test_a_signal_ends_after_the_batch_and_the_same_call_goes_on(cache, tmp_path):
+    class Asked(Unshuffle):
+        def forward(self, image):
+            if len(self.seen) == 2 * 4:  # batches with their mirrored images
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(image)
+
+    tokenizer = lossless()
+    tokenizer.encoder = Asked()
+    with preemption.listening(), pytest.raises(Preempted, match="143"):
+        write(tmp_path, tokenizer=tokenizer)
+    assert len(tokenizer.encoder.seen) == 2 * 5
+    assert len(shards(tmp_path)) == 1
+    write(tmp_path)
+    assert contents(tmp_path) == contents(cache)
 
 
 def test_what_is_half_there_is_written_again(cache, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 from itertools import chain
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from aligntok import preemption
 from aligntok.callbacks import EMA
 from aligntok.data import ClassLabels
 from aligntok.errors import UserError
 from aligntok.flow import Euler, Guidance
 from aligntok.metrics.reference import AdmFile
+from aligntok.preemption import Preempted
 from aligntok.programs.fabric import make_fabric
 from aligntok.programs.sample import sample as draw_samples
 from tests.conftest import Tiny
@@ -207,14 +210,43 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, draw, monke
         draw(tmp_path / "file" / "samples")
 
 
+def test_a_signal_ends_after_the_batch(tiny, tmp_path, draw):
+    draw(tmp_path / "whole")
+    stage, sample = generator(tiny), None
+
+    def signalled(ids, label):
+        if 3 in ids:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return sample(ids, label)
+
+    stage.sample, sample = signalled, stage.sample
+    with preemption.listening(), pytest.raises(Preempted, match="143"):
+        draw(tmp_path / "cut", stage)
+    assert len(files(tmp_path / "cut")) == 6
+    draw(tmp_path / "cut")
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
 def draw_on_rank(folder):
     fabric = make_fabric("cpu", 2)
     draw_samples(generator(Tiny), ClassLabels(COUNT, 12).labels, folder, fabric, block_size=8, batch_size=3)
 
 
+def cut_on_rank(folder):
+    """Send a signal to one rank, then draw the rest; return the exit code of the first try."""
+    with preemption.listening():
+        if os.environ["LOCAL_RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted) as end:
+            draw_on_rank(folder)
+    count = len(files(folder))
+    draw_on_rank(folder)
+    return end.value.code, count
+
+
 def test_two_ranks_write_the_bytes_of_one(tmp_path, draw):
     draw(tmp_path / "one")
-    run_ranks(2, draw_on_rank, tmp_path / "two")
+    assert run_ranks(2, cut_on_rank, tmp_path / "two") == [(143, 14)] * 2  # the blocks of the first rank, 8 and 6
     assert files(tmp_path / "two") == files(tmp_path / "one")
     names = [f"samples_{COUNT}x16x16x3.npz", "samples.json"]
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
