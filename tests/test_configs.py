@@ -14,6 +14,7 @@ from aligntok import cli
 from aligntok.__main__ import main
 from aligntok.callbacks import GenerationQuality, SampleGrid
 from aligntok.layers import find_config, read_configs, shipped_configs
+from aligntok.programs.steps import read_chain
 from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 
@@ -256,18 +257,15 @@ def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
 
 
 def test_quickstart_recipes_run(in_folder, few_samples):
-    fit("quickstart/encoder.yaml")
-    first = fit("quickstart/stage1.yaml")
-    fit("quickstart/control.yaml", "--init_from", str(first))
-    second = fit("quickstart/stage2.yaml", "--init_from", str(first))
-    third = fit("quickstart/stage3.yaml", "--init_from", str(second))
-    assert main(["validate", "--config", "quickstart/stage3.yaml", "--ckpt_path", str(third)]) == 0
+    third, generator = (f"runs/quickstart/{name}/checkpoints/last.ckpt" for name in ("stage3", "dit"))
+    guided = ["--model.guidance.guide", "aligntok.weights.load_network", "--model.guidance.guide.path", generator]
+    debug, cpu = ["--config", "run/debug.yaml"], ["--accelerator", "cpu", "--devices", "1"]
+    small = {"encode": [*cpu, "--min_psnr", "0"], "sample": [*cpu, *guided, "--num_samples", "20"]}
+    for step in read_chain("chains/quickstart.yaml", added={"fit": debug, "validate": debug, **small}):
+        assert main(step.words) == 0
+        if step.verb == "fit":
+            assert torch.load(step.folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
     assert "val/rfd_digits" in (in_folder / "runs/quickstart/stage3/validate.json").read_text()
-    assert program("encode", "quickstart/cache.yaml", "--tokenizer", str(third), "--min_psnr", "0") == 0
-    generator = fit("quickstart/dit.yaml")
-    guided = ["--model.guidance.guide", "aligntok.weights.load_network", "--model.guidance.guide.path", str(generator)]
-    measured = ["--config", "quickstart/dit.yaml", "--ckpt_path", str(generator)]
-    assert main(["validate", *measured, "--config", "run/debug.yaml"]) == 0
     values = json.loads((in_folder / "runs/quickstart/dit/validate.json").read_text())["metrics"]
     for name in ("gfd_digits", "precision_digits", "class_agreement"):
         assert {f"val/{name}", *(f"val/{name}_steps{n}" for n in (2, 4, 8, 32))} <= values.keys()
@@ -278,13 +276,10 @@ def test_quickstart_recipes_run(in_folder, few_samples):
     assert {f"network.{key}" for key in network} == average.keys()
     assert all(torch.equal(value, average[f"network.{key}"]) for key, value in network.items())
     assert load_tokenizer(generator).fingerprint() == load_tokenizer(third).fingerprint()
-    few = ("--num_samples", "20")
-    assert program("sample", "quickstart/samples.yaml", "--ckpt_path", str(generator), *guided, *few) == 0
     samples = in_folder / "runs/quickstart/samples"
     assert len(list((samples / "png").iterdir())) == 20
     record = json.loads((samples / "samples.json").read_text())
     assert record["guide"] == record["network"]  # itself here; without a guide it would be null
-    assert main(["report", "runs/quickstart"]) == 0
     assert (in_folder / "runs/quickstart/report.html").is_file()
     root = Path(__file__).parent.parent
     (block,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
