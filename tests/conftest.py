@@ -1,5 +1,6 @@
 """What many tests share: networks of a few thousand parameters, a real Trainer, data module, checkpoint writer."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -114,7 +115,7 @@ class Tiny:
     def optimization(options):
         """Take what belongs to an optimization out of ``options`` and return it as an argument of a stage."""
         numbers = {"learning_rate": 1e-3}
-        for key in ("learning_rate", "optimizer", "no_decay", "max_nonfinite_steps"):
+        for key in (field.name for field in fields(Optimization)):
             if key in options:
                 numbers[key] = options.pop(key)
         return {"optimization": options.pop("optimization", None) or Optimization(**numbers)}

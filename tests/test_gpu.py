@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_the_device_and_reported_lat
     lines = (tmp_path / "nonfinite_steps.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["1", "4"]
     assert all(len(line.split(",")[2].split()) == 8 for line in lines)
-    assert not stage.pending_checks
+    assert not stage.guard.pending
 
 
 # The host waits for nothing

@@ -21,8 +21,10 @@ from aligntok.callbacks.agreement import Agreement
 from aligntok.callbacks.checkpoint_io import AtomicCheckpointIO
 from aligntok.callbacks.ema import EMA
 from aligntok.callbacks.progress import batch_split, is_last_step
+from aligntok.callbacks.rollback import roll_back
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
 from aligntok.files import check_writable
+from aligntok.guard import Guard
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.preemption import Preempted
 from aligntok.weights.checkpoint import read_checkpoint
@@ -110,25 +112,29 @@ class SaveCheckpoint(Checkpoint):
         """From here on the weights are no longer those of the last step."""
         self.finished = None
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Save when a step that is due is complete."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Save when a step that is due is complete, or go back to what was saved."""
         step = trainer.global_step
         if step not in (self.seen_step, 0) and not getattr(trainer, "fast_dev_run", False):
+            guard = getattr(pl_module, "guard", None)  # of a stage of ours
+            if isinstance(guard, Guard) and guard.must_roll_back and not is_last_step(trainer):
+                roll_back(trainer, guard, self.last(trainer))
             self.note_step(trainer)  # not in the middle of an accumulation: its gradients would be lost
-            self.save_where_due(trainer)
+            if not isinstance(guard, Guard) or not guard.in_bad_row(pl_module) or is_last_step(trainer):
+                self.save_where_due(trainer, now=self.seen_step < step)
         self.in_step = False
 
-    def save_where_due(self, trainer: pl.Trainer) -> None:
-        """Save in the background, of which an error ends the run one step later; the last step at once."""
+    def save_where_due(self, trainer: pl.Trainer, now: bool) -> None:
+        """Save in the background, of which an error ends the run one step later; the last step, or ``now``, at once."""
         writer = trainer.strategy.checkpoint_io
         if isinstance(writer, AtomicCheckpointIO):
             writer.raise_failure(wait=False)
         step, path = self.seen_step, self.last(trainer)
         keep = bool(self.keep_every_n_steps and step % self.keep_every_n_steps == 0)
-        ends = is_last_step(trainer)
-        if keep or ends or step % self.every_n_steps == 0:
+        now = now or is_last_step(trainer)
+        if keep or now or step % self.every_n_steps == 0:
             kept = [path.with_name(f"step_{step:07d}.ckpt")] if keep else []
-            options = {"background": not ends, "also": kept}
+            options = {"background": not now, "also": kept}
             trainer.save_checkpoint(path, weights_only=False, storage_options=options)
             self.saved_step = step
 

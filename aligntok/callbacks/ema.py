@@ -166,6 +166,7 @@ class EMA(pl.Callback):
         average = checkpoint["state_dict"]
         pl_module.load_state_dict(average | checkpoint["current_model_state"])
         others = checkpoint.get("averages", {})
+        self.last_step = trainer.global_step  # of a run that goes back; at the start of one `on_train_start` says it
         states = [average, *(others.get(str(decay), average) for decay in self.decays[1:])]
         self.loaded = states, int(checkpoint["averaging_state"]["n_averaged"])
         self.restore()

@@ -170,6 +170,11 @@ class MetricsCSV(Logger):
                 writer.writeheader()
             writer.writerows(rows)
 
+    def go_back(self) -> None:
+        """Let the next row replace those of its step and later ones: a run goes back to a checkpoint."""
+        self.save()
+        self.columns = []
+
     def finalize(self, status: str) -> None:
         """Write what is left."""
         self.save()

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from aligntok.errors import UserError, check, check_positive
+from aligntok.errors import UserError, check, check_nonnegative, check_positive
+from aligntok.guard import Guard
 from aligntok.schedule import Schedule, check_schedule, value_at
 
 NO_DECAY = "_no_decay"  # ends the name of the half of a group whose weights do not decay
@@ -36,8 +37,13 @@ class Optimization:
         optimizer: Built with the parameter groups; its own ``lr`` is not used.
         no_decay: Exempt from weight decay the parameters of fewer than 2 dimensions (biases, norms) and those with one
             of these words in their name; ``None`` exempts none.
-        max_nonfinite_steps: So many steps in a row with a gradient that is not finite stop the run; single ones are
-            skipped.
+        max_nonfinite_steps: So many steps in a row with a gradient that is not finite (or too large, see below) stop
+            the run; single ones are skipped.
+        max_norm_ratio: A step is skipped, too, where the gradient norm of one of its parameter groups is more than so
+            many times the running mean; null skips none. Beware of losses that begin within a run, as a GAN's does.
+        norm_memory: Steps that this mean is over; no step is compared before.
+        max_rollbacks: So often the run does not stop, but goes back to its last checkpoint, and on with the images
+            that come after the bad ones. No checkpoint is written between bad steps then.
 
     Raises:
         UserError: A number that is out of range; those of the optimizer, too.
@@ -52,10 +58,16 @@ class Optimization:
     optimizer: OptimizerCallable = torch.optim.AdamW
     no_decay: list[str] | None = None
     max_nonfinite_steps: int = 10
+    max_norm_ratio: float | None = None
+    norm_memory: int = 100
+    max_rollbacks: int = 0
 
     def __post_init__(self) -> None:
         check_schedule("learning_rate", self.learning_rate)
-        check_positive(max_nonfinite_steps=self.max_nonfinite_steps)
+        check_positive(max_nonfinite_steps=self.max_nonfinite_steps, norm_memory=self.norm_memory)
+        check_nonnegative(max_rollbacks=self.max_rollbacks)
+        ratio = self.max_norm_ratio
+        check(ratio is None or 1 < ratio < math.inf, f"max_norm_ratio={ratio}: give a finite number above 1, or null")
         given = getattr(self.optimizer, "keywords", {})
         numbers = {name: value for name, value in given.items() if isinstance(value, (float, tuple, list))}
         what = f"optimizer with {', '.join(f'{name}={value}' for name, value in numbers.items())}"
@@ -65,6 +77,10 @@ class Optimization:
             self.optimizer([nn.Parameter(torch.zeros(1, device="cpu"))])
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{what}: {error}") from error
+
+    def guard(self) -> Guard:
+        """Return a new guard of a run's steps."""
+        return Guard(self.max_nonfinite_steps, self.max_norm_ratio, self.norm_memory, self.max_rollbacks)
 
     def build(self, groups: dict[str, ParameterGroup]) -> OptimizerLRScheduler:
         """Return one optimizer over all groups; each group's learning rate follows its own schedule.

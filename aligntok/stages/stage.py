@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.mixins import hparams_mixin
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from aligntok.errors import UserError, check
-from aligntok.protocols import HasSourceIndices, offered_data
 from aligntok.randomness import normal, uniform
 from aligntok.stages.optimization import (
     Optimization,
@@ -31,22 +30,6 @@ from aligntok.weights.checkpoint import check_fits, part_of, read_checkpoint
 from aligntok.weights.migration import STAGE_KEY, migrate, split_groups
 
 LAG = 2  # steps after which the host looks at what a GPU found: it is there by then, and nothing waits for it
-
-
-class PendingCheck(NamedTuple):
-    """Whether the gradient of a step was bad, on its way from the device to the host.
-
-    Attributes:
-        bad: () bool in the memory of the host.
-        arrived: After it ``bad`` may be read; none on the CPU.
-        step: The optimizer step.
-        ids: Of its images, on the device.
-    """
-
-    bad: Tensor
-    arrived: torch.cuda.Event | None
-    step: int
-    ids: list[Tensor]
 
 
 class Stage(pl.LightningModule):
@@ -71,8 +54,7 @@ class Stage(pl.LightningModule):
         if hparams_mixin._given_hyperparameters.get() is not None:
             self.save_hyperparameters(logger=False)
         self.optimization = optimization
-        self.nonfinite_steps = 0  # in a row
-        self.pending_checks: list[PendingCheck] = []  # that the host has not looked at, the oldest first
+        self.guard = optimization.guard()
         self.batch_ids: list[Tensor] = []
         self.resumed = False
 
@@ -145,7 +127,7 @@ class Stage(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure each group's gradient, clip it by its own norm, and skip the step where it is not finite.
+        """Measure each group's gradient, clip it by its own norm, and skip the step where it is bad, see ``Guard``.
 
         Where the optimizer can skip by itself, see ``skips_on_device``, the host of a GPU waits for nothing, and learns
         of the skipped step ``LAG`` steps later, on all ranks alike. Other optimizers make it wait in each step.
@@ -159,50 +141,18 @@ class Stage(pl.LightningModule):
                 norms[name] = clip_(parameters, float(gradient_clip_val) if gradient_clip_val else None)
         self.log_dict({f"train/grad_norm_{name}": norm for name, norm in norms.items()})
         ids, self.batch_ids = self.batch_ids, []
-        bad = ~torch.stack(list(norms.values())).isfinite().all()
+        bad = self.guard.is_bad(norms)
         if skips_on_device(optimizer):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # where torch's GradScaler puts it
         elif bad:
             for parameters in groups.values():
                 drop_gradients(parameters)
-        on_host = bad.to("cpu", non_blocking=bad.is_cuda)
-        arrived = torch.cuda.current_stream().record_event() if bad.is_cuda else None
-        self.pending_checks.append(PendingCheck(on_host, arrived, self.global_step, ids))
-        self.read_checks(LAG if bad.is_cuda else 0)
-
-    def read_checks(self, keep: int = 0) -> None:
-        """Count bad steps in a row and report them; leave the last ``keep`` for later."""
-        while len(self.pending_checks) > keep:
-            bad, arrived, step, ids = self.pending_checks.pop(0)
-            if arrived is not None:
-                arrived.synchronize()
-            if bad.tolist():
-                self.report_nonfinite(step, ids)
-            else:
-                self.nonfinite_steps = 0
+        self.guard.expect(bad, self.global_step, ids)
+        self.guard.count(self, LAG if bad.is_cuda else 0)
 
     def on_train_end(self) -> None:
         """Look at the last steps."""
-        self.read_checks()
-
-    def report_nonfinite(self, step: int, ids: list[Tensor]) -> None:
-        """Write down which images of the source made a step fail, and stop after too many in a row."""
-        self.nonfinite_steps += 1
-        numbers, data = torch.cat(ids).tolist() if ids else [], offered_data(self.trainer, HasSourceIndices)
-        if data is not None:
-            numbers = data.source_indices("train", numbers)
-        path = Path(self.trainer.default_root_dir) / "nonfinite_steps.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"{step},{self.global_rank},{' '.join(map(str, numbers)) or 'unknown'}\n")
-        rank_zero_warn(f"step {step}: gradient not finite, step skipped; its image ids are in {path}")
-        saved = (Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt").is_file()
-        good = "The last checkpoint is good: resume with --ckpt_path last and" if saved else "Start again with"
-        check(
-            self.nonfinite_steps < self.optimization.max_nonfinite_steps,
-            f"the gradient was not finite in {self.nonfinite_steps} steps in a row up to {step}; image ids"
-            f" in {path}. {good} a lower learning rate",
-        )
+        self.guard.count(self)
 
     # Random numbers that belong to an image
 
@@ -259,8 +209,10 @@ class Stage(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which stage this is; a run that must stop for its gradients does so before."""
-        self.read_checks()
+        self.guard.count(self)
         checkpoint[STAGE_KEY] = type(self).__name__
+        if state := self.guard.state_dict():
+            checkpoint["guard"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another stage's checkpoint (weights would fit, optimizer and losses would not) and other sizes."""
@@ -279,4 +231,6 @@ class Stage(pl.LightningModule):
                 checkpoint, names, {key: self.optimization.halves(key, group) for key, group in groups.items()}
             )
         check_fits(self.state_dict(), checkpoint["state_dict"], "--ckpt_path", "Use the config of that run")
+        self.guard.load_state_dict(checkpoint.get("guard", {}))
+        self.batch_ids = []
         self.resumed = True

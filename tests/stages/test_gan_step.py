@@ -266,6 +266,6 @@ def test_bfloat16_smoke(tiny, tmp_path):
     trainer = tiny.trainer(tmp_path, 4, precision="bf16-mixed")
     trainer.fit(stage, datamodule=tiny.data())
     assert trainer.global_step == 4
-    assert stage.nonfinite_steps == 0
+    assert stage.guard.bad_steps == 0
     assert float(trainer.callback_metrics["train/gan_adaptive_weight"]) > 0
     assert trainer.callback_metrics["train/gan_adaptive_weight"].dtype == torch.float32

@@ -10,8 +10,8 @@ from aligntok.callbacks import SaveCheckpoint
 from aligntok.data import Augmentation, LatentDataModule
 from aligntok.data.shapes import Shapes
 from aligntok.errors import UserError
+from aligntok.guard import PendingCheck
 from aligntok.stages import LatentAlignment
-from aligntok.stages.stage import PendingCheck
 
 FUSED = partial(torch.optim.AdamW, fused=True)  # skips a step by itself, on the device
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [torch.optim.AdamW, FUSED])
@@ -63,7 +63,7 @@ def test_a_single_step_is_skipped_and_written_down(tiny, tmp_path, optimizer):
     assert not same(record.weights[2], record.weights[3])
     assert rows(tmp_path) == [(2, record.ids[2])]
     assert record.trainer.global_step == 5
-    assert record.stage.nonfinite_steps == 0
+    assert record.stage.guard.bad_steps == 0
 
 
 def test_images_are_named_by_their_places_in_the_source_of_which_some_are_held_out(tiny, tmp_path):
@@ -122,8 +122,8 @@ def test_the_optimizer_that_skips_by_itself_takes_the_same_steps(tiny, tmp_path)
 def test_what_a_gpu_finds_is_looked_at_later_but_before_a_checkpoint(tiny, tmp_path):
     stage = tiny.stage(max_nonfinite_steps=3)
     stage.trainer = tiny.trainer(tmp_path, 1)
-    stage.pending_checks = [PendingCheck(torch.tensor(True), None, step, [torch.tensor([step])]) for step in range(5)]
-    stage.read_checks(keep=3)
+    stage.guard.pending = [PendingCheck(torch.tensor(True), None, step, [torch.tensor([step])]) for step in range(5)]
+    stage.guard.count(stage, keep=3)
     assert rows(tmp_path) == [(0, [0]), (1, [1])]
     with pytest.raises(UserError, match="not finite in 3 steps in a row up to 2"):
         stage.on_save_checkpoint({})
@@ -153,7 +153,7 @@ def test_infinite_gradients_count_too(tiny, tmp_path, clip):
         stage.configure_gradient_clipping(optimizer, clip)
         optimizer.step()
         assert all(torch.equal(now, before[name]) for name, now in tiny.copies(stage).items())
-    assert stage.nonfinite_steps == 2
+    assert stage.guard.bad_steps == 2
 
 
 def test_what_the_guard_cannot_do_right_is_refused(tiny, tmp_path):
