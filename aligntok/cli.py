@@ -195,6 +195,12 @@ class RunCLI(LightningCLI):
             trainer.val_check_interval != 0,
             "val_check_interval=0: give steps, or limit_val_batches 0 for no validation",
         )
+        check(
+            self.subcommand != "fit"
+            or bool(trainer.max_time or trainer.fast_dev_run)
+            or (trainer.max_steps, trainer.max_epochs) != (-1, -1),
+            "trainer.max_steps=-1: the run would never end. Give steps, trainer.max_epochs or trainer.max_time",
+        )
         try:
             made = super().instantiate_trainer(
                 plugins=[*filter(None, plugins), AtomicCheckpointIO(config.ema)], **kwargs

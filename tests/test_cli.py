@@ -85,6 +85,7 @@ def test_what_lightning_has_and_a_run_cannot_have_is_refused_by_name(fails, args
             ["--config", "quickstart/encoder.yaml", "--trainer.accumulate_grad_batches", "3"],
             ["global_batch_size 32", "3"],
         ),
+        (["--config", "quickstart/encoder.yaml", "--trainer.max_steps=-1", "--trainer.fast_dev_run=0"], ["never end"]),
         (
             [
                 "--config",
