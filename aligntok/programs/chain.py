@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from aligntok import preemption
 from aligntok.errors import check
@@ -43,6 +44,10 @@ def chain_command(arguments: list[str]) -> None:
     names = [step.name for step in steps]
     for name in [*filter(None, [options.only]), *options.keep]:
         check(name in names, f"there is no step {name}: {options.chain} has {', '.join(names)}")
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("WORLD_SIZE") or 1)
+    check(
+        tasks == 1 or options.only, f"{tasks} tasks run one step together, by --only STEP: see aligntok submit --help"
+    )
     for number, step in enumerate(steps, 1):
         if options.only not in (None, step.name):
             continue
@@ -63,7 +68,7 @@ def chain_command(arguments: list[str]) -> None:
         if code:
             stopped = code in (preemption.INTERRUPTED, preemption.UNFINISHED)
             how = "was interrupted" if stopped else f"ended with exit code {code}"
-            print(f"aligntok: {title}, {how} after {took}. The same command goes on from there", file=sys.stderr)
+            say(f"aligntok: {title}, {how} after {took}. The same command goes on from there", file=sys.stderr)
             raise SystemExit(code)
         step.write(step.made())
         say(f"# {title}: {took}")
@@ -98,7 +103,7 @@ def split_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:end], arguments[end + 1 :]
 
 
-def say(*lines: str) -> None:
+def say(*lines: str, file: TextIO | None = None) -> None:
     """Print lines, of all processes of a job by the first."""
     if is_first_task():
-        print(*lines, sep="\n", flush=True)
+        print(*lines, sep="\n", file=file, flush=True)

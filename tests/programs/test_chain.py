@@ -154,6 +154,12 @@ def test_a_chain_that_cannot_be(text, words, line, in_folder, fails):
     assert line in fails("chain", "mine.yaml", *words)
 
 
+def test_several_tasks_run_one_step(in_folder, fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 tasks run one step together, by --only STEP" in fails("chain", "chains/quickstart.yaml")
+    assert main(["chain", "chains/quickstart.yaml", "--only", "encoder", "--dry_run"]) == 0
+
+
 def test_a_layer_changes_one_step_and_takes_out_another(in_folder):
     (in_folder / "mine.yaml").write_text(
         "layers: [chains/aligntok.yaml]\nreference: ours.npz\nsteps: {stage3_measured: null, report: report elsewhere}"

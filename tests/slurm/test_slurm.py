@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from aligntok.preemption import SIGNALS
 from tests.conftest import Tiny
@@ -26,6 +27,15 @@ LIMIT = 600  # seconds that a trial may take at most: all of them run side by si
 AT_ONCE = 4
 SIGNALS_PER_JOB = 5
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+RECIPE = [
+    *("--config", "quickstart/encoder.yaml", "--config", "run/cpu.yaml", "--trainer.max_steps", STEPS),
+    *("--trainer.val_check_interval", 25, "--trainer.limit_val_batches", 3),
+    *("--trainer.num_sanity_val_steps", 0, "--trainer.enable_progress_bar", "false"),
+    *("--callbacks.checkpoint.init_args.every_n_steps", EVERY),
+    *("--callbacks.ema.class_path", "aligntok.callbacks.EMA"),
+    *("--model.encoder.init_args.model_args", f"'{TINY}'"),
+    *("--callbacks.slowed.class_path", "tests.slurm.slowed.Slowed"),
+]
 KEPT = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "LatentDataModule")
 SCRIPT = """#!/bin/bash
 srun --kill-on-bad-exit=1 --label {python} -m aligntok fit {options}
@@ -47,17 +57,7 @@ class Job:
         self.cluster, self.folder = cluster, folder
         folder.mkdir(exist_ok=True)
         script = folder / "job.sbatch"
-        words = [
-            *("--config", "quickstart/encoder.yaml", "--config", "run/cpu.yaml", "--output", folder),
-            *("--trainer.devices", 1, "--trainer.num_nodes", nodes, "--trainer.max_steps", STEPS),
-            *("--trainer.val_check_interval", 25, "--trainer.limit_val_batches", 3),
-            *("--trainer.num_sanity_val_steps", 0, "--trainer.enable_progress_bar", "false"),
-            *("--callbacks.checkpoint.init_args.every_n_steps", EVERY),
-            *("--callbacks.ema.class_path", "aligntok.callbacks.EMA"),
-            *("--model.encoder.init_args.model_args", f"'{TINY}'"),
-            *("--callbacks.slowed.class_path", "tests.slurm.slowed.Slowed"),
-            *options,
-        ]
+        words = [*RECIPE, "--output", folder, "--trainer.devices", 1, "--trainer.num_nodes", nodes, *options]
         script.write_text(SCRIPT.format(python=sys.executable, options=" ".join(map(str, words))))
         asked = ["-N", nodes, "--ntasks-per-node=1", "-c", 1, "--requeue", "--open-mode=append", "-D", ROOT]
         self.id = cluster.call("sbatch", "--parsable", *asked, "-o", folder / "log", *sbatch, script)
@@ -225,6 +225,51 @@ def trial_stop(cluster, folder):
     return job
 
 
+class Submitted(Job):
+    """A job that `aligntok submit` has made."""
+
+    def __init__(self, cluster, folder, id):
+        self.cluster, self.folder, self.id = cluster, folder, id
+
+    @property
+    def log(self):
+        """What it has printed so far."""
+        return "".join(path.read_text() for path in self.folder.glob("*.out"))
+
+
+def trial_chain(cluster, folder):
+    """Submit a chain, have its first job requeued, and let the second one build on it."""
+    folder.mkdir()
+    first = " ".join(map(str, ["fit", *RECIPE, *slow()]))
+    second = f"{first} --trainer.max_steps 2 --model.encoder.weights ${{first}}/encoder.safetensors"
+    (folder / "chain.yaml").write_text(
+        yaml.safe_dump({"output": str(folder), "steps": {"first": first, "second": second}})
+    )
+    size = ["--nodes", 2, "--gpus", 0, "--cpus", 1]
+    command = [
+        sys.executable,
+        "-m",
+        "aligntok",
+        "submit",
+        folder / "chain.yaml",
+        *size,
+        "--",
+        "--config",
+        "run/cpu.yaml",
+    ]
+    ids = re.findall(r"\.sbatch: job (\d+)", cluster.call(*command))
+    one, two = (Submitted(cluster, folder / name, id) for name, id in zip(("first", "second"), ids, strict=True))
+    one.at(EVERY + 3)
+    assert two.state == "PENDING"
+    cluster.call("scancel", "--signal=USR1", one.id)
+    one.requeued(1)
+    assert two.end() == "COMPLETED", one.log + two.log
+    assert one.state == "COMPLETED"
+    assert two.saved()[0] == 2
+    assert cluster.call(*command) == ""  # all of it is finished
+    return one
+
+
 TRIALS = {
     "time limit": trial_time_limit,  # the longest one first
     "whole": trial_whole,
@@ -235,6 +280,7 @@ TRIALS = {
     "kill 0": partial(trial_kill, rank=0),
     "kill 1": partial(trial_kill, rank=1),
     "stop": trial_stop,
+    "chain": trial_chain,
     "scancel": trial_scancel,
 }
 
