@@ -132,7 +132,7 @@ class RunCLI(LightningCLI):
             self.check_start(config, last)
         elif config.ckpt_path == "last":
             config.ckpt_path = str(last)
-            check(last.is_file(), f"--ckpt_path last: there is no {last}. Name a checkpoint, or its --output")
+            check(last.exists(), f"--ckpt_path last: there is no {last}. Name a checkpoint, or its --output")
         else:
             words = f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT"
             check(bool(config.ckpt_path or config.init_from), words)
@@ -147,11 +147,11 @@ class RunCLI(LightningCLI):
         if config.ckpt_path is None and preemption.was_requeued():
             config.ckpt_path = "last"
         check(
-            config.ckpt_path is not None or not last.is_file(),
+            config.ckpt_path is not None or not last.exists(),
             f"{config.output} already holds a run: go on with it by --ckpt_path last, or give another --output",
         )
         if config.ckpt_path == "last":
-            config.ckpt_path = str(last) if last.is_file() else None
+            config.ckpt_path = str(last) if last.exists() else None
             if config.ckpt_path is None:
                 print(f"--ckpt_path last: no {last} yet, the run starts from the beginning", flush=True)
         for left in Path(config.output).glob("hpc_ckpt_*") if config.ckpt_path is None else ():

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)  # not complete
 
 
+def link(path: Path, name: Path) -> None:
+    """Give a file a further name, or copy it where the file system has no hard links."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Around the writing of a file: what the system, torch or safetensors says becomes a ``UserError`` with a remedy.
@@ -92,7 +101,7 @@ def check_writable(*paths: str | Path) -> None:
     """Raise a ``UserError`` where a file cannot be written: before the work that it is to hold."""
     for path in map(Path, paths):
         with writing(path):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():  # a link can be replaced
                 raise IsADirectoryError(errno.EISDIR, "a folder")
             trial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +145,7 @@ def locked(folder: str | Path) -> Iterator[None]:
             file.write(f"{os.getpid()} on {socket.gethostname()}")
             file.flush()
             for left in (*path.parent.glob(".*.partial"), *path.parent.glob("checkpoints/.*.partial")):
-                left.unlink()  # of a process that was killed while it wrote
+                shutil.rmtree(left) if left.is_dir() else left.unlink()  # of a process that was killed while it wrote
         HELD.add(path)
         try:
             yield

@@ -27,6 +27,7 @@ from aligntok.files import check_writable
 from aligntok.guard import Guard
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.preemption import Preempted
+from aligntok.sharding import ShardedStrategy
 from aligntok.weights.checkpoint import read_checkpoint
 
 ADAM = 2  # values that it keeps of each weight that it trains
@@ -141,7 +142,7 @@ class SaveCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step of a run that something else ended, such as ``trainer.max_time``."""
         self.ranks.finish()
-        if self.finished is not None and self.seen_step != self.saved_step and trainer.is_global_zero:
+        if self.finished is not None and self.seen_step != self.saved_step:
             self.save_finished(trainer)
 
     def note_step(self, trainer: pl.Trainer) -> None:
@@ -157,7 +158,7 @@ class SaveCheckpoint(Checkpoint):
         """Save the last finished step, and say how to go on; requeue a job that was preempted, and name who hangs."""
         preemption.forget()
         if isinstance(exception, Preempted):
-            self.save_last(trainer)
+            self.save_last(trainer, together=True)
             self.hand_back(trainer, exception)
         elif self.ranks.is_overdue():  # and nothing is saved: a GPU that waits for another one cannot be read
             for rank in self.ranks.hanging():
@@ -174,8 +175,8 @@ class SaveCheckpoint(Checkpoint):
         started.clear()  # the first to end would have the others killed
         self.ranks.wait()
 
-    def save_last(self, trainer: pl.Trainer) -> None:
-        """Save the last finished step where it is not saved yet, and say how to go on."""
+    def save_last(self, trainer: pl.Trainer, together: bool = False) -> None:
+        """Save the last finished step where it is not saved yet, on this rank or all together; say how to go on."""
         if self.seen_step < 0 or getattr(trainer, "fast_dev_run", False):
             return
         last, writer = self.last(trainer), trainer.strategy.checkpoint_io
@@ -184,18 +185,19 @@ class SaveCheckpoint(Checkpoint):
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if self.finished is None and progress.ready == progress.processed and trainer.global_step > self.seen_step:
             self.note_step(trainer)  # another callback failed after the step, before this one could see it
-        if self.finished is not None and self.seen_step != self.saved_step and self.interrupts < 2:
+        together = together or not isinstance(trainer.strategy, ShardedStrategy)  # a rank alone has pieces
+        if self.finished is not None and self.seen_step != self.saved_step and self.interrupts < 2 and together:
             try:
                 self.save_finished(trainer)
             except (UserError, RuntimeError) as error:  # the disk may be full, the device lost
                 print(f"  step {self.seen_step} could not be saved: {error}", flush=True)
-        if last.is_file() and trainer.is_global_zero:
+        if last.exists() and trainer.is_global_zero:
             step = read_checkpoint(last, weights=False)["global_step"]
             print(f"  {last} is of step {step}: --ckpt_path last goes on from there", flush=True)
 
     @torch.no_grad()
     def save_finished(self, trainer: pl.Trainer) -> None:
-        """Write ``last.ckpt`` of the last finished step on this rank; others may be gone, so none waits for them."""
+        """Write ``last.ckpt`` of the last finished step; others may be gone, so none waits for them."""
         assert self.finished is not None
         if self.in_step:  # in validation, codes are averaged ones
             for kept, tensor in zip(self.moved, self.moving, strict=True):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.files import write_atomically
+from aligntok.files import link, write_atomically
 from aligntok.weights.checkpoint import read_checkpoint
+from aligntok.weights.sharded import is_sharded
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -87,8 +86,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         it uses.
         """
         self.raise_failure()
-        check_on_first_rank(path)
-        checkpoint = read_checkpoint(path, map_location, self.ema, weights=False)
+        pieces = is_sharded(path)  # to be put together on each rank
+        if not pieces:
+            check_on_first_rank(path)
+        checkpoint = read_checkpoint(path, map_location, self.ema, weights=pieces, optimizer=True)
         checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)  # an exported one knows none
         return checkpoint
 
@@ -120,14 +121,6 @@ def write(checkpoint: dict[str, Any], paths: list[Path], arrived: torch.cuda.Eve
     write_atomically(first, lambda temporary: torch.save(checkpoint, temporary))
     for path in others:
         write_atomically(path, lambda temporary: link(first, temporary))
-
-
-def link(path: Path, name: Path) -> None:
-    """Give a file a further name, or copy it where the file system has no hard links."""
-    try:
-        os.link(path, name)
-    except OSError:
-        shutil.copyfile(path, name)
 
 
 def copy_on_host(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:

@@ -72,14 +72,18 @@ class EMA(pl.Callback):
         """Set each average to ``decay * average + (1 - decay) * weight``."""
         get_ema_multi_avg_fn(decay)(averages, weights, 0)  # type: ignore[no-untyped-call]  # torch's is untyped
 
+    @torch.no_grad()
     def exchange(self) -> None:
-        """Exchange the values of the model's parameters and of the first average; a second call undoes it.
+        """Exchange the values of the model's parameters and of the first average, in place; a second call undoes it.
 
         In ``validate`` there is none, and nothing to do: the checkpoint's average is in the model already.
         """
         in_use, self.in_use = self.in_use, None  # neither, should Ctrl-C fall in here
         for name, parameter in self.weights.items():
-            parameter.data, self.averages[0][name] = self.averages[0][name], parameter.data
+            weight, average = parameter.detach(), self.averages[0][name]
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
         self.in_use = not in_use
 
     # Training and validation
@@ -118,11 +122,11 @@ class EMA(pl.Callback):
         """Take in a last step whose end another callback did not reach, so that it can be saved."""
         self.on_train_batch_end(trainer)
 
-    def on_validation_epoch_start(self, *args: Any) -> None:
+    def on_validation_start(self, *args: Any) -> None:
         """Validate the average."""
         self.exchange()
 
-    def on_validation_epoch_end(self, *args: Any) -> None:
+    def on_validation_end(self, *args: Any) -> None:
         """Go on with the raw weights."""
         self.exchange()
 
@@ -140,13 +144,10 @@ class EMA(pl.Callback):
             return
         if self.in_use is None:
             raise RuntimeError("the run ended while weights and average changed places")
-        self.exchange()
-        exchanged = pl_module.state_dict()
-        self.exchange()
-        states = checkpoint["state_dict"], exchanged
-        average, raw = states if self.in_use else reversed(states)
-        checkpoint["state_dict"] = average
-        checkpoint["current_model_state"] = {name: raw[name] for name in self.weights}
+        state, other = checkpoint["state_dict"], self.averages[0]
+        average = {name: state[name] if self.in_use else other[name] for name in self.weights}
+        checkpoint["current_model_state"] = {name: other[name] if self.in_use else state[name] for name in self.weights}
+        state.update(average)
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.updates), "decays": self.decays}
         others = zip(self.decays[1:], self.averages[1:], strict=True)
         checkpoint["averages"] = {str(decay): average for decay, average in others}

@@ -19,6 +19,7 @@ from aligntok.errors import check, check_nonnegative, check_positive
 from aligntok.files import write_atomically
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasPreview, needed_data
+from aligntok.sharding import whole_weights
 
 
 class Grid(Measurement):
@@ -144,7 +145,7 @@ class SampleGrid(Grid):
         rows = min(self.num_classes, module.network.num_classes or 1)
         count, world = rows * self.per_class, trainer.world_size
         ids = torch.arange(trainer.global_rank, -(-count // world) * world, world) % count  # as many on every rank
-        with evaluation(trainer, module):
+        with evaluation(trainer, module), whole_weights(trainer):
             image = module.tokenizer.decode(module.sample(ids, ids // self.per_class)).float()
         if world > 1:
             image = trainer.strategy.all_gather(image).transpose(0, 1).flatten(0, 1)[:count]

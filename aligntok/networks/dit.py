@@ -67,6 +67,7 @@ class DiT(ClassConditional):
         Yao et al., arXiv:2501.01423, section 4.
     """
 
+    other_forwards = ("forward_with_tokens",)  # a sharded network gathers its weights for them too
     positions: Tensor
     rotary: Tensor
     wide_rotary: Tensor
@@ -123,7 +124,7 @@ class DiT(ClassConditional):
         Raises:
             UserError: A latent of another shape.
         """
-        return self.forward_with_tokens(latent, t, label, block=len(self.blocks))[0]
+        return self._outputs(latent, t, label, len(self.blocks))[0]
 
     def forward_with_tokens(self, latent: Tensor, t: Tensor, label: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, C, h, w) and the tokens behind a block, to align them with features (REPA).
@@ -134,6 +135,9 @@ class DiT(ClassConditional):
         Raises:
             UserError: A latent of another shape; no such block.
         """
+        return self._outputs(latent, t, label, block)
+
+    def _outputs(self, latent: Tensor, t: Tensor, label: Tensor, block: int) -> tuple[Tensor, Tensor]:
         if latent.ndim != 4 or latent.shape[1:] != self.latent_shape:
             raise UserError(
                 f"latent has shape {tuple(latent.shape)}, the network needs (B, *{self.latent_shape}): set latent_shape"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_nonnegative
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache, HasLabels, offered_data
+from aligntok.sharding import ShardedStrategy
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.stage import Stage
 from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, rebuilding
@@ -102,6 +104,16 @@ class GeneratorStage(Stage):
             labels.check_labels(self.network.num_classes, "network.num_classes")
         if stage != "predict" and cache is not None:
             self.check_data(cache)
+
+    def configure_model(self) -> None:
+        """Shard what learns, where the strategy does so; Lightning calls this before it reads a checkpoint."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        others = isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy)
+        check(not others, "trainer.strategy ModelParallelStrategy shards nothing of a generator: use sharded")
+        if isinstance(strategy, ShardedStrategy) and self.trainer.state.fn == "fit":
+            for part in self.children():
+                if any(weight.requires_grad for weight in part.parameters()):
+                    strategy.shard(part)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels that the network does not have while they are on the CPU, where looking costs nothing."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
@@ -122,11 +123,11 @@ def parameters_by_group(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.P
 
 
 def clip_(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients down to a norm of at most ``max_norm``, and return the norm () that they had."""
+    """Scale gradients down to a norm of at most ``max_norm``, and return the norm () that they had; also of shards."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:

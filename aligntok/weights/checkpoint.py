@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -30,6 +31,7 @@ from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.lora import merge_lora
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.weights.migration import STAGE_KEY, migrate
+from aligntok.weights.sharded import FILES, META, check_files, is_sharded, with_shards
 
 SUFFIX, HEADER, FORMAT = ".safetensors", "aligntok", 1  # of exported checkpoints
 TENSORS = {str: Tensor}
@@ -40,35 +42,43 @@ CONTENT = {  # of a checkpoint as far as we read it, see ``misfit``
     "averages": ({str: TENSORS}, None),
     "averaging_state": (dict, None),
     STAGE_KEY: (str, None),
+    FILES: ({str: str}, None),
 }
 BLOCK = 1 << 20  # bytes that are read at once
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_checkpoint(
-    path: str | Path, map_location: Any = "cpu", ema: float | None = None, weights: bool = True
+    path: str | Path, map_location: Any = "cpu", ema: float | None = None, weights: bool = True, optimizer: bool = False
 ) -> dict[str, Any]:
     """Load a training checkpoint, or an exported one (``.safetensors``), with tensors and plain values only.
 
     Args:
-        path: The file; one of an earlier version is returned as today's would be.
+        path: The file, or the folder of a sharded run; one of an earlier version is returned as today's would be.
         map_location: Where the tensors go.
         ema: Which weights become ``state_dict``: the average of this decay, or 0 for the raw weights. By default the
             average of the run's first decay, or the raw weights of a run without one.
         weights: Whether the weights will be used: then all of the file is read and compared with its checksums first.
+        optimizer: Whether its state will be used, too; a folder's is without values otherwise.
 
     Raises:
         UserError: There is no such file, it is no checkpoint or not what was written, it holds pickled code, or no
             average of this decay.
     """
+    sharded = is_sharded(path)
     read = read_exported if Path(path).suffix == SUFFIX else read_file
-    checkpoint = read(Path(path), map_location, weights)
+    checkpoint = read(Path(path, META) if sharded else Path(path), map_location, weights)
     known = isinstance(checkpoint, dict) and "state_dict" in checkpoint
     check(known, f"{path} is no training checkpoint: it has no state_dict")
     problem = misfit(checkpoint, CONTENT)
     check(not problem, f"{path} is no training checkpoint: {problem}")
     with rebuilding(path):
         migrate(checkpoint)
+    if sharded and weights:
+        check_files(checkpoint, path)
+        unread = {} if optimizer else {"optimizer_states": checkpoint.pop("optimizer_states")}
+        empty = partial(torch.empty_like, device=map_location)
+        checkpoint = with_shards(checkpoint, path, empty) | unread
     return checkpoint if ema is None else checkpoint | {"state_dict": average_of(checkpoint, ema, path)}
 
 
