@@ -1,5 +1,6 @@
 """A signal ends a run between two steps, on all ranks, and it goes on from there bit for bit."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -68,6 +69,27 @@ def test_a_signal_loses_no_finished_step(tiny, tmp_path, slurm, where, number, s
     assert "Slurm job 5_2 is requeued" in printed
     assert slurm.read_text().splitlines() == ["show job -o 5_2", "requeue 5_2"]
     tiny.assert_same(run(tiny, tmp_path / "cut", gan, resume=True, **options), whole)
+
+
+def test_a_signal_that_workers_get_too_does_not_end_them(tiny, tmp_path, capsys):
+    """Slurm sends it to all processes of a task."""
+
+    def to_all():
+        workers = multiprocessing.active_children()
+        assert workers
+        for worker in workers:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                os.kill(worker.pid, number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+    def prepare(stage, data):
+        data.num_workers = 1
+        at("training_step", to_all, STOP - 1)(stage, data)
+
+    with pytest.raises(Preempted):
+        run(tiny, tmp_path, gan, prepare=prepare)
+    assert f"is of step {STOP - 1}: --ckpt_path last" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")  # Debian's and Ubuntu's
-PORT = 18400  # of slurmctld; the nodes have the next ones
 CPUS = 32  # that a node claims; more than there are, so that jobs run side by side
 CONFIG = """
 ClusterName=tests
@@ -45,7 +46,8 @@ ReturnToService=2
 KillWait=20
 MinJobAge=86400
 JobRequeue=1
-NodeName=node[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port={first}-{last} CPUs={cpus} RealMemory=2000
+NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={node1} CPUs={cpus} RealMemory=2000
+NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={node2} CPUs={cpus} RealMemory=2000
 PartitionName=tests Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
@@ -60,7 +62,8 @@ class Cluster:
     def __init__(self) -> None:
         install()
         self.root = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a short path: sockets allow 107 characters
-        self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
+        self.config = self.root / "slurm.conf"
+        self.environment = {**os.environ, "SLURM_CONF": str(self.config), "MASTER_ADDR": "127.0.0.1"}
         for name in [name for name in self.environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del self.environment[name]  # of a job that runs these tests
 
@@ -72,8 +75,8 @@ class Cluster:
         key = self.root / "keys" / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
-        numbers = {"port": PORT, "first": PORT + 1, "last": PORT + 2, "cpus": CPUS}
-        (self.root / "slurm.conf").write_text(CONFIG.format(root=self.root, **numbers))
+        ports = dict(zip(("port", "node1", "node2"), free_ports(3), strict=True))
+        self.config.write_text(CONFIG.format(root=self.root, cpus=CPUS, **ports))
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # slurmd asks which, and uses none
         munge = {"key-file": key, "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "keys/seed"}
         self.call(
@@ -146,6 +149,15 @@ def install() -> None:
         )
     if done.returncode or not all(map(shutil.which, programs)):
         raise NoSlurm(f"apt-get cannot install it: {done.stderr.strip()[-300:]}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens at."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def is_running(pid: int) -> bool:
