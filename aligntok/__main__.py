@@ -16,6 +16,8 @@ from aligntok.layers import check_configs
 
 VERBS = {  # verb: function that takes the words after it, and a line of help
     "new": ("aligntok.programs.new.new_command", "choose a config for a folder of images, and print why"),
+    "plan": ("aligntok.cli.plan_command", "print what a fit takes: memory, FLOPs, files; --check opens all of them"),
+    "fetch": ("aligntok.programs.fetch.fetch_command", "bring the published weights of configs beforehand"),
     "fit": ("aligntok.cli.fit_command", "train a stage; --ckpt_path last goes on with a run that was cut off"),
     "validate": ("aligntok.cli.validate_command", "measure a checkpoint on the validation images: validate.json"),
     "test": ("aligntok.cli.test_command", "measure a checkpoint on the test images, data.test: test.json"),

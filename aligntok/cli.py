@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -246,6 +247,26 @@ class RunCLI(LightningCLI):
     after_test = after_validate
 
 
+class PlannedRun(RunCLI):
+    """A run as ``fit`` reads and builds it, on the meta device: without trainer, weights and output folder."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave aside what must be there when the run starts."""
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and callbacks."""
+        with building(), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's: that no weight is copied
+            self.config_init = self.parser.instantiate_classes(self.config)
+        self.model, self.datamodule = (self._get(self.config_init, key) for key in ("model", "data"))
+
+    def after_instantiate_classes(self) -> None:
+        """Take no weights."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder; an earlier attempt's becomes ``config.1.yaml`` and so on."""
 
@@ -304,8 +325,8 @@ def fails(action: Callable[[], Any]) -> bool:
     return False
 
 
-def run(args: list[str]) -> RunCLI:
-    """Parse and run one command: a verb and its options.
+def run(args: list[str], kind: type[RunCLI] = RunCLI) -> RunCLI:
+    """Parse and run one command, a verb and its options, or let another ``kind`` do with it what it does.
 
     Raises:
         UserError: What the user can mend.
@@ -313,7 +334,7 @@ def run(args: list[str]) -> RunCLI:
     sys.argv[1:] = args  # where processes that Lightning launches look for them
     if args[0] == "predict":
         refuse_writers(args[1:])
-    return RunCLI(
+    return kind(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
@@ -336,6 +357,19 @@ def run_verb(verb: str, arguments: list[str]) -> None:
 
 
 fit_command, validate_command, test_command, predict_command = (partial(run_verb, verb) for verb in VERBS)
+
+
+def plan_command(arguments: list[str]) -> None:
+    """Print what a run would take."""
+    from aligntok.programs.needs import unwritten_files
+    from aligntok.programs.plan import Plan, parse_plan, report
+
+    options, words = parse_plan(arguments)
+    with unwritten_files():
+        run_ = run(["fit", *words], PlannedRun)
+        config, callbacks = run_.config.fit, [*run_.config_init.fit.callbacks.values()]
+        plan = Plan(run_.model, run_.datamodule, config, callbacks, options.gpus, options.nodes)
+        report(plan, options.rate, options.check)
 
 
 def merge_layers(arguments: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligntok.errors import UserError, check
 
@@ -41,7 +41,7 @@ def published_file(
         return path
     if (found := find_published(name)) is not None:
         return found
-    path, digits = _places(name)[0], re.search(r"-([0-9a-f]{8,})\.\w+$", name)
+    path, digits = weights_folder() / name, re.search(r"-([0-9a-f]{8,})\.\w+$", name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=False)
@@ -51,6 +51,11 @@ def published_file(
             f" {_places(name)[-1].parent}{remedy}"
         ) from error
     return path
+
+
+def weights_folder() -> Path:
+    """Return where published weights are looked for first: ``$ALIGNTOK_HOME``, without it torch's cache."""
+    return _places("")[0]
 
 
 def published_state(url: str, needed_by: str, remedy: str = "") -> dict[str, Tensor]:
@@ -65,6 +70,17 @@ def published_state(url: str, needed_by: str, remedy: str = "") -> dict[str, Ten
     except Exception as error:  # torch, pickle and zipfile each raise their own kind
         raise UserError(f"{path} holds no weights ({type(error).__name__}): delete it and put {url} there") from error
     return state
+
+
+def give_published(network: nn.Module, url: str, needed_by: str, remedy: str = "", prefix: str = "") -> None:
+    """Give a network published weights; on the meta device, where a build counts and checks, none.
+
+    Raises:
+        UserError: As ``published_state``.
+    """
+    if torch.get_default_device().type != "meta":
+        state = published_state(url, needed_by, remedy)
+        network.load_state_dict({key: state[prefix + key] for key in network.state_dict()}, assign=True)
 
 
 def _places(url: str) -> list[Path]:

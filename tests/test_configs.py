@@ -38,6 +38,7 @@ OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b",
     "fdr6.yaml",
     "stage/offline_gan.yaml",
     "run/cpu.yaml",
+    "run/8gpu.yaml",
     "run/slurm.yaml",
 }
 OPTIONAL |= {f"size/ar_{size}.yaml" for size in ("l", "xl", "debug")} | {"size/alitok_debug.yaml"}

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,13 +250,18 @@ def check_room(path: Path, trainer: pl.Trainer, module: nn.Module) -> None:
     """Raise a ``UserError`` where a checkpoint cannot be written, or the disk has no room for one."""
     check_writable(path)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it later
-    averages = sum(len(callback.averages) for callback in callbacks if isinstance(callback, EMA))
-    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
-    size += (ADAM + averages) * trained
-    free = shutil.disk_usage(path.parent).free
+    size, free = checkpoint_size(module, callbacks), shutil.disk_usage(path.parent).free
     check(
         size < free,
         f"a checkpoint takes about {size / 1e9:.1f} GB, and the disk of {path.parent} has {free / 1e9:.1f} GB left:"
         " free some space, or give an --output on another disk",
     )
+
+
+def checkpoint_size(module: nn.Module, callbacks: Iterable[Any]) -> int:
+    """Return the bytes of a checkpoint: weights, the averages beside them, what Adam keeps, stage 2's frozen copy."""
+    averages = sum(len(callback.decays) for callback in callbacks if isinstance(callback, EMA))
+    trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    anchor = getattr(module, "anchor", None)
+    held = [*module.state_dict().values(), *(anchor.network.state_dict().values() if anchor else ())]
+    return int(sum(value.nbytes for value in held)) + (ADAM + averages) * trained

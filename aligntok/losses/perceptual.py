@@ -13,7 +13,7 @@ from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_s
 from aligntok.errors import check
 from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.frozen import Frozen
-from aligntok.published import published_state
+from aligntok.published import give_published
 
 VGG16_URL, CONVNEXT_URL = VGG16_Weights.IMAGENET1K_V1.url, ConvNeXt_Small_Weights.IMAGENET1K_V1.url
 LPIPS_LAYERS = (3, 8, 15, 22, 29)  # the last ReLU before each pooling in VGG-16's `features`
@@ -79,10 +79,9 @@ class LPIPS(PerceptualDistance):
         """Return VGG-16 up to its last compared layer, and for each compared layer the weights of its channels."""
         import torchmetrics
 
-        state = published_state(VGG16_URL, "LPIPS", REMEDY)
         with torch.device("meta"):
             layers = UnitMaps(*vgg16().features[: LPIPS_LAYERS[-1] + 1])
-        layers.load_state_dict({key: state[f"features.{key}"] for key in layers.state_dict()}, assign=True)
+        give_published(layers, VGG16_URL, "LPIPS", REMEDY, "features.")
         file = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/vgg.pth"
         weights = torch.load(file, weights_only=True, map_location="cpu").values()  # each (1, width, 1, 1)
         return nn.ModuleList([layers, nn.ParameterList(weights)])
@@ -134,10 +133,9 @@ class LogitDistance(PerceptualDistance):
     @staticmethod
     def build() -> nn.Module:
         """Return torchvision's network."""
-        state = published_state(CONVNEXT_URL, "LogitDistance", REMEDY)
         with torch.device("meta"):
             network: nn.Module = convnext_small()
-        network.load_state_dict(state, assign=True)
+        give_published(network, CONVNEXT_URL, "LogitDistance", REMEDY)
         return network
 
 

@@ -80,10 +80,7 @@ class FidelityFeatures(nn.Module):
     def _build(self) -> nn.Module:
         """Return the network with its weights."""
         remedy = ", give its path as `weights`, or choose other features"
-        if self.name in CLIP:
-            url, file = MODEL_URLS[self.name], f"{self.name}-{MODEL_METADATA[self.name]['hash']}.pt"  # as they cache it
-        else:
-            url, file = DINOV2_URL.format(f"dinov2_vit{self.name[-4]}14"), None
+        url, file = published_source(self.name)
         path = str(published_file(url, f"features {self.name}", remedy, self.weights, file))
         try:
             return Clip(self.name, clip_state(self.name, path)) if file else DinoV2(self.name, read_weights(path))
@@ -92,6 +89,13 @@ class FidelityFeatures(nn.Module):
         except Exception as error:  # whatever strict loading makes of a wrong file
             found = f"{type(error).__name__}: {words_of(error)}"
             raise UserError(f"{path} does not hold the weights of {self.name} ({found}): put {url} there") from error
+
+
+def published_source(name: str) -> tuple[str, str | None]:
+    """Return the address of features' weights, and the name of the file where that is not the end of the address."""
+    if name in CLIP:
+        return MODEL_URLS[name], f"{name}-{MODEL_METADATA[name]['hash']}.pt"  # as torch-fidelity caches it
+    return DINOV2_URL.format(f"dinov2_vit{name[-4]}14"), None
 
 
 class Clip(FeatureExtractorCLIP):  # type: ignore[misc]  # torch-fidelity has no types

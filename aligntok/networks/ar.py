@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_positive
 from aligntok.networks import layers
+from aligntok.networks.codebook import HOST_DEVICES
 from aligntok.networks.layers import Attention, KeyValueCache, RMSNorm, SwiGLU
 from aligntok.networks.positions import class_first_rotary
 
@@ -117,7 +118,7 @@ class AutoregressiveTransformer(layers.ClassConditional):
                 f" {self.sequence_length}: set num_prefix={self.num_prefix} and grid={list(self.grid)} to the"
                 " tokenizer's"
             )
-        if tokens.device.type == "cpu" and tokens.numel():
+        if tokens.device.type in HOST_DEVICES and tokens.numel():
             known = f"codes 0..{self.codebook_size - 1}: set codebook_size to the tokenizer's"
             layers.check_range("token", tokens, self.codebook_size, known)
 

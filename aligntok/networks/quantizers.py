@@ -146,7 +146,7 @@ class VectorQuantizer(nn.Module):
             UserError: A token is no code's number. On a GPU, where this check would make the host wait, the kernel
                 stops instead.
         """
-        if tokens.device.type == "cpu" and tokens.numel():
+        if tokens.device.type in HOST_DEVICES and tokens.numel():
             low, high, size = int(tokens.min()), int(tokens.max()), self.codebook_size
             have = f"the codebook has {size} codes, 0 to {size - 1}. Use the tokenizer that wrote them"
             check(0 <= low <= high < size, f"tokens from {low} to {high} are out of range: {have}")

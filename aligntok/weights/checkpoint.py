@@ -13,8 +13,9 @@ import pkgutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -45,6 +46,8 @@ CONTENT = {  # of a checkpoint as far as we read it, see ``misfit``
     FILES: ({str: str}, None),
 }
 BLOCK = 1 << 20  # bytes that are read at once
+UNWRITTEN: ContextVar[Callable[[Path], dict[str, Any] | None]] = ContextVar("UNWRITTEN", default=lambda path: None)
+"""For ``aligntok plan``: gives what an earlier run would save at a path where there is nothing yet."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -67,7 +70,8 @@ def read_checkpoint(
     """
     sharded = is_sharded(path)
     read = read_exported if Path(path).suffix == SUFFIX else read_file
-    checkpoint = read(Path(path, META) if sharded else Path(path), map_location, weights)
+    planned = None if Path(path).exists() else UNWRITTEN.get()(Path(path))
+    checkpoint = planned or read(Path(path, META) if sharded else Path(path), map_location, weights)
     known = isinstance(checkpoint, dict) and "state_dict" in checkpoint
     check(known, f"{path} is no training checkpoint: it has no state_dict")
     problem = misfit(checkpoint, CONTENT)

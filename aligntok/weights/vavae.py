@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from aligntok.errors import check
@@ -39,6 +40,8 @@ def load_vavae(path: str | Path, statistics: str | Path | None = None, image_siz
     encoder = ConvEncoder(LATENT_DIM, WIDTH, MULTIPLIERS, num_blocks=2, image_size=image_size)
     decoder = ConvDecoder(LATENT_DIM, WIDTH, MULTIPLIERS, num_blocks=3)
     tokenizer = Tokenizer(encoder, GaussianAdapter(2 * LATENT_DIM, LATENT_DIM), decoder)
+    if torch.get_default_device().type == "meta":
+        return tokenizer.eval()  # nothing to fill
     buffers = {"latent_mean": tokenizer.latent_mean, "latent_std": tokenizer.latent_std}
     load_strictly(tokenizer, vavae_state(read_official(path)) | buffers, str(path))
     if statistics is not None:
