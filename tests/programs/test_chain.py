@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -136,6 +137,32 @@ def test_a_step_ends_the_chain_with_its_exit_code(in_folder):
     assert first == "aligntok: error: there is no folder nowhere"
     assert re.match(r"aligntok: step 1 of 2, report, ended with exit code 2 after \d:\d\d:\d\d\. The same", second)
     assert "step 2" not in result.stdout
+
+
+class EndsTheChain(pl.Callback):
+    """Sends TERM to the process above when the third step begins, once."""
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 2 and not Path("sent").exists():
+            Path("sent").touch()
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(2)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_chain_reaches_its_step(in_folder):
+    fit = "fit --config quickstart/encoder.yaml --config run/debug.yaml --trainer.max_steps 4"
+    fit += f" --callbacks.stop {__name__}.EndsTheChain"
+    (in_folder / "mine.yaml").write_text(f"output: runs\nsteps: {{first: {fit}}}")
+    words = [sys.executable, "-m", "aligntok", "chain", "mine.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert result.returncode == 143, result.stderr
+    assert "aligntok: step 1 of 1, first, was interrupted after" in result.stderr
+    assert torch.load(FIRST, weights_only=True)["global_step"] in (2, 3)
+    result = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert torch.load(FIRST, weights_only=True)["global_step"] == 4
 
 
 @pytest.mark.parametrize(
