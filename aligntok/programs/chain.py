@@ -100,7 +100,11 @@ def split_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
     (['chain.yaml'], ['--config', 'run/debug.yaml'])
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:end], arguments[end + 1 :]
+    words, added = arguments[:end], arguments[end + 1 :]
+    check(
+        not any(word.startswith("--output") for word in added), "--output stands before the --: it is the folder of all"
+    )
+    return words, added
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:

@@ -65,8 +65,9 @@ class Step:
         self.layers = re.sub(rf"(?m)^ *{MACHINE}: .*\n", "", to_text(layers))
         own = re.sub(rf"--([\w.]+\.)?{MACHINE}[ =]\S+ ?", "", shlex.join(options))
         self.key = hashlib.sha256(f"{own}\n{self.layers}".encode()).hexdigest()[:16]
-        text = f"{self.command}\n{self.layers}"
-        named = [step for step in earlier if re.search(rf"{re.escape(str(step.folder))}(?![\w.-])", text)]
+        named = [
+            s for s in earlier if re.search(rf"{re.escape(str(s.folder))}(?![\w.-])", f"{self.command}\n{self.layers}")
+        ]
         self.inputs = [step for step in named if step.verb in BUILT_ON]
 
     def made(self) -> str | None:

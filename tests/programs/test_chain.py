@@ -173,6 +173,7 @@ def test_a_signal_to_the_chain_reaches_its_step(in_folder):
         ("output: a\nsteps: {one: report a}", ["--only", "two"], "there is no step two: mine.yaml has one"),
         ("output: a\nsteps: {one: report}", [], "one: name a folder or a file after report"),
         ("output: a\nsteps: {one: fit --config nosuch.yaml}", [], "--config nosuch.yaml"),
+        ("output: a\nsteps: {one: report a}", ["--", "--output", "b"], "--output stands before the --"),
         ("layers: [chains/quickstart.yaml]", ["--output", "b"], "the configs of stage1 read from runs/quickstart/"),
     ],
 )
