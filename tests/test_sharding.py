@@ -6,11 +6,13 @@ import shutil
 import signal
 from unittest import mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
 import aligntok.sharding
+from aligntok import preemption
 from aligntok.__main__ import main
 from aligntok.callbacks import EMA, SampleGrid, SaveCheckpoint
 from aligntok.cli import ChangeBlocks
@@ -19,6 +21,7 @@ from aligntok.files import locked
 from aligntok.flow import Euler
 from aligntok.losses import RepresentationAlignment
 from aligntok.networks import compile_blocks
+from aligntok.preemption import Preempted
 from aligntok.sharding import ShardedStrategy, publish
 from aligntok.stages import DecoderRefinement
 from aligntok.stages.generator import load_generator
@@ -58,10 +61,10 @@ class Watch(SaveCheckpoint):
         super().on_train_batch_end(trainer, pl_module, *args)
 
 
-def fit(folder, name="dit", steps=STEPS, ckpt_path=None, measured=False, compiled=False, **options):
+def fit(folder, name="dit", steps=STEPS, ckpt_path=None, measured=False, compiled=False, callbacks=(), **options):
     """Train; if measured, validate at the end, and draw samples there and once before."""
     watch = Watch(SAVED if measured else None)
-    callbacks = [EMA([0.5, 0.9]), watch, *([ChangeBlocks("compile", compile_blocks)] if compiled else [])]
+    callbacks = [*callbacks, EMA([0.5, 0.9]), watch, *([ChangeBlocks("compile", compile_blocks)] if compiled else [])]
     if measured:
         options |= {"limit_val_batches": 1, "val_check_interval": STEPS, "check_val_every_n_epoch": None}
         callbacks.append(SampleGrid(every_n_steps=3, num_classes=2, per_class=3))
@@ -86,6 +89,17 @@ def refused(function, *args, **options):
     return str(error.value)
 
 
+class Signal(pl.Callback):
+    """Has one rank get a signal in the step before a validation, in which both then know of it."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx + 1 == SAVED:
+            preemption.note(signal.SIGTERM)
+
+    def on_exception(self, trainer, *args):
+        assert trainer.validating
+
+
 def on_two_ranks(root):
     """Train on two ranks, go on from a checkpoint of two and from one of one process, and say what is refused."""
     results = {name: fit(root / name, name, measured=True, **sharded()) for name in ("dit", "ar")}
@@ -93,6 +107,9 @@ def on_two_ranks(root):
     for name, path in saved.items():
         results[name] = fit(root / name, ckpt_path=path, steps=STEPS if "step" in path.name else 6, **sharded())
     results["bf16"] = fit(root / "bf16", precision="bf16-mixed", steps=2, **sharded())
+    validation = {"limit_val_batches": 1, "val_check_interval": SAVED, "check_val_every_n_epoch": None}
+    with pytest.raises(Preempted):
+        fit(root / "stopped", callbacks=[Signal()], **validation, **sharded())
     trainer = Tiny.trainer(root, 1, **sharded())
     gan = refused(trainer.fit, Tiny.stage(DecoderRefinement), Tiny.data())
     results["refused"] = gan, refused(fit, root / "three", **sharded(shards=3))
@@ -154,6 +171,12 @@ def test_saved_under_two_goes_on_under_two_to_the_last_bit(runs):
     straight, resumed = (load(checkpoint(root / name)) for name in ("dit", "two on two"))
     for key in (*STATES, "optimizer_states"):
         Tiny.assert_same(resumed[key], straight[key], key)
+
+
+def test_a_signal_in_a_validation_saves_the_step(runs):
+    stopped, straight = checkpoint(runs[2] / "stopped"), checkpoint(runs[2] / "dit", "step_0000002.ckpt")
+    for key in (*STATES, "optimizer_states"):
+        Tiny.assert_same(load(stopped)[key], load(straight)[key], key)
 
 
 def test_saved_under_two_goes_on_in_one_process_and_the_reverse(runs, tmp_path):
