@@ -3,7 +3,7 @@
     python benchmarks/plan.py
 
 Planned are weights, gradients, optimizer, averages and activations of a training step on tensors without memory.
-Measured is the peak of the process (resident set) in four steps of ``Trainer.fit`` with AdamW and an average, less what
+Measured is the peak of the process (resident set) in two steps of ``Trainer.fit`` with AdamW and an average, less what
 it holds before the stage is built.
 """
 
@@ -38,7 +38,7 @@ from aligntok.networks import (
 from aligntok.programs.plan import Plan
 from aligntok.stages import AutoregressiveGeneration, LatentDiffusion, Optimization, PerceptualAlignment, Stage
 
-STEPS = 4
+STEPS = 2
 ADAMW = Optimization(1e-4, partial(torch.optim.AdamW, fused=True))
 
 
@@ -94,9 +94,7 @@ def measured(name: str) -> int:
         before = int(file.read().split()[1]) * resource.getpagesize()
     stage, count = SIZES[name]()
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=STEPS, callbacks=[EMA()], enable_model_summary=False, **options, barebones=False
-    )
+    trainer = pl.Trainer(accelerator="cpu", max_steps=STEPS, callbacks=[EMA()], enable_model_summary=False, **options)
     trainer.fit(stage, DataLoader([batch(stage, count)] * STEPS, batch_size=None))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
