@@ -167,20 +167,23 @@ def send(number: int, moment: float) -> Callable[[int], None]:
 
 
 def full_disk(step: Step, draw: random.Random, size: int) -> None:
-    """Run the step on a disk that has room for a part of what it writes, then for all."""
-    used = sum(path.stat().st_size for path in step.folder.rglob("*") if path.is_file())
-    room, disk = used + int(draw.uniform(0.05, 1.1) * size) + (1 << 18), step.folder.with_name("disk")
+    """Run the step on a disk that has room for a part of what it writes, then for all; needs a user who may mount."""
+    disk = step.folder.with_name("disk")
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)], check=True)
-    shutil.copytree(step.folder, disk, dirs_exist_ok=True)
-    small, step.folder, step.output = step.folder, disk, disk / step.name
-    step.run()
-    subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-    step.finish()
-    shutil.copytree(disk, small, dirs_exist_ok=True)
-    step.folder, step.output = small, small / step.name
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-    disk.rmdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(disk)], check=True)
+    try:
+        shutil.copytree(step.folder, disk, dirs_exist_ok=True)
+        room = shutil.disk_usage(disk).used + int(draw.uniform(0.05, 1.1) * size)
+        subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
+        home, step.folder, step.output = step.folder, disk, disk / step.name
+        step.run()
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        step.finish()
+        shutil.copytree(disk, home, dirs_exist_ok=True)
+        step.folder, step.output = home, home / step.name
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        disk.rmdir()
 
 
 def cut_off(step: Step, draw: random.Random, seconds: float) -> None:
