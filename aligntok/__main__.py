@@ -53,6 +53,7 @@ Train image tokenizers from pretrained vision encoders, and generators on their 
 
 A config is a file, or the name of a shipped one; several --config are layers, later ones win."""
 
+UNREAD = 141  # exit code, as a shell reports it: 128 + SIGPIPE
 SAVE_THEMSELVES = ("fit", "encode", "sample", "chain")  # verbs that a signal ends where nothing is lost
 
 
@@ -86,6 +87,10 @@ def run(verb: str, arguments: list[str]) -> int:
     except UserError as error:
         print(f"aligntok: error: {last_message(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if is_read():
+            raise
+        return UNREAD
     except KeyboardInterrupt:
         return preemption.INTERRUPTED
     except preemption.Preempted as end:
@@ -95,6 +100,16 @@ def run(verb: str, arguments: list[str]) -> int:
             return preemption.INTERRUPTED
         raise
     return 0
+
+
+def is_read() -> bool:
+    """Whether somebody reads what is printed; else (``| head``) nothing is printed from now on."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def silence() -> None:

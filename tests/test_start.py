@@ -43,6 +43,14 @@ def test_what_needs_no_torch_does_not_wait_for_it(words, in_folder):
     assert len(result.stderr.splitlines()) == int(code) // 2
 
 
+def test_output_that_nobody_reads_is_no_error():
+    words = [sys.executable, "-m", "aligntok", "chain", "chains/quickstart.yaml", "--dry_run"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_a_printed_config_builds_one_parser_and_leaves_the_garbage_collection_on(capsys):
     with pytest.raises(SystemExit):
         main([*ENCODER, "--print_config"])
