@@ -60,7 +60,7 @@ SAVE_THEMSELVES = ("fit", "encode", "sample", "chain")  # verbs that a signal en
 def main(args: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit code 2; 143: saved, not finished."""
     verb, *arguments = (sys.argv[1:] if args is None else args) or [""]
-    with preemption.listening() if verb in SAVE_THEMSELVES else nullcontext():
+    with preemption.listening(ends=args is None) if verb in SAVE_THEMSELVES else nullcontext():
         return run(verb, arguments)
 
 

@@ -41,8 +41,12 @@ def forget() -> None:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Note signals from now on, instead of dying of them."""
+def listening(ends: bool = False) -> Iterator[None]:
+    """Note signals from now on, instead of dying of them.
+
+    Args:
+        ends: The process ends after it: what it did is decided by then, and a signal that comes late changes nothing.
+    """
     forget()
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
@@ -50,7 +54,7 @@ def listening() -> Iterator[None]:
     finally:
         forget()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
 
 
 def stop_listening() -> None:

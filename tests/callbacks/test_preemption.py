@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import stat
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -102,6 +103,18 @@ def test_a_job_that_cannot_be_requeued_says_so(slurm, monkeypatch, change, words
     preemption.requeue()
     assert re.search(words, capsys.readouterr().out)
     assert not slurm.exists() or "requeue" not in slurm.read_text()
+
+
+def test_a_finished_process_is_not_killed_by_a_late_signal():
+    program = """
+import os, signal
+from aligntok import preemption
+with preemption.listening(ends=True):
+    pass
+for number in preemption.SIGNALS:
+    os.kill(os.getpid(), number)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_a_run_that_saves_nothing_dies_of_signals_also_of_an_earlier_one():
