@@ -32,7 +32,7 @@ SMALLER = [  # what a command of the table contains, and the words that make it 
     ("report", ""),
     ("repair", ""),
 ]
-NEEDS_FILES = ["evaluate", "import", "sample --config lightningdit.yaml"]
+NEEDS_FILES = ["evaluate", "import", "sample --config lightningdit.yaml", "plan", "fetch"]
 OFFLINE = """
 model: {init_args: {loss: {init_args: {perceptual: null}}}}
 callbacks: {rfid: null}
