@@ -28,6 +28,7 @@ def check_rotary_sizes(width: int, depth: int, num_heads: int) -> None:
 class ClassConditional(nn.Module):
     """A network that takes a class, or one that takes none.
 
+    >>> import torch
     >>> network = ClassConditional()
     >>> network.num_classes, network.null_label = 3, 3
     >>> network.check_labels(torch.tensor([0, 2, 3]))
@@ -92,6 +93,7 @@ class KeyValueCache(NamedTuple):
 class Attention(nn.Module):
     """Self-attention, positions by rotation, with biases.
 
+    >>> import torch
     >>> from aligntok.networks.positions import rotary_table
     >>> attention = Attention(width=8, num_heads=2, causal=True)
     >>> attention(torch.randn(2, 5, 8), rotary_table(torch.arange(5)[:, None], head_dim=4)).shape
@@ -149,6 +151,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """Gated MLP: W_out (silu(a) * b) with [a | b] = W_in x, and `hidden` channels in a and in b.
 
+    >>> import torch
     >>> SwiGLU(width=8, hidden=16)(torch.randn(2, 5, 8)).shape
     torch.Size([2, 5, 8])
 
