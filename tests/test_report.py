@@ -170,7 +170,7 @@ def test_commands_chain_the_repeated_runs(full):
 def test_report_is_stable_when_run_again_beside_its_own_page(full):
     folder, page = full
     again = write_report(folder).read_text()
-    assert re.sub(r"<footer>.*", "", again) == re.sub(r"<footer>.*", "", page)
+    assert re.sub(r"<footer.*", "", again) == re.sub(r"<footer.*", "", page)
 
 
 def test_findings_of_a_gain(tmp_path):
