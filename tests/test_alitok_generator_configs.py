@@ -86,6 +86,7 @@ def command(verb: str, name: str, *args: str) -> str:
     return yaml.safe_load(find_config(name).read_text())["output"] + "/checkpoints/last.ckpt"
 
 
+@pytest.mark.slow  # a minute: every step of the chain
 def test_quickstart_recipes_run(in_folder, capsys):
     folder = in_folder / "runs/quickstart_alitok"
     small = {"encode": ["--accelerator", "cpu", "--min_psnr", "0", "--images.split", "val"]}

@@ -84,6 +84,7 @@ def fit(name: str, *args: str) -> str:
     return yaml.safe_load(find_config(name).read_text())["output"] + "/checkpoints/last.ckpt"
 
 
+@pytest.mark.slow
 def test_both_stages_run(judge_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = fit("alitok_stage1.yaml", "--callbacks.rfid=null")  # Inception is slow: once, in stage 2

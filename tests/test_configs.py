@@ -207,6 +207,7 @@ def few_samples(monkeypatch):
     patch(SampleGrid, per_class=1)
 
 
+@pytest.mark.slow
 def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     monkeypatch.chdir(paper_runs)
     tokenizer = "runs/stage3/checkpoints/last.ckpt"
@@ -257,6 +258,7 @@ def test_generator_recipes_run(paper_runs, monkeypatch, few_samples, capsys):
     assert f"aligntok: error: {words}" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a minute: every step of the chain
 def test_quickstart_recipes_run(in_folder, few_samples):
     third, generator = (f"runs/quickstart/{name}/checkpoints/last.ckpt" for name in ("stage3", "dit"))
     guided = ["--model.guidance.guide", "aligntok.weights.load_network", "--model.guidance.guide.path", generator]

@@ -12,6 +12,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_rows_at_toy_size():
     command = [sys.executable, "gpu.py", "--toy", "--only", "dit", "ar", "decode"]
     done = subprocess.run(

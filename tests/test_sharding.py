@@ -318,6 +318,7 @@ def commands(folder):
     return codes
 
 
+@pytest.mark.slow
 def test_commands(tmp_path):
     Tiny.cache(tmp_path / "latents", Tiny.measured())
     (tmp_path / "dit.yaml").write_text(CONFIG)

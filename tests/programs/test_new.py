@@ -47,6 +47,7 @@ def test_numbers_printed_are_the_numbers_written(num_classes, here, capsys):
     assert max(config["model"]["init_args"]["optimization"]["learning_rate"]) == written["max_steps"]
 
 
+@pytest.mark.slow  # half a minute: every step of a folder of images
 def test_printed_commands_run(here, capsys):
     fill(here / "pets", num_classes=2)
     assert main(["new", "pets", "--output", "animals.yaml"]) == 0
