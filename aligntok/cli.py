@@ -232,6 +232,15 @@ class RunCLI(LightningCLI):
                 raise UserError(f"--init_from has no effect on {type(self.model).__name__}: it is no stage of aligntok")
             self.model.init_from(config.init_from)
 
+    def after_fit(self) -> None:
+        """Measure the last step, where a signal ended the attempt that was to do it."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for record in (callback for callback in callbacks if isinstance(callback, RunRecord)):
+            if record.is_missing(self.trainer):
+                last = self.config[self.subcommand].ckpt_path
+                self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=last, verbose=False)
+                record.write(self.trainer, self.model)
+
     def after_validate(self) -> None:
         """Write what was measured to ``validate.json`` or ``test.json`` in the output folder."""
         if self.trainer.is_global_zero:

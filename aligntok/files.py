@@ -73,6 +73,23 @@ def link(path: Path, name: Path) -> None:
         shutil.copyfile(path, name)
 
 
+def name_again(path: Path, name: Path) -> None:
+    """Give a file, or a folder of files, a further name on the same disk; whole or absent, and without a second write.
+
+    A kill while a folder takes the place of another one leaves none of that name.
+    """
+    if not path.is_dir():
+        write_atomically(name, lambda temporary: link(path, temporary))
+        return
+    twin = name.with_name(f".{name.name}.partial")
+    shutil.rmtree(twin, ignore_errors=True)
+    twin.mkdir()
+    for file in path.iterdir():
+        link(file, twin / file.name)
+    shutil.rmtree(name, ignore_errors=True)
+    twin.rename(name)
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Around the writing of a file: what the system, torch or safetensors says becomes a ``UserError`` with a remedy.

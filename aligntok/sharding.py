@@ -24,7 +24,7 @@ from torch.distributed.tensor import empty as empty_shard
 
 from aligntok.decoding import release
 from aligntok.errors import UserError, check, check_positive
-from aligntok.files import link, write_atomically, writing
+from aligntok.files import name_again, write_atomically, writing
 from aligntok.networks.blocks import compile_blocks, training_blocks
 from aligntok.weights.checkpoint import read_checkpoint
 from aligntok.weights.sharded import META, check_files, is_sharded, replaced, with_shards, write_shards
@@ -232,13 +232,7 @@ def publish(meta: dict[str, Any], folder: Path, path: Path, also: Sequence[Path]
     write_atomically(folder / META, lambda temporary: torch.save(meta, temporary))
     with writing(path):
         for name in also:
-            twin = name.with_name(f".{name.name}.partial")
-            shutil.rmtree(twin, ignore_errors=True)
-            twin.mkdir()
-            for file in folder.iterdir():
-                link(file, twin / file.name)
-            shutil.rmtree(name, ignore_errors=True)
-            twin.rename(name)
+            name_again(folder, name)
         if path.name != LAST:
             shutil.rmtree(path, ignore_errors=True)
             folder.rename(path)

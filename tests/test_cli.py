@@ -243,6 +243,28 @@ def test_a_signal_ends_with_143_and_the_requeued_job_goes_on(capsys, monkeypatch
     assert "from step 2" in capsys.readouterr().out
 
 
+class SignalInValidation(pl.Callback):
+    """Sends one while the last step is measured."""
+
+    def on_validation_batch_start(self, trainer, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_the_last_measurement_leaves_it_to_the_next_attempt(capsys):
+    command = ["fit", "--config", "quickstart/encoder.yaml", *DEBUG, "--trainer.limit_val_batches", "2"]
+    assert main([*command, "--callbacks.stop.class_path", f"{__name__}.SignalInValidation"]) == 143
+    record = Path("runs/quickstart/encoder/run.json")
+    assert not record.exists()
+    assert main([*command, "--ckpt_path", "last"]) == 0
+    assert "had reached its end before, at step 2 but for its last measurement" in capsys.readouterr().out
+    assert json.loads(record.read_text())["steps"] == 2
+    assert measured_steps(record.parent) == [1]
+    alone = encoder_run("--output", "runs/alone", "--trainer.limit_val_batches", "2")
+    values = [json.loads((run / "run.json").read_text())["metrics"]["val/accuracy"] for run in (record.parent, alone)]
+    assert values[0] == values[1]
+
+
 def test_a_signal_before_the_first_step_ends_with_143(monkeypatch):
     monkeypatch.setattr(Digits, "__len__", lambda self: os.kill(os.getpid(), signal.SIGUSR1) or 1437)
     assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG]) == 143

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ from aligntok.callbacks.ema import EMA
 from aligntok.callbacks.progress import batch_split, is_last_step
 from aligntok.callbacks.rollback import roll_back
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
-from aligntok.files import check_writable
+from aligntok.files import check_writable, name_again, read_json, write_text
 from aligntok.guard import Guard
 from aligntok.networks.quantizers import VectorQuantizer
 from aligntok.preemption import Preempted
 from aligntok.sharding import ShardedStrategy
 from aligntok.weights.checkpoint import read_checkpoint
 
+BEST, BEST_RECORD = "best.json", {"metric": str, "value": float, "step": int}
 ADAM = 2  # values that it keeps of each weight that it trains
 
 
@@ -51,12 +54,17 @@ class SaveCheckpoint(Checkpoint):
         every_n_steps: Optimizer steps between two saves.
         keep_every_n_steps: Optimizer steps between checkpoints that stay, as ``step_0010000.ckpt``: another name of
             the same file, so that nothing is written twice. Null keeps none.
+        keep_best: What a validation measures, as ``val/psnr``: the step where it was largest stays as ``best.ckpt``,
+            another name of the same file, with its value in ``best.json``. With a minus, ``-val/rfid``, the smallest.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int | None = None) -> None:
+    def __init__(
+        self, every_n_steps: int = 1000, keep_every_n_steps: int | None = None, keep_best: str | None = None
+    ) -> None:
         check_positive(every_n_steps=every_n_steps)
         check_nonnegative(keep_every_n_steps=keep_every_n_steps)
-        self.every_n_steps, self.keep_every_n_steps = every_n_steps, keep_every_n_steps
+        self.every_n_steps, self.keep_every_n_steps, self.keep_best = every_n_steps, keep_every_n_steps, keep_best
+        self.best = -math.inf  # what it keeps, larger is better
         self.seen_step = self.saved_step = -1
         self.interrupts = 0  # times that Ctrl-C was pressed
         self.in_step = False
@@ -80,6 +88,9 @@ class SaveCheckpoint(Checkpoint):
         """Look whether a checkpoint can be written, and take over Ctrl-C until Lightning ends the fit."""
         self.seen_step = self.saved_step = trainer.global_step  # a resumed run's first step is not saved again
         self.moving = list(moved_by_forward(pl_module))
+        record = self.last(trainer).with_name(BEST)
+        before = read_json(record, BEST_RECORD) if self.keep_best and record.is_file() else None
+        self.best = before["value"] * self.sign if before and before["metric"] == self.keep_best else -math.inf
         if getattr(trainer, "fast_dev_run", False):
             return
         if trainer.is_global_zero:
@@ -139,6 +150,33 @@ class SaveCheckpoint(Checkpoint):
             trainer.save_checkpoint(path, weights_only=False, storage_options=options)
             self.saved_step = step
 
+    @property
+    def sign(self) -> int:
+        """Minus one where less is better."""
+        return -1 if (self.keep_best or "").startswith("-") else 1
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep this step as ``best.ckpt`` where none was better; after the averaged weights have left the module."""
+        if not self.keep_best or self.finished is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        name, measured = self.keep_best.removeprefix("-"), trainer.callback_metrics
+        names = [name for name in measured if name.startswith("val/")]
+        check(name in measured, f"callbacks.checkpoint.keep_best: no {name} is measured, but {', '.join(names)}")
+        value = trainer.strategy.broadcast(float(measured[name]))  # of the first rank: all must agree
+        if not self.sign * value > self.best:
+            return
+        self.best, last, writer = self.sign * value, self.last(trainer), trainer.strategy.checkpoint_io
+        best = last.with_name("best.ckpt")
+        if self.saved_step != self.seen_step:
+            self.save_finished(trainer, also=[best])
+        elif trainer.is_global_zero:
+            if isinstance(writer, AtomicCheckpointIO):
+                writer.raise_failure()  # waits
+            name_again(last, best)
+        if trainer.is_global_zero:
+            record = {"metric": self.keep_best, "value": value, "step": self.seen_step}
+            write_text(last.with_name(BEST), json.dumps(record))
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step of a run that something else ended, such as ``trainer.max_time``."""
         self.ranks.finish()
@@ -196,15 +234,16 @@ class SaveCheckpoint(Checkpoint):
             print(f"  {last} is of step {step}: --ckpt_path last goes on from there", flush=True)
 
     @torch.no_grad()
-    def save_finished(self, trainer: pl.Trainer) -> None:
-        """Write ``last.ckpt`` of the last finished step; others may be gone, so none waits for them."""
+    def save_finished(self, trainer: pl.Trainer, also: Sequence[Path] = ()) -> None:
+        """Write ``last.ckpt`` of the last finished step, and its other names; others may be gone, so none waits."""
         assert self.finished is not None
         if self.in_step:  # in validation, codes are averaged ones
             for kept, tensor in zip(self.moved, self.moving, strict=True):
                 tensor.copy_(kept)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # save_checkpoint has a barrier
         loops = {**checkpoint["loops"], **self.finished["loops"]}
-        trainer.strategy.save_checkpoint({**checkpoint, **self.finished, "loops": loops}, self.last(trainer))
+        whole = {**checkpoint, **self.finished, "loops": loops}
+        trainer.strategy.save_checkpoint(whole, self.last(trainer), storage_options={"also": list(also)})
         self.saved_step = self.seen_step
 
     def on_save_checkpoint(

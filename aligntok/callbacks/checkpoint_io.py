@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.files import link, write_atomically
+from aligntok.files import name_again, write_atomically
 from aligntok.weights.checkpoint import read_checkpoint
 from aligntok.weights.sharded import is_sharded
 
@@ -120,7 +120,7 @@ def write(checkpoint: dict[str, Any], paths: list[Path], arrived: torch.cuda.Eve
     first, *others = map(Path, paths)
     write_atomically(first, lambda temporary: torch.save(checkpoint, temporary))
     for path in others:
-        write_atomically(path, lambda temporary: link(first, temporary))
+        name_again(first, path)
 
 
 def copy_on_host(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:

@@ -97,6 +97,10 @@ class RunRecord(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record."""
         self.seconds += time.perf_counter() - self.began
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``run.json``, with what was measured last."""
         metrics = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
         record = {"stage": type(pl_module).__name__, "steps": trainer.global_step, "seconds": round(self.seconds, 1)}
         record |= {"parameters": parameters_of(pl_module), "metrics": metrics}
@@ -106,9 +110,13 @@ class RunRecord(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where nothing was left to do."""
         if not self.began and trainer.is_global_zero:
-            measured = (Path(trainer.default_root_dir) / "run.json").is_file()
-            hint = "" if measured else "; to measure it: aligntok validate"
-            print(f"  the run had reached its end before, at step {trainer.global_step:,}{hint}", flush=True)
+            left = " but for its last measurement" if self.is_missing(trainer) else ""
+            print(f"  the run had reached its end before, at step {trainer.global_step:,}{left}", flush=True)
+
+    def is_missing(self, trainer: pl.Trainer) -> bool:
+        """Tell whether this attempt found nothing left to do, but no record of a measurement: a signal ended that."""
+        record = Path(trainer.default_root_dir) / "run.json"
+        return bool(not self.began and trainer.limit_val_batches and not record.is_file())
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the training time over resumes."""

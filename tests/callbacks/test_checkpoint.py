@@ -10,10 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from aligntok.callbacks import SaveCheckpoint
+from aligntok.callbacks import EMA, SaveCheckpoint
 from aligntok.callbacks.checkpoint import check_room
+from aligntok.callbacks.measurement import Measurement
 from aligntok.callbacks.progress import MetricsCSV
 from aligntok.errors import UserError
+from aligntok.files import read_json
 from aligntok.stages import LatentAlignment
 
 
@@ -56,6 +58,48 @@ def test_a_checkpoint_that_is_kept_is_not_written_twice(tiny, tmp_path):
     fit(tiny, tmp_path, SaveCheckpoint(every_n_steps=2, keep_every_n_steps=2), max_steps=2)
     first, second = (tmp_path / "checkpoints").iterdir()
     assert first.samefile(second)
+
+
+class Scripted(Measurement):
+    """Measures what it is told, at each step."""
+
+    needs = ()
+
+    def __init__(self, *values):
+        self.values = values
+
+    def finish(self, trainer, module):
+        return {"score": self.values[trainer.global_step - 1]}
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "kept"), [("val/score", {2: 4.0, 3: 5.0, 6: 6.0}), ("-val/score", {2: 3.0, 3: 3.0, 6: -1.0})]
+)
+@pytest.mark.parametrize("every", [1, 1000])  # what is best is saved anyway, or only because it is
+def test_the_best_step_stays_over_a_resume(tiny, tmp_path, keep_best, kept, every):
+    scores, best = (3.0, 4.0, 5.0, 4.0, -1.0, 6.0), tmp_path / "checkpoints" / "best.ckpt"
+    for steps, value in kept.items():
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        callbacks = [EMA(0.5), Scripted(*scores), SaveCheckpoint(every, keep_best=keep_best)]
+        trainer = tiny.trainer(tmp_path, steps, callbacks, val_check_interval=1, limit_val_batches=1)
+        trainer.fit(tiny.stage(LatentAlignment), tiny.data(26), ckpt_path=last if last.exists() else None)
+        step = scores.index(value) + 1
+        assert read_json(best.with_name("best.json"), dict) == {"metric": keep_best, "value": value, "step": step}
+        content = torch.load(best, weights_only=True)
+        assert content["global_step"] == step
+        assert best.samefile(last) == (step == steps)
+    alone = tmp_path / "alone"
+    tiny.trainer(alone, step, [EMA(0.5), SaveCheckpoint()]).fit(tiny.stage(LatentAlignment), tiny.data(26))
+    there = torch.load(alone / "checkpoints" / "last.ckpt", weights_only=True)
+    for key in ("state_dict", "current_model_state", "optimizer_states"):
+        tiny.assert_same(content[key], there[key], key)
+
+
+def test_a_measure_that_nothing_measures_is_named(tiny, tmp_path):
+    callbacks = [Scripted(1.0), SaveCheckpoint(keep_best="val/psrn")]
+    trainer = tiny.trainer(tmp_path, 1, callbacks, val_check_interval=1, limit_val_batches=1)
+    with pytest.raises(UserError, match=r"no val/psrn is measured, but .*val/score"):
+        trainer.fit(tiny.stage(LatentAlignment), tiny.data(26))
 
 
 def test_the_last_step_of_max_epochs_is_saved(tiny, tmp_path):
