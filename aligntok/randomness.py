@@ -77,6 +77,17 @@ def choices(count: int, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.in
     return chosen
 
 
+def weighted_choice(weights: Sequence[float], seed: int, epoch: int, id: int, stream: str) -> int:
+    """Return a choice among ``weights``, each as likely as its share, for (seed, epoch, id); see ``choices``.
+
+    >>> weighted_choice([0.0, 2.0], seed=0, epoch=0, id=7, stream="caption")
+    1
+    """
+    (number,) = choices(2**30, seed ^ zlib.crc32(stream.encode()) << 16, np.array([epoch]), np.array([id]))
+    limits = np.cumsum(weights)
+    return int(np.searchsorted(limits, (number + 0.5) * 2**-30 * limits[-1], "right"))
+
+
 def hashed(ids: Tensor) -> Tensor:
     """Return a random number in 0 .. 2^63 - 1 for each id, (B,) int64: the smallest k are a uniform choice of k ids."""
     high, low, *_ = philox((0, 0, *_halves(ids)), _key(0, "choice"))

@@ -1,5 +1,6 @@
 """Images, latents or tokens in, batches out."""
 
+from aligntok.data.captions import CaptionedFolder
 from aligntok.data.datamodule import LatentDataModule
 from aligntok.data.dataset import Augmentation
 from aligntok.data.folders import Digits, ImageFolder
@@ -11,6 +12,7 @@ from aligntok.data.sources import BatchSource
 __all__ = [
     "Augmentation",
     "BatchSource",
+    "CaptionedFolder",
     "ClassLabels",
     "Digits",
     "ImageFolder",

@@ -43,13 +43,13 @@ Source = Dataset[Any]
 class LatentDataModule(pl.LightningDataModule):
     """Images, or latents or tokens that were cached, as batches for every stage.
 
-    A batch is a dict: ``label`` (B,), ``id`` (B,), the index in its source, and ``image`` (B, 3, H, W) in [0, 1] or
-    ``latent`` (B, C, h, w), or both, or ``tokens`` (B, N). Loaders give bytes and bfloat16, which become floats
-    on the device (``on_after_batch_transfer``), a fraction of the traffic.
+    A batch is a dict: ``label`` (B,) or ``caption`` (B strings), ``id`` (B,), the index in its source, and ``image``
+    (B, 3, H, W) in [0, 1] or ``latent`` (B, C, h, w), or both, or ``tokens`` (B, N). Loaders give bytes and bfloat16,
+    which become floats on the device (``on_after_batch_transfer``), a fraction of the traffic.
 
-    The order of training images is a function of (seed, epoch), and augmentation one of (seed, epoch, index): a resumed
-    run goes on with the very next image, with any number of workers and ranks. Evaluation sees each image once, in
-    order.
+    The order of training images is a function of (seed, epoch), and augmentation and the choice of a caption are one of
+    (seed, epoch, index): a resumed run goes on with the very next image, with any number of workers and ranks.
+    Evaluation sees each image once, in order.
 
     >>> from aligntok.data import Digits
     >>> data = LatentDataModule(Digits(), global_batch_size=4, image_size=8)
@@ -58,7 +58,8 @@ class LatentDataModule(pl.LightningDataModule):
     (4, 3, 8, 8)
 
     Args:
-        train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset; or
+        train: Items (PIL image, label): ``ImageFolder``, ``Digits``, ``Shapes``, or any torchvision dataset; or items
+            (PIL image, caption or list of captions): ``CaptionedFolder`` or any torch dataset of such; or
             ``LatentShards`` or ``TokenShards``.
         global_batch_size: Images per optimizer step, over all ranks and accumulated batches. Adding devices or
             ``accumulate_grad_batches`` makes the batch on a device smaller, never the recipe different.
@@ -241,7 +242,8 @@ class LatentDataModule(pl.LightningDataModule):
         """Return up to ``count`` validation images from all over the set, (count, 3, H, W) in [0, 1]."""
         batch = self.read("val", spread_over(self.num_images("val"), count))
         check("image" in batch, "val gives latents alone, but images are to be shown: give the cache its images")
-        return batch["image"]
+        image: Tensor = batch["image"]
+        return image
 
     def read(self, split: str, ids: Sequence[int]) -> Batch:
         """Return a batch of the images ``ids``, as evaluation sees them; the next one stands in for a bad one."""

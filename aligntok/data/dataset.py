@@ -19,7 +19,7 @@ from aligntok.data.images import center_crop, random_crop, random_flip, random_r
 from aligntok.data.loaders import Key
 from aligntok.data.sources import Batch, Item, Subset, length, read_item, source_indices, spread_over, whole_source
 from aligntok.errors import UserError, check
-from aligntok.randomness import choices, image_generator
+from aligntok.randomness import choices, image_generator, weighted_choice
 
 WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
 BAD_IMAGE = (UserError, OSError, SyntaxError)  # ours; Pillow's are OSError, and SyntaxError for a broken PNG
@@ -67,7 +67,9 @@ class Augmentation:
 
 
 class ImageDataset(Dataset[dict[str, Any] | None]):
-    """Images of a source as bytes (H, W, 3), with label and id; a sample is a function of (seed, epoch, index).
+    """Images of a source as bytes (H, W, 3), with label or caption, and id; a function of (seed, epoch, index).
+
+    Where an image has several captions, one is chosen for each epoch by their weights; evaluation sees that of epoch 0.
 
     An image that cannot be read is named, counted, and replaced by the next one or left out (``None``). More than one
     in a hundred of the whole source, of which this may be a subset, is an error.
@@ -77,7 +79,7 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
     (torch.Size([16, 16, 3]), 7)
 
     Args:
-        source: Items (PIL image, label).
+        source: Items (PIL image, label or captions), see ``read_item``.
         image_size: (H, W).
         augmentation: Of training; without one, ADM's centre crop.
         seed: Of the augmentation.
@@ -111,28 +113,39 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         for candidate in range(index, index + (len(self) if self.replace_bad else 1)):
             candidate %= len(self)
             try:
-                image, label = read_item(self.source, candidate)
+                image, target = read_item(self.source, candidate)
                 image = to_rgb(image)
                 if self.augmentation is None:
                     image = center_crop(image, self.image_size)
                 else:
                     image = self.augmentation(image, self.image_size, generator)
-                return {"image": torch.from_numpy(np.array(image)), "label": label, "id": candidate}
+                sample = {"image": torch.from_numpy(np.array(image)), "id": candidate}
+                if isinstance(target, int):
+                    return {**sample, "label": target}
+                chosen = weighted_choice(list(target.values()), self.seed, epoch, candidate, "caption")
+                return {**sample, "caption": list(target)[chosen]}
             except BAD_IMAGE as error:
                 self.report(candidate, error)
         return None
 
     def __getitems__(self, keys: Sequence[Key | int]) -> Batch | None:
-        """Return a batch: ``image`` (B, 3, H, W) in bytes, ``label`` (B,) and ``id`` (B,), without the bad images.
+        """Return a batch: ``image`` (B, 3, H, W) in bytes, ``id`` (B,), and ``label`` (B,) or ``caption`` (B strings).
 
-        ``None`` if no image is left. torch's loader calls this instead of asking for one item after the other.
+        It is without the bad images, ``None`` if none is left. torch's loader calls this instead of asking for one
+        item after the other.
+
+        Raises:
+            UserError: Some images have labels, others captions.
         """
         good = [sample for key in keys if (sample := self[key]) is not None]
         if not good:
             return None
+        (target, *others) = {key for sample in good for key in sample} - {"image", "id"}
+        check(not others, "some images have labels and others captions: give sources of one kind")
+        targets = [sample[target] for sample in good]
         return {
             "image": torch.stack([sample["image"] for sample in good]).permute(0, 3, 1, 2),  # copied on the device
-            "label": torch.tensor([sample["label"] for sample in good]),
+            target: torch.tensor(targets) if target == "label" else targets,
             "id": torch.tensor([sample["id"] for sample in good]),
         }
 

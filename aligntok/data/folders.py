@@ -57,8 +57,7 @@ class ImageFolder(Dataset[Item]):
     def index(self) -> tuple[list[str], npt.NDArray[np.bytes_], Indices]:
         """Names of the classes; path below the root, and label, of each image."""
         root = self.root
-        where = f"there is no image folder {root}: set its root, e.g. --data.train.root, to yours"
-        check(os.path.isdir(root), where)
+        self.check_folder()
         entries, others = visible(root), Counter[str]()
         folders = [entry.name for entry in entries if is_folder(entry)]
         beside = [entry.name for entry in entries if not is_folder(entry) and is_image(entry.name, others)]
@@ -70,14 +69,23 @@ class ImageFolder(Dataset[Item]):
             )
         if not found:
             folders, found = [], [(name, 0) for name in beside]
-        known = ", ".join(IMG_EXTENSIONS)
-        check(bool(found), f"image folder {root} holds no image, also not in subfolders: name another folder ({known})")
+        self.check_images(bool(found))
         if others:
             say_left_out(str(root), ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)))
         found.sort()
         # arrays, because workers copy every page of a list of a million names, by counting references to them
         names = np.array([os.fsencode(name) for name, _ in found])
         return folders, names, np.array([label for _, label in found])
+
+    def check_folder(self) -> None:
+        """Raise a ``UserError`` where there is no such folder."""
+        where = f"there is no image folder {self.root}: set its root, e.g. --data.train.root, to yours"
+        check(os.path.isdir(self.root), where)
+
+    def check_images(self, found: bool) -> None:
+        """Raise a ``UserError`` where no images were found in it."""
+        what = f"image folder {self.root} holds no image, also not in subfolders: name another folder"
+        check(found, f"{what} ({', '.join(IMG_EXTENSIONS)})")
 
     def __len__(self) -> int:
         return len(self.index[1])
@@ -155,7 +163,7 @@ def find_images(root: Path, folder: str, others: Counter[str]) -> Iterator[str]:
             continue  # a link to a folder that we come or came from
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
-            name = f"{folder}/{entry.name}"
+            name = f"{folder}/{entry.name}" if folder else entry.name
             if is_folder(entry):
                 todo.append(name)
             elif is_image(entry.name, others):

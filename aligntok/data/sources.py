@@ -1,24 +1,27 @@
-"""What data come from: map-style datasets of (PIL image, label), as torchvision's are, or sources of whole batches."""
+"""What data come from: datasets of (PIL image, label) or (PIL image, caption), or sources of whole batches."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligntok.errors import UserError, check
 
-Item = tuple[Image.Image, int]
-Batch = dict[str, Tensor]
+Captions = dict[str, float]
+"""The captions of an image, each with the weight that it is chosen by."""
+
+Item = tuple[Image.Image, Any]
+Batch = dict[str, Any]
 Indices = npt.NDArray[np.int64]
 NUM_PROBES = 16
 
@@ -144,23 +147,54 @@ def split_holdout(
     return Subset(source, np.flatnonzero(~is_held)), Subset(source, np.flatnonzero(is_held))
 
 
-def read_item(source: Dataset[Any], index: int) -> Item:
-    """Return image and label.
+def read_item(source: Dataset[Any], index: int) -> tuple[Image.Image, int | Captions]:
+    """Return an image with its label or captions.
+
+    A source gives captions as a text, a list of texts, each as likely as the others, or a dict of texts and weights.
 
     Raises:
-        UserError: The source gives something else.
+        UserError: The source gives something else, or ``None`` or nothing for a caption.
     """
     item: Any = source[index]
     parts = item if isinstance(item, (tuple, list)) else (item,)
     gives = f"{type(source).__name__} gives"
     if len(parts) != 2 or not isinstance(parts[0], Image.Image):
         kinds = ", ".join(type(part).__name__ for part in parts)
-        raise UserError(f"{gives} ({kinds}), not (PIL image, label): leave out its transform, aligntok crops itself")
+        raise UserError(
+            f"{gives} ({kinds}), not (PIL image, label or caption): leave out its transform, aligntok crops itself"
+        )
+    image, target = parts
+    if target is None or (isinstance(target, (list, tuple, Mapping)) and not target):
+        raise UserError(f"image {index} of {type(source).__name__} has no caption")
+    if isinstance(target, str):
+        return image, {target: 1.0}
+    numbers = target.values() if isinstance(target, Mapping) else ()
+    texts = target if isinstance(target, (list, tuple, Mapping)) else (target,)
+    if all(isinstance(text, str) for text in texts) and all(isinstance(number, (int, float)) for number in numbers):
+        return image, weighted(target, f"{gives} captions")
     try:
-        return parts[0], operator.index(parts[1])  # takes tensors and NumPy's numbers too
+        return image, operator.index(target)  # takes tensors and NumPy's numbers too
     except TypeError as error:
         remedy = "give it another target_type or target_transform"
-        raise UserError(f"{gives} the label {str(parts[1])[:40]!r}, not a whole number: {remedy}") from error
+        raise UserError(
+            f"{gives} the label {str(target)[:40]!r}, neither a whole number nor a caption: {remedy}"
+        ) from error
+
+
+def weighted(names: Mapping[str, float] | Sequence[str], what: str) -> dict[str, float]:
+    """Return names, each as likely as the others where there are no weights, as a dict of weights.
+
+    Raises:
+        UserError: A weight is negative or not finite, or all are 0; ``what`` says of what.
+    """
+    weights: dict[str, float] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 0.0)
+    if not isinstance(names, Mapping):
+        for name in names:  # one that is given twice is twice as likely
+            weights[name] += 1
+    good = all(weight >= 0 and math.isfinite(weight) for weight in weights.values()) and any(weights.values())
+    shown = str(list(weights.values()))[:60]
+    check(good, f"{what} with weights {shown}: give finite ones, none below 0, some above")
+    return weights
 
 
 def source_id(source: Dataset[Any]) -> str:
