@@ -92,7 +92,7 @@ class TokenSampler:
                 on a CPU without a compiler.
         """
         self.check(network)
-        network.check_labels(label)
+        network.check_condition(label)
         if not len(ids):
             return torch.empty(0, network.sequence_length, dtype=torch.int64, device=network.rotary.device)
         with torch.inference_mode(), torch.autocast(network.rotary.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Guidance: what turns the velocity of a class into one that gives better samples of it."""
+"""Guidance: what turns the velocity of a class or a text into one that gives better samples of it."""
 
 import math
 from typing import Any, Protocol
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_positive
 from aligntok.flow.samplers import Velocity
+from aligntok.networks.text import Condition, concatenate
 
 
 class VelocityNetwork(Protocol):
@@ -15,26 +16,34 @@ class VelocityNetwork(Protocol):
 
     Attributes:
         latent_shape: (C, h, w).
-        null_label: Label of "no class"; None in a network that was not trained with one.
     """
 
     latent_shape: tuple[int, int, int]
-    null_label: int | None
 
-    def __call__(self, latent: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Return the velocity (B, C, h, w) of latents (B, C, h, w) at times (B,) for labels (B,)."""
+    @property
+    def has_null(self) -> bool:
+        """Whether the network was trained with a null condition."""
+
+    def null(self, condition: Any) -> Any:
+        """Return as many null conditions as there are conditions."""
+
+    def prepare(self, condition: Any) -> Any:
+        """Return what the network takes in place of a condition, with all that does not depend on latent and time."""
+
+    def __call__(self, latent: Tensor, t: Tensor, condition: Any, /) -> Tensor:
+        """Return the velocity (B, C, h, w) of latents (B, C, h, w) at times (B,) for B conditions."""
 
 
 class Guidance:
-    """Push the velocity of a class away from a worse one: ``worse + scale * (conditional - worse)``.
+    """Push the velocity of a condition away from a worse one: ``worse + scale * (conditional - worse)``.
 
-    The worse one is the null class of the same network (classifier-free guidance), or a guide network, smaller or
-    trained less, with the same label (autoguidance). LightningDiT's published numbers are at ``channels=3`` with scale
-    6.7 to 10; with all channels the best scale is far lower.
+    The worse one is that of the null condition of the same network (classifier-free guidance), or of a guide network,
+    smaller or trained less, with the same condition (autoguidance). LightningDiT's published numbers are at
+    ``channels=3`` with scale 6.7 to 10; with all channels the best scale is far lower.
 
     >>> from aligntok.networks import DiT
     >>> network = DiT((4, 2, 2), num_classes=3, width=16, depth=1, num_heads=2)
-    >>> velocity = Guidance(scale=4.0, start=0.1).velocity(network, label=torch.tensor([0, 2]))
+    >>> velocity = Guidance(scale=4.0, start=0.1).velocity(network, torch.tensor([0, 2]))
     >>> velocity(torch.randn(2, 4, 2, 2), torch.full((2,), 0.5)).shape
     torch.Size([2, 4, 2, 2])
 
@@ -43,7 +52,8 @@ class Guidance:
         start: Time from which samples are guided; before it, in the noise, only the conditional velocity is computed.
         end: Time from which they are no longer guided; 1 guides to the last step.
         channels: Guide the first channels only, this many; None guides all.
-        guide: Network of autoguidance, e.g. ``class_path: aligntok.weights.load_network``, in place of the null class.
+        guide: Network of autoguidance, e.g. ``class_path: aligntok.weights.load_network``, in place of the null
+            condition.
 
     Reference:
         Ho and Salimans, arXiv:2207.12598; interval: Kynkäänniemi et al., arXiv:2404.07724; autoguidance: Karras et al.,
@@ -70,39 +80,48 @@ class Guidance:
         """The network of autoguidance, or ``None``."""
         return self._guide
 
-    def velocity(self, network: VelocityNetwork, label: Tensor) -> Velocity:
-        """Return the guided velocity of the given labels, for a sampler.
-
-        At a time in the interval the network is called once, with 2B samples (with a guide network: each once, with
-        B); outside, or with scale 1, once with B.
-
-        Args:
-            network: Its velocity is guided.
-            label: (B,) int64, of the batch that will be sampled.
-
-        Raises:
-            UserError: If there is neither a null class nor a guide network, or `channels` exceeds the latent's.
-        """
-        channels, null_label = network.latent_shape[0], network.null_label
+    def check(self, network: VelocityNetwork) -> None:
+        """Raise a ``UserError`` where a network has no null condition to guide with, or fewer channels."""
+        channels = network.latent_shape[0]
         check((self.channels or 0) <= channels, f"channels={self.channels}: the latent has {channels} channels")
-        if self.scale != 1 and self.guide is None and null_label is None:
+        if self.scale != 1 and self.guide is None and not network.has_null:
             raise UserError(
                 f"scale={self.scale}: the network has no null class to guide with: give a guide network, set scale to "
                 "1, or train with null_class=true"
             )
 
+    def velocity(self, network: VelocityNetwork, condition: Condition) -> Velocity:
+        """Return the guided velocity of the given conditions, for a sampler.
+
+        At a time in the interval the network is called once, with 2B samples (with a guide network: each once, with
+        B); outside, or with scale 1, once with B. What a network makes of a condition alone is made here, once.
+
+        Args:
+            network: Its velocity is guided.
+            condition: Labels (B,) int64, or a ``Text``, of the batch that will be sampled.
+
+        Raises:
+            UserError: If there is neither a null condition nor a guide network, or `channels` exceeds the latent's.
+        """
+        self.check(network)
+        count, by_null = len(condition), self.scale != 1 and self.guide is None
+        both = network.prepare(concatenate(condition, network.null(condition)) if by_null else condition)
+        own = both[:count] if by_null else both
+        theirs: Any = self.guide.prepare(condition) if self.scale != 1 and self.guide is not None else None
+
         def guided(x: Tensor, t: Tensor) -> Tensor:
             inside = self._inside(t)
             if len(inside) == 0:
-                return network(x, t, label)
-            if self.guide is None:
-                assert null_label is not None
-                null = torch.full_like(label[inside], null_label)
-                both = network(torch.cat([x, x[inside]]), torch.cat([t, t[inside]]), torch.cat([label, null]))
-                conditional, worse = both.to(x.dtype).tensor_split([len(x)])
+                return network(x, t, own)
+            if by_null:
+                chosen = (
+                    both if len(inside) == count else both[torch.cat([torch.arange(count).to(inside), count + inside])]
+                )
+                velocities = network(torch.cat([x, x[inside]]), torch.cat([t, t[inside]]), chosen)
+                conditional, worse = velocities.to(x.dtype).tensor_split([len(x)])
             else:
-                conditional = network(x, t, label).to(x.dtype)
-                worse = self.guide(x[inside], t[inside], label[inside]).to(x.dtype)
+                conditional = network(x, t, own).to(x.dtype)
+                worse = self.guide(x[inside], t[inside], theirs[inside]).to(x.dtype)
             guided_rows = worse + self.scale * (conditional[inside] - worse)
             result = conditional.clone()
             result[inside, : self.channels] = guided_rows[:, : self.channels]

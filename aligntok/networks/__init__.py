@@ -10,6 +10,8 @@ from aligntok.networks.encoders import VisionEncoder
 from aligntok.networks.frozen import Frozen
 from aligntok.networks.quantizers import Quantized, VectorQuantizer
 from aligntok.networks.query_encoder import QueryEncoder
+from aligntok.networks.text import StaticTextEncoder, Text, TextEncoder
+from aligntok.networks.text_dit import TextDiT
 from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.networks.transformer_decoder import TransformerDecoder
@@ -27,6 +29,10 @@ __all__ = [
     "PatchDiscriminator",
     "Quantized",
     "QueryEncoder",
+    "StaticTextEncoder",
+    "Text",
+    "TextDiT",
+    "TextEncoder",
     "TokenDecoder",
     "Tokenizer",
     "TokenizerSpec",

@@ -90,7 +90,7 @@ class AutoregressiveTransformer(layers.ClassConditional):
         Args:
             tokens: The first n tokens of the sequence, (B, n) int64, n from 0 to N.
             label: Classes, (B,) int64, ``null_label`` for none; None in an unconditional network. Their range is not
-                looked at: see ``check_labels``.
+                looked at: see ``check_condition``.
 
         Raises:
             UserError: More than N tokens; a token out of range, on the CPU (elsewhere that would wait for the device).

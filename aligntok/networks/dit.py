@@ -6,7 +6,9 @@ arXiv:2212.09748. The wide head is that of Zheng et al., RAE, arXiv:2510.11690, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +103,7 @@ class DiT(ClassConditional):
         self.embed_label = nn.Embedding(num_classes + null_class, width)
         self.register_buffer("positions", sincos_positions(*self.grid, width), persistent=False)
         self.register_buffer("rotary", self._rotary(width // num_heads), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, num_heads, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.make_block(width, num_heads, qk_norm) for _ in range(depth))
         self.wide_head = wide_head
         if wide_head is not None:
             self.embed_wide = nn.Linear(patch_channels, wide_head.width)
@@ -119,12 +121,12 @@ class DiT(ClassConditional):
         Args:
             latent: Points on the way from noise to normalised latents, (B, C, h, w).
             t: Their times in [0, 1], (B,).
-            label: Classes, (B,) int64; ``null_label`` for none. Their range is not looked at: see ``check_labels``.
+            label: Classes, (B,) int64; ``null_label`` for none. Their range is not looked at: see ``check_condition``.
 
         Raises:
             UserError: A latent of another shape.
         """
-        return self._outputs(latent, t, label, len(self.blocks))[0]
+        return self._outputs(latent, t, self.embed_label(label), len(self.blocks))[0]
 
     def forward_with_tokens(self, latent: Tensor, t: Tensor, label: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, C, h, w) and the tokens behind a block, to align them with features (REPA).
@@ -135,9 +137,12 @@ class DiT(ClassConditional):
         Raises:
             UserError: A latent of another shape; no such block.
         """
-        return self._outputs(latent, t, label, block)
+        return self._outputs(latent, t, self.embed_label(label), block)
 
-    def _outputs(self, latent: Tensor, t: Tensor, label: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    def _outputs(
+        self, latent: Tensor, t: Tensor, embedded: Tensor, block: int, others: Sequence[tuple[Any, ...]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return velocity and tokens, with a vector (B, width) beside the time, and each block's other arguments."""
         if latent.ndim != 4 or latent.shape[1:] != self.latent_shape:
             raise UserError(
                 f"latent has shape {tuple(latent.shape)}, the network needs (B, *{self.latent_shape}): set latent_shape"
@@ -148,10 +153,12 @@ class DiT(ClassConditional):
         (h, w), p = self.grid, self.patch_size
         patches = rearrange(latent, "b c (h p1) (w p2) -> b (h w) (c p1 p2)", p1=p, p2=p)
         time = self.embed_time(t)[:, None]  # (B, 1, width)
-        condition = F.silu(time + self.embed_label(label)[:, None])  # (B, 1, width): one for all tokens
+        condition = F.silu(time + embedded[:, None])  # (B, 1, width): one for all tokens
         x = tokens = self.embed_latent(patches) + self.positions  # (B, N, width)
-        for number, each in enumerate(self.blocks, start=1):
-            x = each(x, condition, self.rotary)  # (B, N, width)
+        for number, (each, other) in enumerate(
+            zip(self.blocks, others or [()] * len(self.blocks), strict=True), start=1
+        ):
+            x = each(x, condition, self.rotary, *other)  # (B, N, width)
             tokens = x if number == block else tokens
         if self.wide_head is not None:
             condition = F.silu(self.embed_condition(F.silu(time + x)))  # (B, N, wide width): one per token
@@ -160,6 +167,10 @@ class DiT(ClassConditional):
                 x = each(x, condition, self.wide_rotary)  # (B, N, wide width)
         velocity = rearrange(self.head(x, condition), "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=h, w=w, p1=p, p2=p)
         return velocity.clone(), tokens  # of a view, FSDP loses sight where it is changed in place
+
+    def make_block(self, width: int, num_heads: int, qk_norm: bool) -> Block:
+        """Return a new block."""
+        return Block(width, num_heads, qk_norm)
 
     def _rotary(self, head_dim: int) -> Tensor:
         return rotary_table(grid_coordinates(*self.grid), head_dim)

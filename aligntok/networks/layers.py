@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,10 +29,9 @@ def check_rotary_sizes(width: int, depth: int, num_heads: int) -> None:
 class ClassConditional(nn.Module):
     """A network that takes a class, or one that takes none.
 
-    >>> import torch
     >>> network = ClassConditional()
     >>> network.num_classes, network.null_label = 3, 3
-    >>> network.check_labels(torch.tensor([0, 2, 3]))
+    >>> network.check_condition(torch.tensor([0, 2, 3]))
 
     Attributes:
         num_classes: Classes 0 .. num_classes - 1; None for an unconditional network.
@@ -41,7 +41,26 @@ class ClassConditional(nn.Module):
     num_classes: int | None
     null_label: int | None
 
-    def check_labels(self, label: Tensor | None) -> None:
+    @property
+    def has_null(self) -> bool:
+        """Whether there is a null class."""
+        return self.null_label is not None
+
+    def null(self, label: Tensor) -> Tensor:
+        """Return as many null labels as there are labels, (B,)."""
+        assert self.null_label is not None
+        return torch.full_like(label, self.null_label)
+
+    def drop(self, label: Tensor, dropped: Tensor) -> Tensor:
+        """Return labels (B,), null where ``dropped`` (B,) is true."""
+        assert self.null_label is not None
+        return label.masked_fill(dropped, self.null_label)
+
+    def prepare(self, label: Tensor) -> Tensor:
+        """Return what ``forward`` takes for a label: itself, there is nothing to compute beforehand."""
+        return label
+
+    def check_condition(self, label: Tensor | None) -> None:
         """Raise a ``UserError`` if a label (B,) is none of this network's classes; waits for a GPU."""
         if label is None or self.num_classes is None:
             kind = "unconditional" if self.num_classes is None else f"conditional, on num_classes={self.num_classes},"
@@ -124,13 +143,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // num_heads, eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Attend from n tokens (B, n, width) to all that they see; same shape.
 
         Args:
             x: The whole sequence, or the tokens that follow a cache.
             rotary: Rotations of their positions, from ``rotary_table``.
             cache: Of the tokens before them.
+            mask: Which of all tokens may be seen, broadcast to (B, num_heads, n, N) bool; all without it.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
@@ -143,7 +165,7 @@ class Attention(nn.Module):
             seen = cache.attend(q, k, v, cache.positions)
         else:
             dropout = self.dropout if self.training else 0.0
-            seen = F.scaled_dot_product_attention(q, k, v, None, dropout, causal)
+            seen = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         y: Tensor = self.proj(seen.transpose(1, 2).flatten(2))  # (B, n, width)
         return y
 

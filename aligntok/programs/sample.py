@@ -80,7 +80,7 @@ def sample(
 
     def begin() -> list[range]:
         if generator.network.num_classes is not None:
-            generator.network.check_labels(torch.from_numpy(files.labels))
+            generator.network.check_condition(torch.from_numpy(files.labels))
         files.begin(what_decides(generator, files.labels, fabric))
         return unfinished("blocks", blocks, files.is_finished)
 

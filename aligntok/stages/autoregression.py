@@ -150,6 +150,6 @@ class AutoregressiveGeneration(GeneratorStage):
     def sample(self, ids: Tensor, label: Tensor, sampler: TokenSampler | None = None) -> Tensor:
         """Return tokens (B, N): each row a function of its id (B,), its label (B,) and the seed alone."""
         chosen = None if self.network.num_classes is None else label
-        self.network.check_labels(chosen)
+        self.network.check_condition(chosen)
         chosen = None if chosen is None else chosen.to(self.device)
         return (sampler or self.sampler)(self.network, chosen, ids.to(self.device), self.seed)

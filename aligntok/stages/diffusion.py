@@ -18,6 +18,7 @@ from aligntok.flow import Euler, FlowMatching, Guidance, Sampler, sample_path
 from aligntok.losses.representation import RepresentationAlignment
 from aligntok.networks.dit import DiT
 from aligntok.networks.frozen import Frozen
+from aligntok.networks.text import Condition
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache
 from aligntok.randomness import noise_like_ids
@@ -98,7 +99,7 @@ class LatentDiffusion(GeneratorStage):
             text = f"representation_alignment.width {alignment.width} differs from network.width {network.width}"
             check(alignment.width == network.width, f"{text}: set the first to the second")
         try:
-            self.guidance.velocity(network, torch.zeros(0, dtype=torch.int64))
+            self.guidance.check(network)
         except UserError as error:
             raise UserError(f"guidance: {error}") from error
 
@@ -126,12 +127,12 @@ class LatentDiffusion(GeneratorStage):
         noise = self.normal(batch, "noise", latent.shape[1:]).to(latent)  # (B, C, h, w)
         t = self.objective.times(self.global_step)(self.normal(batch, "time")).to(latent)  # (B,)
         point, velocity = sample_path(noise, latent, t)
-        label, alignment = self.drop(batch), self.representation_alignment
+        condition, alignment = self.drop(batch), self.representation_alignment
         if alignment is None:
-            terms = self.objective(self.network(point, t, label), velocity)
+            terms = self.objective(self.network(point, t, condition), velocity)
         else:
             check("image" in batch, "representation_alignment needs images: train on images, or on a cache with images")
-            prediction, tokens = self.network.forward_with_tokens(point, t, label, alignment.block)
+            prediction, tokens = self.network.forward_with_tokens(point, t, condition, alignment.block)
             terms = self.objective(prediction, velocity)
         loss = terms["loss"].mean()
         logs = {name: value.detach().mean() for name, value in terms.items()}
@@ -156,7 +157,7 @@ class LatentDiffusion(GeneratorStage):
         noise = noise_like_ids(ids, tuple(latent.shape[1:]), self.seed).to(latent)  # (B, C, h, w)
         t = ((ids + 1).double() * GOLDEN_RATIO % 1).to(latent)  # (B,)
         point, velocity = sample_path(noise, latent, t)
-        terms = self.objective(self.network(point, t, batch["label"]), velocity)
+        terms = self.objective(self.network(point, t, self.condition(batch)), velocity)
         self.log_mean({f"{self.split}/{name}": terms[name].mean() for name in ("loss", "mse")}, len(latent))
         self.fill_bins(self.split, t, terms["mse"])
         return {"latent": latent}
@@ -179,9 +180,9 @@ class LatentDiffusion(GeneratorStage):
     # Sampling
 
     @torch.no_grad()
-    def sample(self, ids: Tensor, label: Tensor, sampler: Sampler | None = None) -> Tensor:
+    def sample(self, ids: Tensor, label: Condition, sampler: Sampler | None = None) -> Tensor:
         """Return normalised latents (B, C, h, w): each a function of its id (B,), its label (B,) and the seed alone."""
-        self.network.check_labels(label)
+        self.network.check_condition(label)
         noise = noise_like_ids(ids, tuple(self.network.latent_shape), self.seed).to(self.device)
         return (sampler or self.sampler)(self.guidance.velocity(self.network, label.to(self.device)), noise)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_nonnegative
 from aligntok.networks.frozen import Frozen
+from aligntok.networks.text import Condition
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache, HasLabels, offered_data
 from aligntok.sharding import ShardedStrategy
@@ -22,14 +23,16 @@ from aligntok.weights.checkpoint import build, load_strictly, read_checkpoint, r
 
 
 class GeneratorStage(Stage):
-    """Base of the generators: a network that learns, a tokenizer that is frozen and in no checkpoint, labels, samples.
+    """Base of the generators: a network that learns, a frozen tokenizer that is in no checkpoint, conditions, samples.
 
     A subclass gives ``training_step``, ``validation_step``, ``sample`` and ``check_data``; see ``LatentDiffusion``.
+    Conditions, what samples are asked to be, are labels (B,) or a ``Text``; a network has ``has_null``, ``null``,
+    ``drop``, ``prepare`` and ``check_condition`` for its own kind, see ``aligntok.networks.layers.ClassConditional``.
 
     Args:
-        network: What learns; has ``num_classes`` (none without classes), ``null_label`` and ``check_labels``.
+        network: What learns; has ``num_classes`` (none without classes), and ``has_null``.
         tokenizer: Decodes samples, and encodes images where nothing is cached; or none, on a cache.
-        label_dropout: Share of labels that become the null class, in [0, 1].
+        label_dropout: Share of conditions that become the null one, in [0, 1].
         seed: Of the samples.
         optimization: Optimizer, learning rate, weight decay.
     """
@@ -70,8 +73,8 @@ class GeneratorStage(Stage):
     # What a generator says of itself
 
     @abstractmethod
-    def sample(self, ids: Tensor, label: Tensor, sampler: Any = None) -> Tensor:
-        """Return what ``tokenizer.decode`` takes: each row a function of its id (B,), its label (B,) and the seed."""
+    def sample(self, ids: Tensor, label: Any, sampler: Any = None) -> Tensor:
+        """Return what ``tokenizer.decode`` takes: each row a function of its id (B,), its condition and the seed."""
 
     def sampling(self) -> dict[str, Any]:
         """Return, by name, the parts whose numbers decide on a sample beside the weights and the seed."""
@@ -82,7 +85,7 @@ class GeneratorStage(Stage):
         dropout = self.label_dropout
         check(0 <= dropout <= 1, f"label_dropout {dropout} is a share of the labels: give 0 to 1")
         check(
-            not dropout or self.network.null_label is not None,
+            not dropout or self.network.has_null,
             f"label_dropout {dropout} needs a null class: set network.null_class true, or label_dropout 0",
         )
 
@@ -130,13 +133,16 @@ class GeneratorStage(Stage):
             raise UserError(f"the data holds images, no {self.code}: set tokenizer, or train on a cache")
         return self.tokenizer.encode(batch["image"])
 
-    def drop(self, batch: dict[str, Any]) -> Tensor:
-        """Return the labels (B,) of a batch, some replaced by the null class."""
-        label: Tensor = batch["label"]
-        if self.network.null_label is None:
-            return label
-        dropped = self.uniform(batch, "label") < self.label_dropout
-        return label.masked_fill(dropped, self.network.null_label)
+    def condition(self, batch: dict[str, Any]) -> Condition:
+        """Return the conditions of a batch: its labels (B,)."""
+        return batch["label"]  # type: ignore[no-any-return]
+
+    def drop(self, batch: dict[str, Any]) -> Any:
+        """Return the conditions of a batch, some replaced by the null one."""
+        condition = self.condition(batch)
+        if not self.network.has_null:
+            return condition
+        return self.network.drop(condition, self.uniform(batch, "label") < self.label_dropout)
 
     # Measures
 
@@ -159,10 +165,10 @@ class GeneratorStage(Stage):
     # Samples
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Return ``image`` (B, 3, H, W) in [0, 1] for each ``id`` and ``label`` (B,), and what it was decoded from."""
+        """Return ``image`` (B, 3, H, W) in [0, 1] for each ``id`` (B,) and condition, and what it was decoded from."""
         if self.tokenizer is None:
             raise UserError("samples need a decoder: set tokenizer to the tokenizer's checkpoint")
-        code = self.sample(batch["id"], batch["label"])
+        code = self.sample(batch["id"], self.condition(batch))
         return {"image": self.tokenizer.decode(code).float(), self.code: code}
 
     # Checkpoints

@@ -12,7 +12,14 @@ class Network:
     latent_shape = (5, 2, 2)
 
     def __init__(self, null_label=10, strength=1.0):
-        self.null_label, self.strength, self.calls = null_label, strength, []
+        self.has_null, self.null_label = null_label is not None, null_label
+        self.strength, self.calls = strength, []
+
+    def null(self, label):
+        return torch.full_like(label, self.null_label)
+
+    def prepare(self, label):
+        return label
 
     def __call__(self, latent, t, label):
         assert len(latent) == len(t) == len(label)

@@ -236,7 +236,7 @@ def test_bad_inputs(changes, tokens, label, message):
     network, labels = small(**changes), None if label is None else torch.tensor(label)
 
     def run():
-        network.check_labels(labels)  # as whoever samples does
+        network.check_condition(labels)  # as whoever samples does
         network(torch.tensor(tokens), labels)
 
     with pytest.raises(UserError, match=message):

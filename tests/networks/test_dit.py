@@ -211,7 +211,7 @@ def test_null_class(null_class, null_label):
     network(latent, t, torch.full((3,), 9 + null_class))
     for wrong in (10 + null_class, -1):
         with pytest.raises(UserError, match=rf"label {wrong} is none of the network's classes 0\.\.9"):
-            network.check_labels(torch.tensor([0, wrong, 1]))
+            network.check_condition(torch.tensor([0, wrong, 1]))
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

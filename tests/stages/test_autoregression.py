@@ -140,7 +140,7 @@ class Fixed(nn.Module):
         order = (torch.arange(32)[None] - torch.arange(LENGTH)[:, None]) % 32
         return -order.float().expand(len(tokens), -1, -1) + self.weight
 
-    def check_labels(self, label): ...
+    def check_condition(self, label): ...
 
 
 def test_accuracies_and_loss_are_exact_over_uneven_batches_and_written_per_position(tiny, tmp_path):
