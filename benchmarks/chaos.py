@@ -329,7 +329,7 @@ def prepare(folder: Path) -> None:
         "output": "dit",
         "model": {"init_args": {"tokenizer": {"init_args": {"path": f"stage3/{LAST}"}}, **optimization}},
         "data": {
-            "train": {"class_path": "aligntok.data.LatentShards", "init_args": {"folder": "latents"}},
+            "train": {"class_path": "aligntok.data.LatentShards", "init_args": {"folder": "latents", "verify": True}},
             "global_batch_size": 16,
             "augmentation": {"flip": False},
         },

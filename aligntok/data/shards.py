@@ -32,6 +32,7 @@ class Shards(BatchSource):
         folder: Where the shards are.
         on_bad_shard: What to do about a shard that is missing, truncated or altered: ``raise``, or ``skip`` (name it
             and serve the others).
+        verify: At the first use read every shard in full and compare its hash; else a changed byte is not noticed.
 
     Raises:
         UserError: At the first use: no cache, an unfinished one, broken shards.
@@ -39,8 +40,8 @@ class Shards(BatchSource):
 
     layout: Layout
 
-    def __init__(self, folder: str, on_bad_shard: Literal["raise", "skip"] = "raise") -> None:
-        self.folder, self.on_bad_shard = Path(folder).expanduser(), on_bad_shard
+    def __init__(self, folder: str, on_bad_shard: Literal["raise", "skip"] = "raise", verify: bool = False) -> None:
+        self.folder, self.on_bad_shard, self.verify = Path(folder).expanduser(), on_bad_shard, verify
 
     def __len__(self) -> int:
         return len(self.opened.labels)
@@ -55,7 +56,7 @@ class Shards(BatchSource):
     @cached_property
     def opened(self) -> CacheReader:
         """The folder, opened at the first use."""
-        reader = CacheReader(self.folder, self.layout, self.on_bad_shard)
+        reader = CacheReader(self.folder, self.layout, self.on_bad_shard, self.verify)
         self.check_images(reader.manifest)
         return reader
 
@@ -129,10 +130,6 @@ class Shards(BatchSource):
             f" checkpoint that wrote the cache, or write a cache with this one ({self.layout.write})",
         )
 
-    def verify(self) -> None:
-        """Read every shard in full; raise a ``UserError`` that names those which are not what was written."""
-        CacheReader(self.folder, self.layout, verify=True)
-
 
 class LatentShards(Shards):
     """The latents that ``aligntok encode`` cached, or those of a folder that LightningDiT wrote.
@@ -148,6 +145,7 @@ class LatentShards(Shards):
         images: The images that were encoded, to serve ``image`` beside ``latent``: the same centre crop, mirrored
             where the latent is.
         on_bad_shard: See ``Shards``.
+        verify: See ``Shards``.
 
     Raises:
         UserError: At the first use: see ``Shards``, or other images.
@@ -160,8 +158,9 @@ class LatentShards(Shards):
         folder: str,
         images: Dataset | None = None,  # type: ignore[type-arg]  # jsonargparse takes any subclass of the bare class
         on_bad_shard: Literal["raise", "skip"] = "raise",
+        verify: bool = False,
     ) -> None:
-        super().__init__(folder, on_bad_shard)
+        super().__init__(folder, on_bad_shard, verify)
         self.images: Dataset[Item] | None = images
 
     def batch(self, ids: Indices, views: Indices) -> Batch:
