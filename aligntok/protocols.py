@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from aligntok.errors import check
@@ -104,6 +105,12 @@ class HasCache(Protocol):
 
     def check_tokens(self, sizes: dict[str, Any], tokenizer: Tokenizer | None) -> None:
         """Raise a ``UserError`` where cached tokens have other sizes or were written by another tokenizer."""
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """Return the labels of a batch, (B,); 0 of all images that have captions instead."""
+    labels: Tensor = batch["label"] if "label" in batch else torch.zeros_like(batch["id"])
+    return labels
 
 
 def missing(data: Any, protocol: type) -> list[str]:

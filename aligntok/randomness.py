@@ -7,6 +7,7 @@ and a key into random words, without any state to carry along.
 References:
     Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
     Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014: the mixing of ``choices``.
+    Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002: ``permuted``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 MULTIPLIERS, WEYL = {1: (0xD256D193,), 2: (0xD2511F53, 0xCD9E8D57)}, (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7  # the fewest that pass all tests of randomness, SC 2011, table 2
 LOW_32_BITS = 2**32 - 1
+FEISTEL_ROUNDS = 6  # four make it a strong pseudorandom permutation: Luby and Rackoff, 1988
 
 
 def uniform(ids: Tensor, seed: int, step: int, stream: str, shape: Sequence[int] = ()) -> Tensor:
@@ -86,6 +88,28 @@ def weighted_choice(weights: Sequence[float], seed: int, epoch: int, id: int, st
     (number,) = choices(2**30, seed ^ zlib.crc32(stream.encode()) << 16, np.array([epoch]), np.array([id]))
     limits = np.cumsum(weights)
     return int(np.searchsorted(limits, (number + 0.5) * 2**-30 * limits[-1], "right"))
+
+
+def permuted(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return what stands at some places (B,) of a permutation of 0 .. ``count`` - 1, a function of (seed, epoch).
+
+    Nothing is stored: a Feistel network permutes the next power of two, again where the result is not below ``count``.
+    """
+    bits = max(count - 1, 1).bit_length()
+    low = np.uint64(bits // 2)
+    masks = np.uint64((1 << bits - bits // 2) - 1), np.uint64((1 << bits // 2) - 1)
+    key = np.zeros(1, np.uint64)
+    for value in (seed, epoch):
+        key = _mixed_64(key ^ np.array([value]).astype(np.uint64))
+    keys = [key := _mixed_64(key) for _ in range(FEISTEL_ROUNDS)]
+    words, left = places.astype(np.uint64), np.ones(len(places), bool)
+    while left.any():
+        halves = [words[left] >> low, words[left] & masks[1]]
+        for i, round_key in enumerate(keys):
+            halves[i % 2] ^= _mixed_64(halves[1 - i % 2] ^ round_key) & masks[i % 2]
+        words[left] = halves[0] << low | halves[1]
+        left[left] = words[left] >= count
+    return words.astype(np.int64)
 
 
 def hashed(ids: Tensor) -> Tensor:

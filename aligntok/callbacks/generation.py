@@ -17,7 +17,7 @@ from aligntok.flow import FixedSteps, Sampler
 from aligntok.metrics import GenerationMetrics, Reference
 from aligntok.networks.frozen import Frozen, load_frozen
 from aligntok.progress import Progress
-from aligntok.protocols import HasReferenceImages, needed_data
+from aligntok.protocols import HasReferenceImages, labels_of, needed_data
 
 
 class GenerationQuality(Measurement):
@@ -153,7 +153,7 @@ class GenerationQuality(Measurement):
         reference = on_first_rank(trainer, lambda: Reference.load(path) if path.is_file() else None)
         if reference is None:
             for batch in batches:
-                self.metrics.update(batch["image"].to(module.device), batch["id"], batch["label"], real=True)
+                self.metrics.update(batch["image"].to(module.device), batch["id"], labels_of(batch), real=True)
             reference = self.metrics.reference(source)
             if trainer.is_global_zero:
                 reference.save(path)

@@ -17,7 +17,7 @@ from aligntok.losses.perceptual import LPIPS, VGG16_URL
 from aligntok.metrics import GenerationMetrics, InceptionFeatures, Reference, knn_accuracy, linear_probe, rank_me
 from aligntok.metrics.collected import Collected
 from aligntok.networks.frozen import load_frozen
-from aligntok.protocols import Batch, HasCalibration, HasFingerprint, needed_data, offered_data
+from aligntok.protocols import Batch, HasCalibration, HasFingerprint, labels_of, needed_data, offered_data
 from aligntok.published import find_published
 
 
@@ -167,13 +167,13 @@ class LinearProbe(Measurement):
         with evaluation(trainer, module):
             for batch in self.data.calibration_dataloader():
                 code = batch["latent"] if "latent" in batch else self.tokenizer.encode(batch["image"].to(module.device))
-                self.train.add(batch["id"], batch["label"], self.tokenizer.latent(code.to(module.device)).flatten(1))
+                self.train.add(batch["id"], labels_of(batch), self.tokenizer.latent(code.to(module.device)).flatten(1))
                 if trainer.sanity_checking:
                     break
 
     def update(self, batch: Batch, outputs: Outputs) -> None:
         """Keep the latents of validation images."""
-        self.test.add(batch["id"], batch["label"], outputs["latent"].flatten(1))
+        self.test.add(batch["id"], labels_of(batch), outputs["latent"].flatten(1))
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         """Return all measures, the same on any number of ranks: images are ordered by their ids."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,8 +20,9 @@ from aligntok.data.loaders import (
     ShuffledSampler,
     as_it_is,
     even_batch_size,
-    shuffled,
 )
+from aligntok.data.mixture import Mixture, split_holdout
+from aligntok.data.order import Keys, shuffled_keys
 from aligntok.data.shards import Shards
 from aligntok.data.sources import (
     Batch,
@@ -29,7 +31,6 @@ from aligntok.data.sources import (
     length,
     source_id,
     source_indices,
-    split_holdout,
     spread_over,
     whole_source,
 )
@@ -216,8 +217,9 @@ class LatentDataModule(pl.LightningDataModule):
 
     def calibration_dataloader(self) -> Iterator[Batch]:
         """Yield batches of ``calibration_images`` training images, always the same, with the crop of evaluation."""
-        chosen = shuffled(self.num_images("train"), self.seed, -1)[: self.calibration_images]
-        return self.on_device(self.in_order(self.dataset(self.sources["train"]), sorted(chosen.tolist())))
+        places = np.arange(min(self.num_images("train"), self.calibration_images))
+        chosen = {index for _, index in self.keys(self.seed, -1)(places)}
+        return self.on_device(self.in_order(self.dataset(self.sources["train"]), sorted(chosen)))
 
     def reference_images(self, source: Source | None, image_size: tuple[int, int]) -> tuple[str, Iterator[Batch]]:
         """Return an id of a set of images, and the set in batches, each image once over all ranks, with ADM's crop.
@@ -275,7 +277,14 @@ class LatentDataModule(pl.LightningDataModule):
         """Shuffled and augmented, from wherever the run stands."""
         dataset, batch_size = self.datasets["train"], self.batch_size
         sampler = ShuffledSampler(
-            len(dataset), self.global_batch_size, batch_size, self.rank, self.world_size, self.seed, self.position
+            len(dataset),
+            self.global_batch_size,
+            batch_size,
+            self.rank,
+            self.world_size,
+            self.seed,
+            self.position,
+            self.keys,
         )
         return self.loader(dataset, batch_size, sampler)
 
@@ -309,6 +318,11 @@ class LatentDataModule(pl.LightningDataModule):
         self.position.epoch, self.position.image = state_dict["epoch"], state_dict["image"]
 
     # Sources, datasets, loaders
+
+    def keys(self, seed: int, epoch: int) -> Keys:
+        """Return the order of the training images in an epoch."""
+        source = self.sources["train"]
+        return source.keys(seed, epoch) if isinstance(source, Mixture) else shuffled_keys(length(source), seed, epoch)
 
     def open(self, split: str, source: Source) -> None:
         """Take a source for ``train``, ``val``, ``test`` or ``predict``.

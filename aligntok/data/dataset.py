@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +17,10 @@ from torch.utils.data import Dataset
 
 from aligntok.data.folders import ImageFolder
 from aligntok.data.images import center_crop, random_crop, random_flip, random_resized_crop, to_rgb
-from aligntok.data.loaders import Key
+from aligntok.data.mixture import Mixture
+from aligntok.data.order import Key
 from aligntok.data.sources import Batch, Item, Subset, length, read_item, source_indices, spread_over, whole_source
+from aligntok.data.tars import CaptionedTars
 from aligntok.errors import UserError, check
 from aligntok.randomness import choices, image_generator, weighted_choice
 
@@ -25,6 +28,7 @@ WHOLE_RANGE = (0.08, 1.0)  # torchvision's RandomResizedCrop
 BAD_IMAGE = (UserError, OSError, SyntaxError)  # ours; Pillow's are OSError, and SyntaxError for a broken PNG
 MAX_BAD_SHARE = 0.01
 NUM_TRIES = 32
+MAX_FLAGS = 1 << 22  # bytes of shared memory
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,11 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
         if self.on_bad_image == "raise":
             raise UserError(f"{message} (on_bad_image is raise)") from error
         (place,) = source_indices(self.source, [index])
+        place %= len(self.bad)
         known, self.bad[place] = bool(self.bad[place]), 1
         if known:
             return
-        count, total = int(self.bad.sum()), len(self.bad)
+        count, total = int(self.bad.sum()), length(whole_source(self.source))
         if count > MAX_BAD_SHARE * total:
             raise UserError(
                 f"{count} of {total} images cannot be read, more than {MAX_BAD_SHARE:.0%}; the last: {message}."
@@ -168,20 +173,29 @@ class ImageDataset(Dataset[dict[str, Any] | None]):
 
     def check_readable(self) -> None:
         """Raise a ``UserError`` if none of some images can be read: then it is no matter of a few bad files."""
+        _ = self.has_captions
+
+    @cached_property
+    def has_captions(self) -> bool:
+        """Whether the images have captions, or else labels; see ``check_readable``."""
         spread = spread_over(len(self), NUM_TRIES)
         for index in spread:
             try:
-                to_rgb(read_item(self.source, index)[0])
+                image, target = read_item(self.source, index)
+                to_rgb(image)
             except BAD_IMAGE as error:
                 last = error
             else:
-                return
+                return isinstance(target, dict)
         raise UserError(f"no image can be read ({len(spread)} of {len(self)} tried); the last: {last}")
 
 
 def no_bad_images(source: Dataset[Any]) -> Tensor:
-    """Return a flag for each image of the whole source, of which this may be a subset; workers share the flags."""
-    flags = torch.zeros(length(whole_source(source)), dtype=torch.uint8)
+    """Return a flag for each image of the whole source, of which this may be a subset; workers share the flags.
+
+    Of a source of more than ``MAX_FLAGS`` images several share one: the count is a little too low then.
+    """
+    flags = torch.zeros(min(length(whole_source(source)), MAX_FLAGS), dtype=torch.uint8)
     return flags.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -210,10 +224,12 @@ class BatchDataset(Dataset[Any]):
 
 
 def reduced(source: Dataset[Any], min_size: int) -> Dataset[Any]:
-    """Return the same images, of a folder decoded faster and a little coarser with both sides at least ``min_size``."""
+    """Return the same images, of files decoded faster and a little coarser with both sides at least ``min_size``."""
     if isinstance(source, Subset):
         return Subset(reduced(source.source, min_size), source.indices)
-    if isinstance(source, ImageFolder):
+    if isinstance(source, Mixture):
+        return source.of([reduced(one, min_size) for one in source.sources])
+    if isinstance(source, (ImageFolder, CaptionedTars)):
         smaller = copy.copy(source)
         smaller.min_size = min_size
         return smaller

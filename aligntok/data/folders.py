@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from aligntok.data.images import printable, read_image
-from aligntok.data.sources import Indices, Item
+from aligntok.data.order import Indices
+from aligntok.data.sources import Item
 from aligntok.errors import UserError, check
 
 

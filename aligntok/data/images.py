@@ -3,13 +3,15 @@
 import math
 import os
 from importlib.util import find_spec
+from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from aligntok.errors import UserError, words_of
+from aligntok.errors import UserError, check, words_of
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]
 """What is opened, whatever a file is called: formats of pixels alone. Pillow would have Ghostscript run an EPS."""
@@ -33,13 +35,19 @@ def read_image(path: str | PathLike[str], min_size: int | None = None) -> Image.
         UserError: If the file is missing, empty, truncated, no image, or has pixels without an agreed 8-bit scale.
     """
     try:
-        with open(path, "rb", opener=_open) as file, Image.open(file, formats=FORMATS) as image:
-            if min_size is not None:
-                image.draft(None, (min_size, min_size))  # nothing but JPEG heeds it
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+        with open(path, "rb", opener=_open) as file:
+            return _decoded(file, min_size)
     except Exception as error:  # the decoders raise many kinds on what is damaged
-        raise UserError(f"cannot read image {printable(fspath(path))}: {_reason(Path(path), error)}") from error
+        raise UserError(f"cannot read image {printable(fspath(path))}: {_reason(error, Path(path))}") from error
+
+
+def decode_image(content: bytes, name: str, min_size: int | None = None) -> Image.Image:
+    """Return the image that a file holds, see ``read_image``; ``name`` is what messages call it."""
+    check(bool(content), f"cannot read image {name}: the file is empty")
+    try:
+        return _decoded(BytesIO(content), min_size)
+    except Exception as error:
+        raise UserError(f"cannot read image {name}: {_reason(error)}") from error
 
 
 def printable(name: str) -> str:
@@ -131,10 +139,18 @@ def _open(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has none
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if os.path.exists(path) and not os.path.isfile(path):
+def _decoded(file: IO[bytes], min_size: int | None) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
+        if min_size is not None:
+            image.draft(None, (min_size, min_size))  # nothing but JPEG heeds it
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _reason(error: Exception, path: Path | None = None) -> str:
+    if path and os.path.exists(path) and not os.path.isfile(path):
         return "it is no file"
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
+    if path and os.path.isfile(path) and os.path.getsize(path) == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return f"the file is no image of a format that is read ({', '.join(FORMATS)})"

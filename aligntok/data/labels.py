@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from aligntok.data.sources import Batch, BatchSource, Indices
+from aligntok.data.order import Indices
+from aligntok.data.sources import Batch, BatchSource
 from aligntok.errors import check, check_positive
 
 

@@ -9,18 +9,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-import torch
+import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
-from aligntok.data.sources import Indices
+from aligntok.data.order import Key, Keys, shuffled_keys
 from aligntok.errors import UserError, check
 
 BATCHES_PER_THREAD = 2  # read ahead, as torch's workers do
+KEYS_AT_ONCE = 4096  # of a rank; so an epoch's order is never in memory as a whole where the source is large
 
-Key = tuple[int, int]  # epoch, index of the image
 T = TypeVar("T")
 Result = TypeVar("Result")
 
@@ -56,6 +57,7 @@ class ShuffledSampler(DistributedSampler[Key]):
         world_size: Number of ranks.
         seed: Of the order.
         position: Where to begin, by default at the first image; ``advance`` moves it.
+        keys: Order of each epoch, where the source has its own: ``Mixture.keys``.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class ShuffledSampler(DistributedSampler[Key]):
         world_size: int,
         seed: int,
         position: Position | None = None,
+        keys: Callable[[int, int], Keys] | None = None,
     ) -> None:
         super().__init__(range(num_images), world_size, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.keys = keys or partial(shuffled_keys, num_images)
         self.num_images, self.batch, self.position = num_images, batch_size * world_size, position or Position()
         self.end = num_images - num_images % global_batch_size  # of an epoch
 
@@ -80,9 +84,10 @@ class ShuffledSampler(DistributedSampler[Key]):
         epoch, image = self.position.epoch, self.position.image
         while True:
             end = self.end - (self.end - image) % self.batch  # after a change of batch size, the middle of an epoch
-            order = shuffled(self.num_images, self.seed, epoch)[image + self.rank : end : self.num_replicas]
-            for index in memoryview(order):  # type: ignore[arg-type]  # plain numbers; NumPy types no buffer before 3.12
-                yield epoch, index
+            keys = self.keys(self.seed, epoch)
+            step = KEYS_AT_ONCE * self.num_replicas
+            for first in range(image + self.rank, end, step):
+                yield from keys(np.arange(first, min(first + step, end), self.num_replicas))
             epoch, image = epoch + 1, 0
 
     def advance(self) -> None:
@@ -112,12 +117,6 @@ class InOrderSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
-
-
-def shuffled(count: int, seed: int, epoch: int) -> Indices:
-    """Return the order of ``count`` images in an epoch."""
-    order: Indices = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).numpy()
-    return order
 
 
 def even_batch_size(count: int, world_size: int, batch_size: int) -> int:

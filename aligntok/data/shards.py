@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from aligntok.cache import LATENT_LAYOUT, TOKEN_LAYOUT, CacheReader, Layout, Manifest, latent_statistics
 from aligntok.data.images import center_crop, to_rgb
-from aligntok.data.sources import Batch, BatchSource, Indices, Item, crop_id, read_item
+from aligntok.data.order import Indices
+from aligntok.data.sources import Batch, BatchSource, Item, crop_id, read_item
 from aligntok.errors import UserError, check
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.weights.checkpoint import read_file

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from aligntok.data.order import Indices, Permutation
 from aligntok.errors import UserError, check
 
 Captions = dict[str, float]
@@ -22,7 +22,6 @@ Captions = dict[str, float]
 
 Item = tuple[Image.Image, Any]
 Batch = dict[str, Any]
-Indices = npt.NDArray[np.int64]
 NUM_PROBES = 16
 
 
@@ -78,8 +77,9 @@ class Subset(Dataset[Item]):
     True
     """
 
-    def __init__(self, source: Dataset[Any], indices: Sequence[int] | Indices) -> None:
-        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+    def __init__(self, source: Dataset[Any], indices: Sequence[int] | Indices | Permutation) -> None:
+        self.source = source
+        self.indices = indices if isinstance(indices, Permutation) else np.asarray(indices, dtype=np.int64)
         self.classes = getattr(source, "classes", [])
 
     def __len__(self) -> int:
@@ -119,32 +119,6 @@ def whole_source(source: Dataset[Any]) -> Dataset[Any]:
     while isinstance(source, (Subset, torch.utils.data.Subset)):
         source = source.source if isinstance(source, Subset) else source.dataset
     return source
-
-
-def split_holdout(
-    source: Dataset[Any], share: float, image_ids: Indices | None = None, count: int | None = None
-) -> tuple[Subset, Subset]:
-    """Split a source into one for training and a held-out ``share``, the same split each time.
-
-    A smaller share is part of a greater one.
-
-    Args:
-        source: The images, or a cache.
-        share: Of the images, to hold out.
-        image_ids: Of a cache, the image of each row: its images are split as their source was.
-        count: Images of that source, those included that have no row.
-
-    Raises:
-        UserError: The share leaves one of the two empty.
-    """
-    image_ids = np.arange(length(source)) if image_ids is None else image_ids
-    count = len(image_ids) if count is None else count
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
-    is_held = np.isin(image_ids, order[: round(count * share)])
-    held, total = int(is_held.sum()), len(is_held)
-    what = f"val={share} of {total} images leaves {held} for validation: change the share, or name images"
-    check(0 < held < total, what)
-    return Subset(source, np.flatnonzero(~is_held)), Subset(source, np.flatnonzero(is_held))
 
 
 def read_item(source: Dataset[Any], index: int) -> tuple[Image.Image, int | Captions]:

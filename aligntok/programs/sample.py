@@ -20,7 +20,7 @@ from aligntok.cache.shards import Bytes
 from aligntok.callbacks.generation import setting
 from aligntok.data.images import read_image
 from aligntok.data.labels import ClassLabels
-from aligntok.data.sources import Indices
+from aligntok.data.order import Indices
 from aligntok.errors import check, check_positive
 from aligntok.files import hash_tensors, read_json, write_atomically, write_text
 from aligntok.messages import building

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from aligntok.data import Augmentation, CaptionedFolder, Digits, ImageFolder, LatentDataModule
 from aligntok.data.dataset import ImageDataset
+from aligntok.data.sources import read_item
 from aligntok.errors import UserError
 from aligntok.randomness import weighted_choice
 from tests.data.test_datamodule import SIZE, Recorder, trainer
@@ -40,11 +41,6 @@ def folder(path, captions):
         if caption is not None:
             stem.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
-
-
-def batches(data):
-    data.setup()
-    return list(data.train_dataloader())
 
 
 def captions_of(data, epoch, ids):
@@ -90,23 +86,19 @@ def test_batches_hold_captions_on_any_number_of_workers_and_resume_exactly(worke
 def test_choice_is_a_function_of_seed_epoch_and_id_by_the_weights():
     source = Captioned([{"rare": 1, "common": 3, "never": 0}] * 50)
     data = ImageDataset(source, (SIZE, SIZE), Augmentation())
-    texts = [text for epoch in range(40) for text in captions_of(data, epoch, range(50))]
-    counts = Counter(texts)
-    assert counts["never"] == 0
-    assert abs(counts["common"] / len(texts) - 0.75) < 0.05
+    assert "never" not in captions_of(data, 0, range(50))
     again = ImageDataset(source, (SIZE, SIZE))  # whatever the augmentation
     assert captions_of(again, 7, range(50)) == captions_of(data, 7, range(50))
     assert captions_of(again, 8, range(50)) != captions_of(data, 7, range(50))
     other = ImageDataset(source, (SIZE, SIZE), seed=1)
     assert captions_of(other, 7, range(50)) != captions_of(data, 7, range(50))
-    found = Counter(weighted_choice([1.0, 1.0, 2.0], 0, epoch, 5, "caption") for epoch in range(2000))
-    assert [round(found[i] / 2000, 1) for i in range(3)] == [0.2, 0.3, 0.5] or max(found) == 2
+    found = Counter(weighted_choice([1, 0, 3], 0, epoch, 5, "caption") for epoch in range(4000))
+    assert abs(found[2] / 4000 - 0.75) < 0.03
+    assert found[1] == 0
 
 
 def test_a_caption_given_twice_is_twice_as_likely():
-    data = ImageDataset(Captioned([["a", "a", "b"]]), (SIZE, SIZE))
-    share = sum(data[(epoch, 0)]["caption"] == "a" for epoch in range(600)) / 600
-    assert abs(share - 2 / 3) < 0.06
+    assert read_item(Captioned([["a", "a", "b"]]), 0)[1] == {"a": 2, "b": 1}
 
 
 def test_several_captions_of_a_folder_have_weights(tmp_path):
@@ -131,7 +123,7 @@ def test_images_without_captions_are_named_counted_and_skipped(tmp_path, capfd):
     assert bad not in batch["id"].tolist()
     assert len(batch["caption"]) == 199
     words = capfd.readouterr().err
-    assert "image skipped (1 of 200 so far): no caption (txt) beside image" in words
+    assert "image skipped (1 of 200 so far): no caption (txt) for image" in words
     assert "003.png" in words
     (tmp_path / "002.txt").write_bytes(b"\xff\xfe\x00caf\xe9")
     data.__getitems__(range(200))
@@ -167,7 +159,8 @@ def test_what_is_neither_label_nor_caption_is_named():
 
 def test_labelled_images_are_as_they_were():
     data = LatentDataModule(Digits(), 8, SIZE)
-    (batch, *_) = batches(data)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
     assert batch.keys() == {"image", "label", "id"}
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from aligntok.cache import Manifest, Record, shard_name
 from aligntok.data import Augmentation, BatchSource, LatentDataModule, LatentShards, Shapes
 from aligntok.data.images import center_crop
-from aligntok.data.loaders import shuffled
+from aligntok.data.order import shuffled
 from aligntok.data.sources import crop_id
 from aligntok.errors import UserError
 from aligntok.files import hash_file

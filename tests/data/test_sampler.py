@@ -2,7 +2,8 @@ from itertools import islice
 
 import pytest
 
-from aligntok.data.loaders import InOrderSampler, Position, ShuffledSampler, even_batch_size, shuffled
+from aligntok.data.loaders import InOrderSampler, Position, ShuffledSampler, even_batch_size
+from aligntok.data.order import shuffled
 from aligntok.errors import UserError
 
 

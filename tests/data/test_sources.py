@@ -10,7 +10,8 @@ from torchvision.datasets import FakeData
 
 from aligntok.data import Digits, ImageFolder, Shapes
 from aligntok.data.dataset import reduced
-from aligntok.data.sources import Subset, read_item, source_id, split_holdout
+from aligntok.data.mixture import split_holdout
+from aligntok.data.sources import Subset, read_item, source_id
 from aligntok.errors import UserError
 from tests.ranks import run_ranks
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from aligntok.cache import TOKEN_LAYOUT, Manifest, Record, shard_name
 from aligntok.data import Augmentation, LatentDataModule, LatentShards, TokenShards
-from aligntok.data.loaders import shuffled
+from aligntok.data.order import shuffled
 from aligntok.errors import UserError
 from aligntok.files import hash_file
 from aligntok.randomness import choices
