@@ -17,6 +17,7 @@ from torch import Tensor
 from aligntok.errors import check
 
 if TYPE_CHECKING:
+    from aligntok.networks.text import TextEncoder
     from aligntok.networks.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
@@ -105,6 +106,13 @@ class HasCache(Protocol):
 
     def check_tokens(self, sizes: dict[str, Any], tokenizer: Tokenizer | None) -> None:
         """Raise a ``UserError`` where cached tokens have other sizes or were written by another tokenizer."""
+
+
+class HasTexts(Protocol):
+    """Batches with ``caption``, or with ``text_ids`` and ``text_features`` of a cache, which know their encoder."""
+
+    def check_text(self, encoder: TextEncoder) -> None:
+        """Raise a ``UserError`` where a cache has no texts, or those of another text encoder."""
 
 
 def labels_of(batch: Batch) -> Tensor:

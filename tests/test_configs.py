@@ -19,6 +19,7 @@ from aligntok.weights import load_network, load_tokenizer
 from aligntok.weights.lightningdit import to_lightningdit
 
 ENCODE = {
+    "laion/cache.yaml",
     "cache.yaml",
     "token_cache.yaml",
     "photos/cache.yaml",

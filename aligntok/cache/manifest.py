@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aligntok.cache.shards import LATENT_LAYOUT, TOKEN_LAYOUT, Indices, Layout
+from aligntok.cache.shards import LATENT_LAYOUT, TEXT_FEATURES, TEXT_IDS, TOKEN_LAYOUT, Indices, Layout
 from aligntok.errors import check
 from aligntok.files import misfit, read_json, write_text
 
@@ -27,6 +27,7 @@ CONTENT = {  # of the file, see ``misfit``
     "flips": bool,
     "shard_size": int,
     "statistics": ({str: [float]}, None),
+    "text": ({"fingerprint": str, "max_tokens": int, "width": int, "features": bool}, None),
     "shards": [RECORD],
 }
 
@@ -80,6 +81,8 @@ class Manifest:
         shard_size: Images of a shard; shard k begins at image k * shard_size.
         statistics: ``mean`` and ``std`` per channel of the latents as stored (not mirrored); of tokens, ``usage`` and
             ``perplexity`` of the codes in the first views.
+        text: Of captioned images: the ``fingerprint`` of the text encoder, its ``max_tokens`` and ``width``, and
+            whether ``features`` are stored beside the ids. Else it is not in the file.
         shards: In order.
     """
 
@@ -89,6 +92,7 @@ class Manifest:
     flips: bool
     shard_size: int
     statistics: dict[str, list[float]] | None = None
+    text: dict[str, Any] | None = None
     shards: list[Record] = field(default_factory=list)
 
     @classmethod
@@ -115,7 +119,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it, atomically."""
-        write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+        content = {key: value for key, value in asdict(self).items() if key != "text" or value is not None}
+        write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **content}, indent=1))
 
     def contradiction(self) -> str:
         """Return what in it cannot be; nothing in one that was written by us."""
@@ -123,6 +128,8 @@ class Manifest:
         height, width = self.tokenizer["image_size"]
         if min(channels, h, w, height, width, self.count, self.shard_size) < 1:
             return "a size or count is below 1"
+        if self.text is not None and min(self.text["max_tokens"], self.text["width"]) < 1:
+            return "a size of its text is below 1"
         if self.statistics is not None and not self.shards:
             return "it names no shards"
         for shard in self.shards:
@@ -143,6 +150,15 @@ class Manifest:
         latents = self.layout is LATENT_LAYOUT
         return (count, channels, h, w) if latents else (count, num_views, h * w), f"torch.{self.dtype}", num_views
 
+    def text_form(self, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype and shape of the texts in a shard of ``count`` images, by the names of the tensors."""
+        form: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.text is not None:
+            form[TEXT_IDS] = "I32", (count, self.text["max_tokens"])
+            if self.text["features"]:
+                form[TEXT_FEATURES] = "BF16", (count, self.text["max_tokens"], self.text["width"])
+        return form
+
     @property
     def count(self) -> int:
         """Number of images of the source."""
@@ -150,6 +166,7 @@ class Manifest:
 
     def conditions(self) -> dict[str, Any]:
         """Return what decides on the rows, such as ``tokenizer fingerprint``: equal in all runs that go on with it."""
-        parts = {"tokenizer": self.tokenizer, "images": self.images}
+        none = {"fingerprint": None, "features": None}
+        parts = {"tokenizer": self.tokenizer, "images": self.images, "text encoder": self.text or none}
         values = {f"{part} {key}": value for part, entries in parts.items() for key, value in entries.items()}
         return dict(sorted({**values, "dtype": self.dtype, "flips": self.flips, "shard_size": self.shard_size}.items()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aligntok.cache.manifest import Manifest
-from aligntok.cache.shards import Indices, Layout, Shard, numbered_shards
+from aligntok.cache.shards import TEXT_DTYPES, Indices, Layout, Shard, numbered_shards
 from aligntok.errors import UserError, check
 from aligntok.files import hash_file
 
@@ -89,6 +89,9 @@ class CacheReader:
             (_, *row), dtype, num_views = (self.shards or [shard])[0].form
             expected = (shard.shape[0], *row), dtype, num_views
         check(shard.form == expected, f"{path} is altered: it holds {shard.form}, not {expected}")
+        texts = {name: (dtype, shape) for name, (dtype, shape, _) in shard.texts.items()}
+        wanted = self.manifest.text_form(record.count) if self.manifest else {}
+        check(not self.manifest or texts == wanted, f"{path} is altered: of texts it holds {texts}, not {wanted}")
         return shard
 
     @cached_property
@@ -111,6 +114,16 @@ class CacheReader:
             memory.madvise(mmap.MADV_WILLNEED, page, begin + size - page)
         rows = [content[begin : begin + size] for _, content, begin in files]
         return self.shards[0].tensor(rows), torch.from_numpy(self.labels[ids])
+
+    def read_texts(self, ids: Indices) -> dict[str, Tensor]:
+        """Return the texts of some rows by name: (B, L) ids, (B, L, W) features; nothing where there are none."""
+        shards, texts = np.searchsorted(self.starts, ids, "right") - 1, {}
+        for name, (dtype, shape, _) in self.shards[0].texts.items():
+            texts[name] = torch.empty(len(ids), *shape[1:], dtype=TEXT_DTYPES[dtype])
+            for number in set(shards.tolist()):
+                rows = np.flatnonzero(shards == number)
+                texts[name][rows] = self.shards[number].text(name, ids[rows] - self.starts[number])
+        return texts
 
 
 def finished_manifest(folder: Path, layout: Layout) -> Manifest | None:

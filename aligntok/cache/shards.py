@@ -2,7 +2,8 @@
 
 A shard of latents is in LightningDiT's layout: ``latents`` (N, C, h, w), ``latents_flip`` (the same of the mirrored
 images, where there are any) and ``labels`` (N,) int64. A shard of tokens holds ``tokens`` (N, V, L) uint16, a row for
-each of V views of an image, and ``labels``.
+each of V views of an image, and ``labels``. Of captioned images there are also ``text_ids`` (N, L) int32, padded with
+-1, and, where they were encoded, ``text_features`` (N, L, W) bfloat16.
 
 Reference:
     ``extract_features.py`` of LightningDiT, arXiv:2501.01423: names and keys.
@@ -32,6 +33,9 @@ Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
 LATENTS, MIRRORED, TOKENS, LABELS = "latents", "latents_flip", "tokens", "labels"
+TEXT_IDS, TEXT_FEATURES = "text_ids", "text_features"
+TEXTS = (TEXT_IDS, TEXT_FEATURES)
+TEXT_DTYPES = {"I32": torch.int32, "BF16": torch.bfloat16}
 MAX_HEADER = 1 << 20  # bytes; that of a shard has a few hundred
 ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}  # of a tensor in the header
 MAX_CLASSES = 1 << 20  # no data set has so many: a greater label is no label
@@ -78,6 +82,7 @@ class Shard:
         row_shape: Of one view of one image: (C, h, w) of latents, (L,) of tokens.
         starts: Where the first row of each view begins in the file, in bytes; mirrored views come last.
         labels_start: Where the labels begin.
+        texts: Dtype and shape of the text tensors, by name, as safetensors calls them, and where each begins.
     """
 
     path: Path
@@ -86,6 +91,7 @@ class Shard:
     row_shape: tuple[int, ...]
     starts: list[int]
     labels_start: int
+    texts: dict[str, tuple[str, tuple[int, ...], int]]
 
     @classmethod
     def open(cls, path: Path, layout: Layout) -> Shard:
@@ -120,12 +126,16 @@ class Shard:
         fitting = labelled and len(shape) > layout.row_axes and all(shapes[key] == shape for key in keys)
         fitting = fitting and min(shape) > 0 and min(offsets.values()) >= begin and sizes[LABELS] == 8 * shape[0]
         fitting = fitting and all(sizes[key] == math.prod(shape) * dtype.itemsize for key in keys)
+        texts = {key: (header[key]["dtype"], shapes[key], offsets[key]) for key in TEXTS if key in header}
+        for key, (kind, text_shape, _) in texts.items():
+            fitting = fitting and kind in TEXT_DTYPES and text_shape[:1] == shape[:1] and min(text_shape) > 0
+            fitting = fitting and sizes[key] == math.prod(text_shape) * TEXT_DTYPES[kind].itemsize
         check(fitting, f"{path} is no shard of {layout.name} with as many labels (int64)")
         row_shape = shape[-layout.row_axes :]
         row_size = math.prod(row_shape) * dtype.itemsize
         within = range(math.prod(shape[1 : -layout.row_axes]))  # views of an image that lie side by side
         starts = [offsets[key] + view * row_size for key in keys for view in within]
-        return cls(path, dtype, shape, row_shape, starts, offsets[LABELS])
+        return cls(path, dtype, shape, row_shape, starts, offsets[LABELS], texts)
 
     @property
     def form(self) -> tuple[tuple[int, ...], str, int]:
@@ -167,6 +177,13 @@ class Shard:
     def tensor(self, rows: Sequence[Bytes]) -> Tensor:
         """Copy mapped rows, ``row_size`` bytes each, into latents (B, C, h, w) or tokens (B, L)."""
         return torch.from_numpy(np.concatenate(rows)).view(self.dtype).view(len(rows), *self.row_shape)
+
+    def text(self, name: str, rows: Indices) -> Tensor:
+        """Copy the texts of some rows, (B, L) ids or (B, L, W) features."""
+        dtype, shape, start = self.texts[name]
+        size = math.prod(shape[1:]) * TEXT_DTYPES[dtype].itemsize
+        found = self.content[start : start + shape[0] * size].reshape(shape[0], size)[rows]
+        return torch.from_numpy(found).view(TEXT_DTYPES[dtype]).view(len(rows), *shape[1:])
 
     def check_whole(self) -> None:
         """Raise a ``UserError`` if the file was cut off since it was mapped: to touch what is gone ends the process.

@@ -36,6 +36,7 @@ from aligntok.data.sources import (
 )
 from aligntok.errors import UserError, check, check_nonnegative, check_positive
 from aligntok.networks.encoders import pair
+from aligntok.networks.text import TextEncoder
 from aligntok.networks.tokenizer import Tokenizer
 
 Source = Dataset[Any]
@@ -174,6 +175,15 @@ class LatentDataModule(pl.LightningDataModule):
             expected = {name: (f"network.{name}", size) for name, size in sizes.items()}
             source.check_rows(split, "tokens", expected, tokenizer)
 
+    def check_text(self, encoder: TextEncoder) -> None:
+        """Raise a ``UserError`` where a cache has no texts, or those of another text encoder; captions are right.
+
+        Args:
+            encoder: Of the model.
+        """
+        for split, source in self.caches.items():
+            source.check_text(split, encoder)
+
     def check_labels(self, num_classes: int, key: str) -> None:
         """Raise a ``UserError`` where a source has more classes than a model, as far as it can tell beforehand.
 
@@ -184,6 +194,8 @@ class LatentDataModule(pl.LightningDataModule):
         for split, source in self.sources.items():
             batches = batch_source(source)
             if isinstance(batches, Shards):
+                captioned = batches.manifest is not None and batches.manifest.text is not None
+                check(not captioned, f"{split} has captions, no classes, but this model learns {num_classes} classes")
                 count = int(batches.opened.labels.max(initial=-1)) + 1
             else:
                 count = getattr(batches, "num_classes", len(getattr(source, "classes", ())))

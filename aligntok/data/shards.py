@@ -19,6 +19,7 @@ from aligntok.data.images import center_crop, to_rgb
 from aligntok.data.order import Indices
 from aligntok.data.sources import Batch, BatchSource, Item, crop_id, read_item
 from aligntok.errors import UserError, check
+from aligntok.networks.text import TextEncoder
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.weights.checkpoint import read_file
 
@@ -72,6 +73,8 @@ class Shards(BatchSource):
     @property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Names of the classes; where the cache has none, as LightningDiT's, the numbers up to the largest label."""
+        if self.manifest and self.manifest.text:
+            return []
         names = self.manifest.images["classes"] if self.manifest else []
         return [str(name) for name in names or range(int(self.opened.labels.max(initial=-1)) + 1)]
 
@@ -131,6 +134,18 @@ class Shards(BatchSource):
             f" checkpoint that wrote the cache, or write a cache with this one ({self.layout.write})",
         )
 
+    def check_text(self, where: str, encoder: TextEncoder) -> None:
+        """Raise a ``UserError`` where these rows have no texts, or those of another text encoder than a model's."""
+        ours, text = f"{where} {self.folder}", self.manifest.text if self.manifest else None
+        if text is None:
+            raise UserError(f"{ours} holds no texts: write it from captioned images, with --text_encoder")
+        theirs, fingerprint = text["fingerprint"], encoder.fingerprint()
+        check(
+            theirs == fingerprint,
+            f"{ours} was written by text encoder {theirs}, but the model's is {fingerprint}: use the same class, files"
+            " and max_tokens, or encode the images again with this one",
+        )
+
 
 class LatentShards(Shards):
     """The latents that ``aligntok encode`` cached, or those of a folder that LightningDiT wrote.
@@ -165,12 +180,16 @@ class LatentShards(Shards):
         self.images: Dataset[Item] | None = images
 
     def batch(self, ids: Indices, views: Indices) -> Batch:
-        """Return ``latent`` (B, C, h, w), normalised, ``label`` (B,) and, if there are images, ``image`` in bytes."""
+        """Return ``latent`` (B, C, h, w), normalised, ``label`` (B,) and, if there are images, ``image`` in bytes.
+
+        Of captioned images there is no label, but ``text_ids`` (B, L) int32, padded with -1, and ``text_features``
+        (B, L, W) bfloat16, if they were encoded.
+        """
         latent, label = self.opened.read(ids, views)
         if self.normalisation is not None:
             mean, std = self.normalisation
             latent = latent.float().sub_(mean).div_(std)
-        batch = {"latent": latent, "label": label}
+        batch = {"latent": latent, **(self.opened.read_texts(ids) or {"label": label})}
         if self.images is not None:
             pixels = [self.image(index, bool(view)) for index, view in zip(ids.tolist(), views.tolist(), strict=True)]
             batch["image"] = torch.stack(pixels).permute(0, 3, 1, 2)

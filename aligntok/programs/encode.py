@@ -17,15 +17,16 @@ from torchvision.utils import save_image
 from aligntok import preemption
 from aligntok.cache import CacheReader, CacheWriter, Manifest, code_counts, latent_statistics
 from aligntok.cache.manifest import CROPS
-from aligntok.cache.shards import LABELS, LATENTS, MIRRORED, TOKENS
+from aligntok.cache.shards import LABELS, LATENTS, MIRRORED, TEXT_FEATURES, TEXT_IDS, TOKENS
 from aligntok.callbacks.grids import tiled
 from aligntok.data.dataset import ImageDataset
 from aligntok.data.loaders import as_it_is
-from aligntok.data.sources import batch_source, crop_id, length, spread_over
+from aligntok.data.sources import Batch, batch_source, crop_id, length, spread_over
 from aligntok.errors import check, check_positive
 from aligntok.files import write_atomically
 from aligntok.messages import building
 from aligntok.networks.quantizers import VectorQuantizer
+from aligntok.networks.text import TextEncoder
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.programs.command import make_parser, read, split_values, started
 from aligntok.programs.fabric import dealt, held, make_fabric, on_first_rank, progress_of, unfinished, until_signal
@@ -99,6 +100,8 @@ def encode(
     batch_size: int = 50,
     num_workers: int = 0,
     min_psnr: float = 10.0,
+    text_encoder: TextEncoder | None = None,
+    text_features: bool = False,
 ) -> None:
     """Write the latents or tokens of images as safetensors shards with a manifest.
 
@@ -110,9 +113,11 @@ def encode(
 
     Args:
         tokenizer: Of measured latents, or a discrete one; it is left on the device, in eval mode.
-        images: Items (PIL image, label), e.g. an ``ImageFolder``; those that cannot be read are named and left out.
+        images: Items (PIL image, label or captions), e.g. an ``ImageFolder``; those that cannot be read are named and
+            left out.
         folder: Where the cache is, or will be.
-        views: What is encoded of each image: by default its centre crop and the same mirrored.
+        views: What is encoded of each image: by default its centre crop and the same mirrored; of captioned images not
+            mirrored, because a caption may say left and right.
         fabric: Device, precision and ranks; by default one process on whatever there is.
         dtype: Of the latents in the files, by default float32; tokens are 16-bit integers.
         shard_size: Images of a shard; 10,000 in LightningDiT.
@@ -120,6 +125,10 @@ def encode(
         num_workers: Processes per rank that read images.
         min_psnr: Decibels that decoded rows must reach on average. The default is about what one flat colour in place
             of the image reaches: below it, nothing of the images is left.
+        text_encoder: Of captioned images: what makes ids of their captions, which are stored beside the latents; of
+            several captions, the one of epoch 0.
+        text_features: Whether the text encoder's features are stored too, in bfloat16: that costs disk (max_tokens x
+            width x 2 bytes an image) and saves running it in training.
 
     Raises:
         UserError: The folder holds something else, no generator could use the rows, or they do not decode to the
@@ -128,7 +137,10 @@ def encode(
     check_positive(shard_size=shard_size, batch_size=batch_size)
     nothing = f"images: {images} gives no images to encode, name a source of (PIL image, label)"
     check(batch_source(images) is None, nothing)
-    fabric, views = fabric or make_fabric(devices=1), views or Views()
+    fabric, views = fabric or make_fabric(devices=1), views or Views(flips=text_encoder is None)
+    check(text_encoder is not None or not text_features, "text_features without a text_encoder: name one")
+    if text_encoder is not None:
+        text_encoder = text_encoder.to(fabric.device).eval()
     tokenizer = tokenizer.to(fabric.device).eval()
     spec = tokenizer.spec
     size = views.image_size(spec.image_size)
@@ -137,6 +149,7 @@ def encode(
     def begin() -> tuple[CacheWriter, list[range]]:
         check_usable(tokenizer, views, dtype)
         dataset.check_readable()
+        check_texts(dataset, views, tokenizer, text_encoder)
         fields = json.loads(json.dumps(asdict(spec)))  # tuples are lists, as in the file
         known = {key: value for key, value in fields.items() if value is not None}
         written_by = {"fingerprint": tokenizer.fingerprint(), **known}
@@ -147,7 +160,8 @@ def encode(
             "classes": [str(name) for name in getattr(images, "classes", [])],
         }
         stored = dtype or ("float32" if spec.kind == "continuous" else "uint16")
-        writer = CacheWriter(Path(folder), Manifest(written_by, source, stored, views.flips, shard_size))
+        text = about_texts(text_encoder, text_features)
+        writer = CacheWriter(Path(folder), Manifest(written_by, source, stored, views.flips, shard_size, text=text))
         return writer, unfinished("shards", writer.blocks, writer.is_finished)
 
     def conclude() -> None:
@@ -177,7 +191,8 @@ def encode(
                 image = to_floats(batch["image"], fabric)
                 with fabric.autocast():
                     codes = [tokenizer.encode(view) for view in views.of(image, spec.image_size)]
-                rows.append({**as_stored(codes, writer.manifest), LABELS: batch["label"], "id": batch["id"]})
+                about = texts_of(batch, text_encoder, text_features, fabric.device)
+                rows.append({**as_stored(codes, writer.manifest), **about, "id": batch["id"]})
             if ids[-1] == shard[-1]:
                 check(
                     bool(rows), f"none of the images {shard.start} to {shard.stop - 1} can be read: remove these files"
@@ -206,6 +221,36 @@ def check_usable(tokenizer: Tokenizer, views: Views, dtype: str | None) -> None:
         f"tokenizer.quantizer.codebook_size {size}: the cache holds 16-bit tokens, at most {MAX_CODES:,} codes; train"
         " on images instead",
     )
+
+
+def check_texts(dataset: ImageDataset, views: Views, tokenizer: Tokenizer, text_encoder: TextEncoder | None) -> None:
+    """Refuse captions without a text encoder and the reverse, and what contradicts them, with a ``UserError``."""
+    captioned = dataset.has_captions
+    if text_encoder is None:
+        check(not captioned, "these images have captions: name a --text_encoder, whose ids are stored with the latents")
+        return
+    check(captioned, "these images have labels, no captions: leave out --text_encoder")
+    check(not views.flips, "of captioned images views.flips must be false: a mirrored one contradicts left and right")
+    check(tokenizer.spec.kind == "continuous", "captions are stored beside latents, but this tokenizer makes tokens")
+
+
+def about_texts(text_encoder: TextEncoder | None, features: bool) -> dict[str, Any] | None:
+    """Return what the manifest says of texts."""
+    if text_encoder is None:
+        return None
+    sizes = {"max_tokens": text_encoder.max_tokens, "width": text_encoder.width}
+    return {"fingerprint": text_encoder.fingerprint(), **sizes, "features": features}
+
+
+def texts_of(batch: Batch, text_encoder: TextEncoder | None, features: bool, device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of a shard beside the rows: labels, of captioned images 0, and texts."""
+    if text_encoder is None:
+        return {LABELS: batch["label"]}
+    ids = text_encoder.tokenize(batch["caption"])
+    texts = {LABELS: torch.zeros(len(ids), dtype=torch.int64), TEXT_IDS: ids.to(torch.int32)}
+    if features:
+        texts[TEXT_FEATURES] = text_encoder(ids.to(device)).features.to(torch.bfloat16).cpu()
+    return texts
 
 
 def to_floats(image: Tensor, fabric: Fabric) -> Tensor:

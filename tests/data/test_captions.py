@@ -1,5 +1,6 @@
 """Captioned images: what a real Trainer gets of them."""
 
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -48,10 +49,11 @@ def captions_of(data, epoch, ids):
 
 
 class CaptionRecorder(Recorder):
-    """Keeps what came of ids and captions, instead of pixels."""
+    """Keeps id, caption and a hash of the pixels of each image."""
 
     def training_step(self, batch, batch_idx):
-        self.train_batches.append((batch["id"].tolist(), batch["caption"]))
+        pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch["image"]]
+        self.train_batches.append(list(zip(batch["id"].tolist(), batch["caption"], pixels, strict=True)))
         return self.network(batch["image"]).mean()
 
 
@@ -78,7 +80,7 @@ def test_batches_hold_captions_on_any_number_of_workers_and_resume_exactly(worke
         return recorder.train_batches
 
     whole = run(7)
-    assert all(caption.startswith(f"{i} ") for ids, texts in whole for i, caption in zip(ids, texts, strict=True))
+    assert all(caption.startswith(f"{i} ") for batch in whole for i, caption, _ in batch)
     run(4)
     assert run(7, tmp_path / "4.ckpt") == whole[4:]
 

@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
 from aligntok.data import CaptionedTars, LatentDataModule, Mixture
@@ -15,6 +16,7 @@ from aligntok.data.tar_index import members_of
 from aligntok.errors import UserError
 from tests.data.test_captions import Captioned, CaptionRecorder, picture
 from tests.data.test_datamodule import SIZE, trainer
+from tests.ranks import run_ranks
 
 
 def encoded(seed, kind="JPEG"):
@@ -214,21 +216,28 @@ def test_folders_without_tars_or_images_are_refused(tmp_path):
         len(CaptionedTars(str(tmp_path)))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_mixture_of_tars_resumes_in_mid_epoch(tmp_path, workers):
+def fit(folder, steps, ckpt_path=None, workers=0, **options):
+    """Train on a mixture of tars and other images; return all that came of each batch."""
+    recorder = CaptionRecorder()
+    tars = CaptionedTars(str(folder), {"txt": 1.0, "json:caption": 1.0})
+    source = Mixture([tars, Captioned([["a", "b"]] * 7)], [1, 2])
+    data = LatentDataModule(source, 4, SIZE, val=0.2, num_workers=workers)
+    run = trainer(max_steps=steps, **options)
+    run.fit(recorder, datamodule=data, ckpt_path=ckpt_path)
+    run.save_checkpoint(folder / f"{steps}.ckpt")
+    return recorder.train_batches
+
+
+def go_on_as_rank(folder):
+    return fit(folder, 13, folder / "7.ckpt", devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+
+
+def test_mixture_of_tars_resumes_in_mid_epoch_with_any_workers_and_ranks(tmp_path):
     shard(tmp_path / "00000.tar", range(11))
     shard(tmp_path / "00001.tar", range(11, 20))
-
-    def run(steps, ckpt_path=None):
-        recorder = CaptionRecorder()
-        tars = CaptionedTars(str(tmp_path), {"txt": 1.0, "json:caption": 1.0})
-        source = Mixture([tars, Captioned([["a", "b"]] * 7)], [1, 2])
-        data = LatentDataModule(source, 4, SIZE, val=0.2, num_workers=workers)
-        run = trainer(max_steps=steps)
-        run.fit(recorder, datamodule=data, ckpt_path=ckpt_path)
-        run.save_checkpoint(tmp_path / f"{steps}.ckpt")
-        return recorder.train_batches
-
-    whole = run(13)
-    run(7)
-    assert run(13, tmp_path / "7.ckpt") == whole[7:]
+    whole = fit(tmp_path, 13)
+    assert fit(tmp_path, 7, workers=2) == whole[:7]
+    assert fit(tmp_path, 13, tmp_path / "7.ckpt", workers=2) == whole[7:]
+    ranks = run_ranks(2, go_on_as_rank, tmp_path)
+    together = [sorted(first + second) for first, second in zip(*ranks, strict=True)]
+    assert together == [sorted(batch) for batch in whole[7:]]
