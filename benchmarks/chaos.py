@@ -87,19 +87,18 @@ class Step:
         self.name, self.folder, self.runs = name, folder, []
         if folder != made:
             shutil.copytree(made, folder, ignore=lambda path, names: not_before(name, names))
-        self.output = folder / name
+        self.output, self.log = folder / name, folder.with_name(f"{folder.name}.txt")  # a full disk takes no log
 
     def run(self, fault: Callable[[int], None] | None = None, words: str | None = None) -> Run:
         """Run the step; ``fault`` is called with its process. Note how it ended."""
         sys.stdout.flush()
-        log = self.folder / "log.txt"
         process = os.fork()
         if not process:
-            os._exit(child(self.folder, log, (words or CHAIN[self.name]).split()))
+            os._exit(child(self.folder, self.log, (words or CHAIN[self.name]).split()))
         if fault is not None:
             fault(process)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        self.runs.append(Run(code, log.read_text(errors="replace")))
+        self.runs.append(Run(code, self.log.read_text(errors="replace")))
         return self.runs[-1]
 
     def finish(self) -> None:
