@@ -44,6 +44,7 @@ from aligntok.programs.repair import refuse_writers
 from aligntok.references import followed
 from aligntok.stages import Stage
 from aligntok.stages.supported import check_precision, check_strategy
+from aligntok.stages.tokenizer_stage import tokenizer_is_loaded
 from aligntok.weights.checkpoint import read_checkpoint
 
 VERBS = {
@@ -136,7 +137,7 @@ class RunCLI(LightningCLI):
             check(last.exists(), f"--ckpt_path last: there is no {last}. Name a checkpoint, or its --output")
         else:
             words = f"aligntok {self.subcommand} needs the weights: --ckpt_path CHECKPOINT"
-            check(bool(config.ckpt_path or config.init_from), words)
+            check(bool(config.ckpt_path or config.init_from or tokenizer_is_loaded(config.model)), words)
         if self.subcommand in ("validate", "test"):
             check_writable(Path(config.output) / f"{self.subcommand}.json")
         if config.ckpt_path:
@@ -161,7 +162,8 @@ class RunCLI(LightningCLI):
                 " --ckpt_path, or move it away to start from the beginning"
             )
         stage: Any = locate(config.model.class_path)
-        if getattr(stage, "needs_previous", False) and not config.ckpt_path and not config.init_from:
+        given = config.ckpt_path or config.init_from or tokenizer_is_loaded(config.model)
+        if getattr(stage, "needs_previous", False) and not given:
             raise UserError(f"{stage.__name__} starts from a previous stage: add --init_from CHECKPOINT of that stage")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -33,7 +33,8 @@ RECIPES = [
     for name in shipped_configs()
     if name not in ENCODE | SAMPLE | CHAINS and "output" in yaml.safe_load(find_config(name).read_text())
 ]
-OPTIONAL = {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
+OPTIONAL = {f"size/{kind}_vae.yaml" for kind in ("sd", "sdxl", "sd3", "flux")}
+OPTIONAL |= {"size/d64.yaml", "size/debug.yaml", "data/shapes.yaml", "run/debug.yaml"}  # layers that a user adds
 OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b", "debug")} | {
     "evaluate.yaml",
     "fdr6.yaml",

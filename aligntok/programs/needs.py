@@ -24,6 +24,7 @@ from aligntok.published import find_published
 from aligntok.references import CLASSES_OF_MISSING
 from aligntok.stages import Stage
 from aligntok.stages.supported import check_precision, check_strategy
+from aligntok.stages.tokenizer_stage import tokenizer_is_loaded
 from aligntok.weights.checkpoint import UNWRITTEN, build, read_checkpoint
 from aligntok.weights.migration import STAGE_KEY
 
@@ -84,7 +85,7 @@ def problems(stage: Any, data: Any, config: Any, num_gpus: int, size: int) -> It
     previous = config.ckpt_path or config.init_from
     if previous:
         yield from said(lambda: read_checkpoint(previous) if config.ckpt_path else stage.init_from(previous))
-    elif stage.needs_previous:
+    elif stage.needs_previous and not tokenizer_is_loaded(config.model):
         yield f"{type(stage).__name__} starts from a previous stage: add --init_from CHECKPOINT of that stage"
     folder = Path(config.output)
     if not config.ckpt_path and (folder / "checkpoints" / "last.ckpt").is_file():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -70,7 +72,8 @@ class TokenizerStage(Stage):
     ) -> None:
         super().__init__(optimization)
         self.tokenizer = tokenizer
-        self.previous = Chain([], measured=False, causal=False)  # of the tokenizer before this stage
+        measured = not tokenizer.latent_mean.is_meta and tokenizer.is_measured  # it came with its weights
+        self.previous = Chain([], measured, causal=False)  # of the tokenizer before this stage
         self.loss = ReconstructionLoss() if loss is None else loss
         check_nonnegative(kl_weight=kl_weight)
         gaussian = isinstance(tokenizer.adapter, GaussianAdapter)
@@ -209,8 +212,9 @@ class TokenizerStage(Stage):
     def on_fit_start(self) -> None:
         """Measure the latents before the first step, unless the run goes on from a checkpoint.
 
-        Cached latents are in the units of the tokenizer that wrote them: then its statistics stay. ``setup`` is too
-        early: Lightning loads the weights of ``--ckpt_path``, statistics among them, after it.
+        Cached latents are in the units of the tokenizer that wrote them: then its statistics stay, and so do those of
+        a tokenizer that came with its own, as from ``load_vae``. ``setup`` is too early: Lightning loads the weights
+        of ``--ckpt_path``, statistics among them, after it.
         """
         cached = self.check_cache()
         needed = self.measures_latents and self.tokenizer.quantizer is None and not self.previous.measured
@@ -288,6 +292,13 @@ class TokenizerStage(Stage):
         """Know what the tokenizer was before the run that goes on."""
         super().on_load_checkpoint(checkpoint)
         self.previous = Chain(**checkpoint[CHAIN_KEY])
+
+
+def tokenizer_is_loaded(model: Any) -> bool:
+    """Whether, by its config, a tokenizer's stage gets it with its weights, as from ``load_vae``: it may start so."""
+    tokenizer, kind = model.get("init_args.tokenizer"), locate(model.class_path)
+    of_tokenizer = inspect.isclass(kind) and issubclass(kind, TokenizerStage)
+    return of_tokenizer and tokenizer is not None and not inspect.isclass(locate(tokenizer.class_path))
 
 
 def check_range(image: Tensor) -> None:

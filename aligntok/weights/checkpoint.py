@@ -215,7 +215,7 @@ def load_tokenizer(path: str | Path, ema: float | None = None) -> Tokenizer:
     checkpoint = read_checkpoint(path, ema=ema)
     recipe = recipe_of(checkpoint, "tokenizer", path)
     with rebuilding(path):
-        if "encoder" not in recipe["init_args"]:  # a generator's checkpoint: it names the tokenizer's
+        if not part_of(checkpoint["state_dict"], "tokenizer"):  # a generator's checkpoint: it names the tokenizer's
             return build(recipe, Tokenizer)
         return _rebuilt(checkpoint, "tokenizer", Tokenizer, path)
 
