@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -85,6 +86,11 @@ class StoredFolder:
         self.crop = None if crop is None else (crop, crop)
         first = self.folder[int(self.order[0])][0]
         self.image_size = self.crop or (first.height, first.width)
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of the images below the folder, in the order in which they are measured."""
+        return [os.fsdecode(self.folder.index[1][index]) for index in self.order]
 
     @property
     def source(self) -> str:

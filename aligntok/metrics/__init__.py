@@ -1,5 +1,6 @@
 """What torchmetrics lacks."""
 
+from aligntok.metrics.alignment import CaptionAlignment
 from aligntok.metrics.feature_sets import inception_score, kernel_distance, monge_distance, precision_recall
 from aligntok.metrics.features import EncoderFeatures, TimmFeatures
 from aligntok.metrics.fidelity import FidelityFeatures
@@ -12,6 +13,7 @@ from aligntok.metrics.reference import AdmFile, Reference
 
 __all__ = [
     "AdmFile",
+    "CaptionAlignment",
     "EncoderFeatures",
     "FeatureSums",
     "FidelityFeatures",

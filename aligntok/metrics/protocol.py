@@ -27,6 +27,7 @@ class Protocol:
         crop: Of the reference images.
         measure: What must be measured beside the Fréchet distance: ``mind`` or nothing.
         judges: Config of the feature networks that judge together, for ``aligntok evaluate``.
+        prompts: Hash of the prompts that the samples were asked for; "": any, but they must be known; None: of classes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Protocol:
     crop: str = "ADM centre crop"
     measure: str | None = None
     judges: str | None = None
+    prompts: str | None = None
 
     def check_reference(self, reference: Reference) -> None:
         """Raise a ``UserError`` if the reference is of other features, origin or size."""
@@ -65,10 +67,11 @@ class Protocol:
 
     def describe(self, image_size: tuple[int, int] | None, labels: Tensor, reference: Reference) -> str:
         """Return one line that says all that a number depends on: images of this size, labels (N,), -1 if unknown."""
+        asked = f"prompts sha256:{self.prompts}" if self.prompts else label_policy(labels)
         size = "x".join(map(str, image_size)) if image_size else "unknown size in"
         number = f"{reference.count:,} images" if reference.count else "number of images not in the file"
         return (
-            f"{self.name}: {len(labels):,} images of {size} px, {label_policy(labels)}, features {reference.features}, "
+            f"{self.name}: {len(labels):,} images of {size} px, {asked}, features {reference.features}, "
             f"reference {reference.source or 'unnamed'} ({number}, {self.crop})"
         )
 
@@ -84,6 +87,9 @@ NAMED = {
     "mind-5k": Protocol("mind-5k", "inception", 5_000, measure="mind"),
     # FDr6 of arXiv:2604.28190: six feature networks, each with its FD of the validation images as the unit.
     "fdr6": Protocol("fdr6", None, 50_000, judges="fdr6.yaml"),
+    # Samples of captions of COCO against its images: 30,000 in most papers, 6,000 in AlignTok (it does not say which).
+    "fd-coco": Protocol("fd-coco", None, 30_000, prompts=""),
+    "fd-coco6k": Protocol("fd-coco6k", None, 6_000, prompts=""),
 }
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from aligntok.data.stored import Images, StoredFile, open_images
+from aligntok.data.prompts import hash_prompts, read_prompts, stored_prompts
+from aligntok.data.stored import Images, StoredFile, StoredFolder, open_images
 from aligntok.errors import UserError, check, check_positive
 from aligntok.files import check_writable, read_json, write_text
 from aligntok.metrics import (
+    CaptionAlignment,
     EncoderFeatures,
     FidelityFeatures,
     GenerationMetrics,
@@ -36,10 +38,13 @@ Measure images that are stored in an .npz (arr_0, uint8 of N x H x W x 3, as ADM
   aligntok evaluate FOLDER --reference PHOTOS --image_size 256 --save_reference photos.safetensors
   aligntok evaluate samples.npz --reference photos.safetensors --encoder vit_large_patch14_dinov2.lvd142m --pool class
   aligntok evaluate samples.npz --reference IMAGENET/train --image_size 256 --protocol fdr6
+  aligntok evaluate PROMPTED --clip openai/clip-vit-large-patch14 --reference COCO/val2014 --image_size 256 --fid
 
 Inception features unless there is an --encoder. Without a measure named: FID, IS, sFID, precision, recall; of an
 encoder's features the Frechet distance, precision, recall. Of --judges the Frechet distances and FDr, their mean in
 units of that of held out images; each judge's reference is REFERENCE/<its name>.safetensors or .npz, if it is there.
+With --clip, of samples of prompts: CLIP score, and R@1, how often a sample is nearer to its prompt than to 99 others.
+The prompts are those that `aligntok sample` and GenEval keep beside their samples, or in --prompts.
 The numbers, the line that says what they depend on, and the reference's hash are kept in evaluation.json beside the
 samples."""
 
@@ -68,43 +73,80 @@ def evaluate_command(arguments: list[str]) -> None:
     check_writable(output, *([options.save_reference] if options.save_reference else []))
     earlier = read_records(output)
     protocol = find_protocol(options.protocol) if options.protocol else FREE
-    if not (options.image_size or options.reference.name.startswith("VIRTUAL_imagenet")):  # ADM's own
-        protocol = replace(protocol, crop="as stored")
+    if not (options.image_size or (options.reference and options.reference.name.startswith("VIRTUAL_imagenet"))):
+        protocol = replace(protocol, crop="as stored")  # ADM's own is cropped
+    prompts = prompts_of(samples, options.prompts) if options.clip or protocol.prompts == "" else None
+    protocol = replace(protocol, prompts=None if prompts is None else hash_prompts(prompts))
     protocol.check_count(samples.count)
     file: str | None = options.judges or protocol.judges
     judges = read_judges(file) if file else []
-    measured = make_metrics(options, size, protocol, judges)
+    measured = make_metrics(options, size, protocol, judges) if options.reference else []
+    alignment = CaptionAlignment(options.clip).load() if options.clip else None
     values: dict[str, float] = {}
     for metrics in measured:
         load_frozen(metrics.network)  # the last one's weights may be missing: say so before the first one measures
     for metrics in measured:
         values |= evaluate(metrics, samples, options, bool(judges))
     values |= frechet_ratio([values[metrics.names[0]] for metrics in measured], judges) if judges else {}
+    if alignment and prompts:
+        values |= measure_alignment(alignment, samples, prompts, options)
     width = max(map(len, values))
     for name, value in values.items():
         print(f"{name:<{width}}  {value:.4f}")
-    conditions, reference = measured[0].conditions, measured[0].reference()
+    conditions, source = (measured[0].conditions, measured[0].reference().source) if measured else ("", "")
     if judges:
         reference = shared_reference([metrics.reference() for metrics in measured], judges)
         labels = torch.full((samples.count,), -1) if samples.labels is None else samples.labels
-        conditions = protocol.describe(size, labels, reference)
+        conditions, source = protocol.describe(size, labels, reference), reference.source
+    if alignment:
+        conditions += f"{'; ' if conditions else ''}{alignment.conditions}, prompts sha256:{protocol.prompts}"
     print(conditions, flush=True)
     about = {"samples": samples.path.name, "conditions": conditions}
-    record = {**about, "count": samples.count, "values": values, "reference": reference.source}
+    record = {**about, "count": samples.count, "values": values, "reference": source}
     others = [other for other in earlier if about != {key: other.get(key) for key in about}]
     write_text(output, json.dumps([*others, record], indent=1))
     print(output)
+
+
+def prompts_of(samples: Images, file: str | None) -> list[str]:
+    """Return the prompts of the samples, in their order: of a file, or of what is kept beside them."""
+    if file is None:
+        named = isinstance(samples, StoredFolder)
+        check(named, f"{samples.path} does not say what its images were asked to show: give --prompts FILE")
+        return stored_prompts(samples.path, samples.names) if isinstance(samples, StoredFolder) else []
+    prompts = [prompt.text for prompt in read_prompts(file)]
+    many = f"--prompts {file} has {len(prompts):,} prompts for {samples.count:,} samples: give one for each"
+    check(len(prompts) == samples.count, many)
+    return prompts
+
+
+def measure_alignment(
+    alignment: CaptionAlignment, samples: Images, prompts: list[str], options: argparse.Namespace
+) -> dict[str, float]:
+    """Return CLIP score and R@1 of the samples of prompts."""
+    on_device(alignment, options.device)
+    start = 0
+    for image in samples.images(options.batch_size):
+        ids = torch.arange(start, start + len(image))
+        alignment.update(image, prompts[start : start + len(image)], ids)
+        start += len(image)
+    return alignment.compute()
+
+
+def on_device(measure: GenerationMetrics | CaptionAlignment, device: str) -> None:
+    """Let measures compute on a device; a ``UserError`` where there is none such."""
+    try:
+        torch.zeros(1, device=device).item()  # meta holds no numbers
+        measure.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]:.200}") from error
 
 
 def evaluate(
     metrics: GenerationMetrics, samples: Images, options: argparse.Namespace, is_judge: bool
 ) -> dict[str, float]:
     """Return the numbers in the features of one network."""
-    try:
-        torch.zeros(1, device=options.device).item()  # meta holds no numbers
-        metrics.to(options.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]:.200}") from error
+    on_device(metrics, options.device)
     find_reference(metrics, samples.image_size or (), options)
     if options.save_reference:
         path = options.save_reference / f"{metrics.features.name}.safetensors" if is_judge else options.save_reference
@@ -125,10 +167,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("evaluate", DESCRIPTION)
     add = parser.add_argument
     add("samples", metavar="SAMPLES", type=Path, help="an .npz, or a folder of images of one size")
-    add("--reference", required=True, type=Path, help=".npz as ADM's, .safetensors (--save_reference), or a folder")
+    add("--reference", type=Path, help=".npz as ADM's, .safetensors (--save_reference), or a folder")
+    add("--clip", metavar="MODEL", help="CLIP score and R@1 of prompts: a CLIP's folder, or its name on the hub")
+    add("--prompts", metavar="FILE", help="of the samples, in their order, where nothing beside them says it")
     add("--image_size", type=int, metavar="N", help="ADM's centre crop to N x N, of the images of a reference folder")
     add("--save_reference", type=Path, metavar="FILE.safetensors", help="keep what was measured of the reference")
-    add("--protocol", help="gfid-adm50k, rfid-val50k, mind-5k, fdr6 or fd-<features>: its conditions are checked")
+    add(
+        "--protocol",
+        help="gfid-adm50k, rfid-val50k, mind-5k, fdr6, fd-coco or fd-<features>: its conditions are checked",
+    )
     add("--inception_weights", metavar="PATH", help="by default $ALIGNTOK_HOME, torch.hub's folder, then a download")
     add("--encoder", metavar="NAME", help="timm model, clip-vit-l-14, dinov2-vit-l-14, ... in Inception's place")
     add("--encoder_weights", default="hub", help="hub, offline, or a path (default: hub)")
@@ -143,7 +190,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     size, kept = options.image_size, options.save_reference
     check_positive(batch_size=options.batch_size, image_size=size)
-    check(size is None or options.reference.is_dir(), f"--image_size {size} crops the images of a reference folder")
+    words = "--reference is missing: name what the samples are compared with, or give --clip without other measures"
+    named = [
+        name
+        for name in ("protocol", "encoder", "judges", "save_reference", "fid", "all", *MEASURES)
+        if getattr(options, name)
+    ]
+    check(bool(options.reference or (options.clip and not named)), words)
+    of_prompts = bool(options.clip) or (options.protocol or "").startswith("fd-coco")
+    check(of_prompts or not options.prompts, "--prompts has no effect without --clip or protocol fd-coco")
+    check(
+        size is None or bool(options.reference and options.reference.is_dir()),
+        f"--image_size {size} crops the images of a reference folder",
+    )
     several = options.judges or options.protocol == "fdr6"
     words = f"--save_reference {kept}: name a file that ends in .safetensors"
     check(not kept or bool(several) or kept.suffix == ".safetensors", words)
