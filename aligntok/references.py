@@ -2,8 +2,9 @@
 
 ``${data.init_args.image_size}`` is the value of another key. ``${spec:${...tokenizer},latent_shape}`` is what the
 tokenizer three levels up says in its ``spec``, ``${num_classes:${data.init_args.train}}`` the number of classes of a
-source, ``${recipe:PATH,encoder.init_args.name}`` what the model of a checkpoint was built with. What the command line
-gives in such a value's place is taken as it is.
+source, ``${text_width:${...text_encoder}}`` the channels of a text encoder,
+``${recipe:PATH,encoder.init_args.name}`` what the model of a checkpoint was built with. What the command line gives in
+such a value's place is taken as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 from aligntok.errors import UserError, check
 from aligntok.layers import to_text
+from aligntok.networks.text import TextEncoder
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.weights.checkpoint import build, read_checkpoint
 
@@ -72,7 +74,19 @@ def num_classes(source: Any) -> int:
         return classes_of(built(source, Dataset))
 
 
-for resolver in (spec, recipe, num_classes):
+def text_width(text_encoder: Any) -> int:
+    """Return the channels of the text encoder that a recipe describes; its weights are not read.
+
+    >>> recipe = {"class_path": "aligntok.networks.StaticTextEncoder", "init_args": {"max_tokens": 16}}
+    >>> text_width(OmegaConf.create(recipe))
+    256
+    """
+    check(text_encoder is not None, "there is no text_encoder that would say it: give one of the two")
+    width: int = built(text_encoder, TextEncoder).width
+    return width
+
+
+for resolver in (spec, recipe, num_classes, text_width):
     OmegaConf.register_resolver(resolver.__name__, resolver, replace=True, annotation_validation="off")
 
 

@@ -44,6 +44,7 @@ OPTIONAL |= {f"size/dit_{size}.yaml" for size in ("s", "b", "l", "1p0b", "1p6b",
     "run/slurm.yaml",
 }
 OPTIONAL |= {f"size/ar_{size}.yaml" for size in ("l", "xl", "debug")} | {"size/alitok_debug.yaml"}
+OPTIONAL |= {"size/text_dit_tiny.yaml", "stage/wordllama.yaml"}
 AFTER_OTHERS = {"quickstart_alitok/ar.yaml"}  # built from files of other runs
 AFTER_OTHERS |= {f"quickstart/{name}.yaml" for name in ("stage1", "control", "stage2", "stage3", "dit")}
 AFTER_OTHERS |= {"photos/dit.yaml"}
@@ -84,6 +85,7 @@ def test_encode_takes_its_configs(name, tmp_path, capsys):
 def test_recipe_builds_on_meta(name, monkeypatch, tmp_path):
     tokens = (IMAGENET[0], IMAGENET[1], IMAGENET[3], *TOKENS) if "alitok_ar.yaml" in layers_of(name) else ()
     sizes = IMAGENET if "dit.yaml" in layers_of(name) else tokens
+    sizes = IMAGENET[:3] if "stage/text_diffusion.yaml" in layers_of(name) else sizes
     model = build(monkeypatch, tmp_path, "--config", name, *sizes).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     groups = model.parameter_groups()

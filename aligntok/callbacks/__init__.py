@@ -4,7 +4,7 @@ from aligntok.callbacks.checkpoint import SaveCheckpoint
 from aligntok.callbacks.codebook import CodebookHealth
 from aligntok.callbacks.ema import EMA
 from aligntok.callbacks.generation import GenerationQuality
-from aligntok.callbacks.grids import ReconstructionGrid, SampleGrid
+from aligntok.callbacks.grids import PromptGrid, ReconstructionGrid, SampleGrid
 from aligntok.callbacks.measure import LinearProbe, ReconstructionFID, ReconstructionQuality
 from aligntok.callbacks.progress import ProgressBar, RunRecord
 
@@ -14,6 +14,7 @@ __all__ = [
     "GenerationQuality",
     "LinearProbe",
     "ProgressBar",
+    "PromptGrid",
     "ReconstructionFID",
     "ReconstructionGrid",
     "ReconstructionQuality",

@@ -142,14 +142,55 @@ class SampleGrid(Grid):
         """Return the rows; each rank draws its share of the samples."""
         if module.tokenizer is None:
             return None
-        rows = min(self.num_classes, module.network.num_classes or 1)
-        count, world = rows * self.per_class, trainer.world_size
+        count, world = self.num_rows(module) * self.per_class, trainer.world_size
         ids = torch.arange(trainer.global_rank, -(-count // world) * world, world) % count  # as many on every rank
         with evaluation(trainer, module), whole_weights(trainer):
-            image = module.tokenizer.decode(module.sample(ids, ids // self.per_class)).float()
+            condition = self.conditions(module, ids // self.per_class)
+            image = module.tokenizer.decode(module.sample(ids, condition)).float()
         if world > 1:
             image = trainer.strategy.all_gather(image).transpose(0, 1).flatten(0, 1)[:count]
         return tiled(image, self.per_class)
+
+    def num_rows(self, module: Any) -> int:
+        """Return the number of rows."""
+        return min(self.num_classes, module.network.num_classes or 1)
+
+    def conditions(self, module: Any, rows: Tensor) -> Any:
+        """Return what the samples of some rows (B,) are asked to be."""
+        return rows
+
+
+class PromptGrid(SampleGrid):
+    """Samples of a generator that reads, a row for each prompt; the same randomness every time.
+
+    >>> PromptGrid(["two foxes", "a pizza"], per_prompt=4).per_class  # writes images/samples_0005000.png, ...
+    4
+
+    Args:
+        prompts: One for each row.
+        every_n_steps: Optimizer steps between two pictures; null draws at validation alone.
+        per_prompt: Columns.
+    """
+
+    title = "samples, a row for each prompt"
+
+    def __init__(self, prompts: list[str], every_n_steps: int | None = None, per_prompt: int = 4) -> None:
+        super().__init__(every_n_steps, len(prompts), per_prompt)
+        self.prompts = prompts
+
+    def prepare(self, trainer: pl.Trainer, module: Any) -> None:
+        """Refuse a generator that does not read these prompts."""
+        super().prepare(trainer, module)
+        reads = getattr(module, "text_encoder", None) is not None
+        check(reads, f"PromptGrid: this {type(module).__name__} has no text_encoder: set one, or remove the callback")
+
+    def num_rows(self, module: Any) -> int:
+        """Return the number of prompts."""
+        return len(self.prompts)
+
+    def conditions(self, module: Any, rows: Tensor) -> Any:
+        """Return the texts of some rows (B,)."""
+        return module.text([self.prompts[row] for row in rows.tolist()])
 
 
 def rows_of(image: Tensor, reconstruction: Tensor, latent: Tensor) -> Tensor:

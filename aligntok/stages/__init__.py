@@ -8,6 +8,7 @@ from aligntok.stages.generator import GeneratorStage, load_generator
 from aligntok.stages.optimization import Optimization
 from aligntok.stages.pretraining import EncoderPretraining, load_classifier, load_features
 from aligntok.stages.stage import Stage
+from aligntok.stages.text_diffusion import TextDiffusion
 from aligntok.stages.tokenizer_stage import TokenizerStage
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Optimization",
     "PerceptualAlignment",
     "Stage",
+    "TextDiffusion",
     "TokenizerStage",
     "load_classifier",
     "load_features",

@@ -58,6 +58,9 @@ class LatentDiffusion(GeneratorStage):
         UserError: Network, tokenizer, guide and guidance that do not fit each other; both values are named.
     """
 
+    guide_keys: tuple[str, ...] = ("latent_shape", "num_classes")
+    """What a guide network must share with the network."""
+
     def __init__(
         self,
         network: DiT,
@@ -90,9 +93,9 @@ class LatentDiffusion(GeneratorStage):
                 f"network.latent_shape {shape} differs from the latents of tokenizer {list(spec.latent_shape)}"
                 " (channels, height, width): set the first to the second",
             )
-        for key in ("latent_shape", "num_classes"):
+        for key in self.guide_keys:
             ours = getattr(network, key)
-            theirs = ours if self.guide is None else getattr(self.guide.network, key)
+            theirs = ours if self.guide is None else getattr(self.guide.network, key, None)
             text = f"guide.{key} {theirs} differs from network.{key} {ours}: the guide must be a network"
             check(theirs == ours, f"{text} for the same latents and classes")
         if alignment is not None:
@@ -106,9 +109,13 @@ class LatentDiffusion(GeneratorStage):
     def init_from(self, path: str | Path) -> None:
         """Start from the weights of another run, or of a checkpoint that LightningDiT wrote."""
         if is_lightningdit(path):
-            load_lightningdit(path, self.network)
+            self.load_official(path)
         else:
             super().init_from(path)
+
+    def load_official(self, path: str | Path) -> None:
+        """Take the weights of a checkpoint that LightningDiT wrote."""
+        load_lightningdit(path, self.network)
 
     def check_data(self, data: HasCache) -> None:
         """Refuse latents of another tokenizer, shape or scale."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError, check, check_nonnegative
 from aligntok.networks.frozen import Frozen
-from aligntok.networks.text import Condition
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.protocols import HasCache, HasLabels, offered_data
 from aligntok.sharding import ShardedStrategy
@@ -43,6 +42,9 @@ class GeneratorStage(Stage):
 
     code = "latent"
     """What the tokenizer makes of an image, by its name in a batch: ``latent`` or ``tokens``."""
+
+    dropout_key = "label_dropout"
+    """What users know the share of null conditions as."""
 
     def __init__(
         self,
@@ -82,11 +84,11 @@ class GeneratorStage(Stage):
 
     def check_parts(self) -> None:
         """Raise a ``UserError`` where the parts do not fit each other: now, not at the first samples."""
-        dropout = self.label_dropout
-        check(0 <= dropout <= 1, f"label_dropout {dropout} is a share of the labels: give 0 to 1")
+        dropout, key = self.label_dropout, self.dropout_key
+        check(0 <= dropout <= 1, f"{key} {dropout} is a share of the {key.split('_')[0]}s: give 0 to 1")
         check(
             not dropout or self.network.has_null,
-            f"label_dropout {dropout} needs a null class: set network.null_class true, or label_dropout 0",
+            f"{key} {dropout} needs a null class: set network.null_class true, or {key} 0",
         )
 
     @abstractmethod
@@ -121,7 +123,7 @@ class GeneratorStage(Stage):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels that the network does not have while they are on the CPU, where looking costs nothing."""
         if self.network.num_classes is not None:
-            check_below(self.network.num_classes, batch["label"], "label", "network.num_classes")
+            check_below(self.network.num_classes, self.condition(batch), "label", "network.num_classes")
         return batch
 
     @torch.no_grad()
@@ -133,9 +135,18 @@ class GeneratorStage(Stage):
             raise UserError(f"the data holds images, no {self.code}: set tokenizer, or train on a cache")
         return self.tokenizer.encode(batch["image"])
 
-    def condition(self, batch: dict[str, Any]) -> Condition:
-        """Return the conditions of a batch: its labels (B,)."""
-        return batch["label"]  # type: ignore[no-any-return]
+    def condition(self, batch: dict[str, Any]) -> Any:
+        """Return the conditions of a batch: its labels (B,).
+
+        Raises:
+            UserError: It has none.
+        """
+        check(
+            "label" in batch,
+            f"{type(self).__name__} needs classes, and the data have {'captions' if 'caption' in batch else 'none'}:"
+            " give labelled images, or train aligntok.stages.TextDiffusion on captions",
+        )
+        return batch["label"]
 
     def drop(self, batch: dict[str, Any]) -> Any:
         """Return the conditions of a batch, some replaced by the null one."""

@@ -55,6 +55,11 @@ def is_lightningdit(path: str | Path) -> bool:
     return PATCHES in read_official(path)
 
 
+def num_classes_of(path: str | Path) -> int:
+    """Return the number of classes of a LightningDiT checkpoint, beside its null class."""
+    return len(read_official(path)["y_embedder.embedding_table.weight"]) - 1
+
+
 def from_lightningdit(state: dict[str, Tensor], network: DiT, what: str = "the state dict") -> None:
     """Copy an official state dict, its constant tables included, into a network of the same sizes.
 
