@@ -3,6 +3,7 @@
 from aligntok.data.captions import CaptionedFolder
 from aligntok.data.datamodule import LatentDataModule
 from aligntok.data.dataset import Augmentation
+from aligntok.data.emoji import EmojiScenes, EmojiTruth
 from aligntok.data.folders import Digits, ImageFolder
 from aligntok.data.hugging_face import HuggingFaceDataset
 from aligntok.data.labels import ClassLabels
@@ -19,6 +20,8 @@ __all__ = [
     "CaptionedTars",
     "ClassLabels",
     "Digits",
+    "EmojiScenes",
+    "EmojiTruth",
     "HuggingFaceDataset",
     "ImageFolder",
     "LatentDataModule",

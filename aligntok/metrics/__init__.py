@@ -10,6 +10,7 @@ from aligntok.metrics.inception import InceptionFeatures
 from aligntok.metrics.probe import ProbeResult, knn_accuracy, linear_probe, rank_me
 from aligntok.metrics.protocol import Protocol, find_protocol
 from aligntok.metrics.reference import AdmFile, Reference
+from aligntok.metrics.scenes import SceneJudge
 
 __all__ = [
     "AdmFile",
@@ -22,6 +23,7 @@ __all__ = [
     "ProbeResult",
     "Protocol",
     "Reference",
+    "SceneJudge",
     "TimmFeatures",
     "find_protocol",
     "frechet_distance",
