@@ -105,14 +105,6 @@ def t5gemma():
     return T5GemmaModel(T5GemmaConfig(encoder=part, decoder=part, vocab_size=10))
 
 
-def qwen():
-    from transformers import Qwen2Config, Qwen2Model
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 10, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
-    return Qwen2Model(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
-
-
 def whole_clip():
     from transformers import CLIPConfig, CLIPModel
 
@@ -126,7 +118,7 @@ def whole_clip():
 
 
 @pytest.mark.parametrize("layer", [None, -2, 1])
-@pytest.mark.parametrize("make", [t5, clip, t5gemma, qwen])
+@pytest.mark.parametrize("make", [t5, clip, t5gemma])
 def test_features_are_transformers_own(make, layer, folder):
     model = make()
     encoder = PretrainedTextEncoder(folder(model), max_tokens=8, layer=layer, dtype="float32")
