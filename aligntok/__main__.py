@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import logging
@@ -91,6 +92,11 @@ def run(verb: str, arguments: list[str]) -> int:
         if is_read():
             raise
         return UNREAD
+    except OSError as error:  # of somebody else's writer, as TensorBoard's; ours name their file
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("aligntok: error: the disk is full: free some space, then go on (fit: --ckpt_path last)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return preemption.INTERRUPTED
     except preemption.Preempted as end:

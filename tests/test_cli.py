@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -220,6 +221,14 @@ def test_ctrl_c_keeps_what_there_is_and_ends_with_130(capsys):
 def test_ctrl_c_before_the_first_step_ends_with_130(monkeypatch):
     monkeypatch.setattr(Digits, "__len__", lambda self: os.kill(os.getpid(), signal.SIGINT) or 1437)
     assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG]) == 130
+
+
+def test_a_disk_that_is_full_for_somebody_elses_writer_is_a_line(monkeypatch, fails):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Digits, "__len__", write)
+    assert "the disk is full: free some space" in fails("fit", "--config", "quickstart/encoder.yaml", *DEBUG)
 
 
 class Signal(pl.Callback):
