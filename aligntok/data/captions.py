@@ -71,6 +71,7 @@ class CaptionedFolder(ImageFolder):
     ``cats/1.jpg`` has its caption in ``cats/1.txt``, see ``read_captions``; an image without one is left out as one
     that cannot be read.
 
+    >>> from PIL import Image
     >>> root = getfixture("tmp_path")
     >>> Image.new("RGB", (8, 8)).save(root / "1.png")
     >>> _ = (root / "1.txt").write_text("two foxes on a blue ground")

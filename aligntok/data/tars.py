@@ -46,6 +46,7 @@ class CaptionedTars(Dataset[Item]):
     ...     for name in ("0.png", "0.txt"):
     ...         tar.add(root / name, name)
     >>> CaptionedTars(str(root))[0][1]
+    tars 1/1 ...
     {'two foxes': 1.0}
 
     Args:

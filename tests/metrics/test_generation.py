@@ -342,7 +342,9 @@ def test_named_protocols():
     adm.check_reference(replace(reference("VIRTUAL_imagenet256_labeled.npz"), count=0))
     val.check_reference(replace(reference("val"), count=50_000))
     for name in ("gfid", "fd-", ""):
-        with pytest.raises(UserError, match="gfid-adm50k, rfid-val50k, mind-5k, fdr6 or fd-<feature>"):
+        with pytest.raises(
+            UserError, match="gfid-adm50k, rfid-val50k, mind-5k, fdr6, fd-coco, fd-coco6k or fd-<feature>"
+        ):
             find_protocol(name)
 
 

@@ -127,7 +127,8 @@ def test_features_are_transformers_own(make, layer, folder):
     assert text.mask.sum(1).tolist() == [7, 3, 0, 0]
     for row, words in ((0, CAPTIONS[0]), (1, CAPTIONS[1])):
         ids = torch.tensor([[WORDS.index(word) for word in words.split()] + [1]])
-        outputs = getattr(model, "encoder", model)(input_ids=ids, output_hidden_states=True)
+        reads = model if make is clip else model.encoder  # of which some have a decoder
+        outputs = reads(input_ids=ids, output_hidden_states=True)
         own = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
         torch.testing.assert_close(text.features[row, : ids.shape[1]], own[0].detach(), rtol=1e-4, atol=1e-5)
 

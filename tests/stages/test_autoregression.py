@@ -131,6 +131,7 @@ class Fixed(nn.Module):
     """Logits that are the same for every image: of position p the likeliest tokens are p, p + 1, ..."""
 
     codebook_size, num_classes, null_label, num_prefix, grid, sequence_length = 32, 12, 12, 2, (4, 4), LENGTH
+    has_null = True
 
     def __init__(self):
         super().__init__()
