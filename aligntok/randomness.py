@@ -68,7 +68,7 @@ def normal(ids: Tensor, seed: int, step: int, stream: str, shape: Sequence[int] 
 def choices(count: int, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return a fair choice among 0 .. ``count`` - 1, below 2^31, for each (seed, epoch, id), (B,).
 
-    One is made for each row of a cache that is read: SplitMix64's mixing needs a fifth of Philox' operations.
+    One is made for each row of a cache that is read: SplitMix64's mixing needs fewer than half of Philox' operations.
     """
     if count == 1:
         return np.zeros_like(ids)
