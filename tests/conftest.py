@@ -149,6 +149,11 @@ class Tiny:
         torch.manual_seed(seed + 5000)
         sizes = {"codebook_size": 32, "grid": (4, 4), "num_prefix": 2, "num_classes": 12}
         network = AutoregressiveTransformer(**{**sizes, "width": 16, "depth": 2, "num_heads": 2, **options})
+        return Tiny.shaken(network, scale)
+
+    @staticmethod
+    def shaken(network, scale=0.2):
+        """Return a network with noise on its weights: fresh ones are zero where its output is made."""
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter += scale * torch.randn_like(parameter)
@@ -166,11 +171,7 @@ class Tiny:
         """Return a network whose velocity is far from that of a fresh one, which is zero."""
         torch.manual_seed(seed + 3000)
         sizes = {"latent_shape": (LATENT, 4, 4), "num_classes": 12, "width": 16, "depth": 2, "num_heads": 2}
-        network = DiT(**{**sizes, **options})
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter += scale * torch.randn_like(parameter)
-        return network
+        return Tiny.shaken(DiT(**{**sizes, **options}), scale)
 
     @staticmethod
     def generator(network=None, **options):

@@ -16,7 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligntok.callbacks import EMA, CodebookHealth, ProgressBar, SaveCheckpoint
-from aligntok.networks import AutoregressiveTransformer, codebook, compile_blocks, quantizers
+from aligntok.data import LatentDataModule
+from aligntok.data.shapes import Shapes
+from aligntok.networks import AutoregressiveTransformer, TextDiT, codebook, compile_blocks, quantizers
+from aligntok.networks.text import TextEncoder
 from aligntok.stages import (
     CausalTokenization,
     DecoderRefinement,
@@ -24,13 +27,36 @@ from aligntok.stages import (
     LatentAlignment,
     Optimization,
     PerceptualAlignment,
+    TextDiffusion,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`")  # on purpose
 DEVICE = os.environ.get("ALIGNTOK_TEST_DEVICE", "cuda")
 BF16 = 4 * torch.finfo(torch.bfloat16).eps  # 3 %: eight roundings, each of at most half of eps
 FUSED = partial(torch.optim.AdamW, fused=True)  # as in every shipped recipe
-STAGES = ("encoder", "stage1", "stage2", "stage3", "alitok1", "alitok2", "dit", "ar")
+STAGES = ("encoder", "stage1", "stage2", "stage3", "alitok1", "alitok2", "dit", "ar", "text")
+
+
+class Captioned(Shapes):
+    """Shapes whose caption is the number of their class, in letters."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, "one" * (1 + label)
+
+
+class Letters(TextEncoder):
+    """Features of each letter, some way."""
+
+    def token_ids(self, captions, cut):
+        return [[*caption.encode()][: self.max_tokens] for caption in captions]
+
+    def features(self, ids, mask):
+        waves = torch.arange(1, 1 + self.width, device=ids.device)
+        return (ids[..., None] * waves).sin() * mask[..., None]
+
+    def fingerprint(self):
+        return "letters"
 
 
 def stage_of(tiny, name, perceptual=None):
@@ -45,9 +71,17 @@ def stage_of(tiny, name, perceptual=None):
         "alitok1": lambda: tiny.stage(CausalTokenization, tokenizer=causal, auxiliary="perceptual", **judged),
         "alitok2": lambda: tiny.stage(DecoderRefinement, tokenizer=refined, **judged),
         "dit": lambda: tiny.generator(label_dropout=0.5, optimizer=FUSED),
+        "text": lambda: text_stage(tiny),
         "ar": lambda: tiny.autoregressive(tiny.ar(dropout=0.0), label_dropout=0.5, optimizer=FUSED),
     }
     return make[name]()
+
+
+def text_stage(tiny):
+    torch.manual_seed(0)
+    network = tiny.shaken(TextDiT((4, 4, 4), text_width=8, width=16, depth=2, num_heads=2))
+    optimization = Optimization(1e-3, FUSED)
+    return TextDiffusion(network, Letters(8, 48), tiny.measured(), text_dropout=0.5, optimization=optimization)
 
 
 class Losses(pl.Callback):
@@ -63,6 +97,8 @@ class Losses(pl.Callback):
 def fit(tiny, folder, stage, steps=2, device=DEVICE, callbacks=(), ckpt_path=None, **options):
     """Train; return the losses of the batches."""
     losses, data = Losses(), tiny.data()
+    if isinstance(stage, TextDiffusion):
+        data = LatentDataModule(Captioned(64, 16), 8, 16, val=Captioned(8, 16, seed=1), augmentation=data.augmentation)
     trainer = tiny.trainer(
         folder, steps, [losses, *callbacks], accelerator="gpu" if device == "cuda" else device, **options
     )

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("lightning", "pytorch_lightning", "jsonargparse", "tensorboard", "sklearn")
+HEAVY = ("lightning", "pytorch_lightning", "jsonargparse", "tensorboard")  # others import scikit-learn for themselves
 
 
 ALONE = ("aligntok.schedule", "aligntok.networks", "aligntok.flow", "aligntok.losses", "aligntok.metrics")
