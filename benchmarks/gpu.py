@@ -132,7 +132,7 @@ def causal(toy: bool) -> Work:
     logits.network = Frozen(convnext_small)
     loss = ReconstructionLoss("mse", {"logits": PerceptualTerm(logits)})
     stage = CausalTokenization(stage.tokenizer, loss, stage.optimization, auxiliary="perceptual", prefix_weight=16.0)
-    return Work(stage, images(2 if toy else 48, size))
+    return Work(stage, images(2 if toy else 80, size))
 
 
 def tiny_causal(size: int) -> CausalTokenization:

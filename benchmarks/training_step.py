@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models import vgg16
 
+from aligntok import published
 from aligntok.losses import (
     LPIPS,
     AdversarialLoss,
@@ -48,7 +49,6 @@ from aligntok.losses import (
     PerceptualTerm,
     ReconstructionLoss,
     hinge,
-    perceptual,
 )
 from aligntok.networks import ConvDecoder, Frozen, LinearAdapter, PatchDiscriminator, Tokenizer, VisionEncoder
 from aligntok.stages import Optimization, PerceptualAlignment
@@ -223,7 +223,7 @@ def paper256() -> tuple[PerceptualAlignment, int]:
 
 def random_lpips() -> nn.Module:
     """LPIPS' network with random weights: a benchmark needs no download."""
-    with patch.object(perceptual, "published_state", lambda *_: vgg16().state_dict()):
+    with patch.object(published, "published_state", lambda *_: vgg16().state_dict()):
         return LPIPS.build()
 
 

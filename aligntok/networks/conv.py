@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -195,7 +195,21 @@ def downsample(width: int) -> nn.Sequential:
 
 def upsample(width: int) -> nn.Sequential:
     """Double height and width: nearest neighbour, then a 3x3 convolution."""
-    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1)))
+    return nn.Sequential(OrderedDict(nearest=Doubled(), conv=nn.Conv2d(width, width, 3, padding=1)))
+
+
+class Doubled(nn.Upsample):
+    """Each pixel four times: nearest neighbour at twice the height and width."""
+
+    def __init__(self) -> None:
+        super().__init__(scale_factor=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C, 2 h, 2 w)."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        # the compiler makes atomic additions of the gradient of an upsampling, and plain sums of that of a repetition
+        return repeat(x, "b c h w -> b h a w d c", a=2, d=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -218,7 +232,7 @@ class ResidualBlock(nn.Module):
 
 
 class NormSiLU(nn.GroupNorm):
-    """GroupNorm and SiLU; as one, since a GPU's GroupNorm alone would turn channels_last into contiguous."""
+    """GroupNorm and SiLU, which a compiler makes one kernel of."""
 
     compiled_as_one = True
 
@@ -226,8 +240,19 @@ class NormSiLU(nn.GroupNorm):
         super().__init__(num_groups, width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return features of the same shape, (B, width, h, w)."""
-        return F.silu(super().forward(x))
+        """Return features of the same shape, (B, width, h, w), and of the same order in memory where it is compiled."""
+        return F.silu(self.normalized(x) if torch.compiler.is_compiling() else super().forward(x)).to(x.dtype)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Return GroupNorm in float32 from the moments of each channel; torch's own gives up channels_last on a GPU."""
+        values, grouped = x.float(), (len(x), self.num_groups, -1)
+        variance, mean = (y.view(grouped) for y in torch.var_mean(values, (2, 3), correction=0))  # of each channel
+        group_mean = mean.mean(2, keepdim=True)  # (B, num_groups, 1)
+        group_variance = (variance + (mean - group_mean).square()).mean(2, keepdim=True)
+        scale = (self.weight.view(grouped[1:]) * (group_variance + self.eps).rsqrt()).flatten(1)  # (B, width)
+        shift = self.bias - group_mean.expand_as(mean).flatten(1) * scale
+        normalized: Tensor = values * scale[..., None, None] + shift[..., None, None]
+        return normalized
 
 
 class SelfAttention(nn.Module):

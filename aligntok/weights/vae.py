@@ -21,6 +21,7 @@ from aligntok.files import read_json
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.conv import ConvDecoder, ConvEncoder
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.published import on_meta
 from aligntok.weights.checkpoint import SUFFIX, load_strictly
 from aligntok.weights.official import read_official
 from aligntok.weights.vavae import vavae_state
@@ -98,8 +99,8 @@ def load_vae(
     """
     check(kind in (None, *PUBLISHED), f"kind {kind}: give one of {', '.join(PUBLISHED)}, or null for any in a folder")
     published, image_size = None if kind is None else PUBLISHED[kind], image_size or IMAGE_SIZE
-    on_meta = torch.get_default_device().type == "meta"
-    if published and on_meta:  # nothing to fill
+    nothing_to_fill = on_meta()
+    if published and nothing_to_fill:
         return _build(published.latent_dim, image_size)
     path = Path(path).expanduser()
     config = _read_config(path) if path.is_dir() else {}
@@ -109,7 +110,7 @@ def load_vae(
         tokenizer = _build_like(state, image_size, config.get("norm_num_groups") or NUM_GROUPS, path)
     else:
         tokenizer = _build(published.latent_dim, image_size)
-    if on_meta:
+    if nothing_to_fill:
         return tokenizer
     buffers = {"latent_mean": tokenizer.latent_mean, "latent_std": tokenizer.latent_std}
     load_strictly(tokenizer, state | buffers, str(path))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from aligntok.errors import check
@@ -15,6 +14,7 @@ from aligntok.files import misfit
 from aligntok.networks.adapters import GaussianAdapter
 from aligntok.networks.conv import ConvDecoder, ConvEncoder
 from aligntok.networks.tokenizer import Tokenizer
+from aligntok.published import on_meta
 from aligntok.weights.checkpoint import load_strictly, read_file
 from aligntok.weights.official import read_official
 
@@ -40,7 +40,7 @@ def load_vavae(path: str | Path, statistics: str | Path | None = None, image_siz
     encoder = ConvEncoder(LATENT_DIM, WIDTH, MULTIPLIERS, num_blocks=2, image_size=image_size)
     decoder = ConvDecoder(LATENT_DIM, WIDTH, MULTIPLIERS, num_blocks=3)
     tokenizer = Tokenizer(encoder, GaussianAdapter(2 * LATENT_DIM, LATENT_DIM), decoder)
-    if torch.get_default_device().type == "meta":
+    if on_meta():
         return tokenizer.eval()  # nothing to fill
     buffers = {"latent_mean": tokenizer.latent_mean, "latent_std": tokenizer.latent_std}
     load_strictly(tokenizer, vavae_state(read_official(path)) | buffers, str(path))

@@ -1,5 +1,6 @@
 """CLIP score and R@1 on a CLIP of random weights: torchmetrics' number, and a count of the nearest captions."""
 
+import inspect
 import json
 import re
 import string
@@ -68,6 +69,8 @@ class Plain(nn.Module):
 def test_the_score_is_that_of_torchmetrics(clip, images):
     from torchmetrics.multimodal import CLIPScore
 
+    if "Callable" not in str(inspect.signature(CLIPScore)):
+        pytest.skip("CLIPScore of an older torchmetrics takes names alone")
     network, processor = load_clip(clip)
     alignment = CaptionAlignment(clip)
     short = [caption[:10] for caption in CAPTIONS]  # of longer ones torchmetrics cuts off the last token, too

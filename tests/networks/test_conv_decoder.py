@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aligntok.errors import UserError
-from aligntok.networks.conv import ConvDecoder
+from aligntok.networks.conv import ConvDecoder, NormSiLU
 
 VAVAE_F16D32 = {"latent_dim": 32, "width": 128, "multipliers": (1, 1, 2, 2, 4), "num_blocks": 3}
 SMALL = {"latent_dim": 4, "width": 8, "multipliers": (1, 2, 2), "num_blocks": 2, "num_groups": 4}
@@ -159,3 +159,16 @@ def test_bad_arguments(changes, message):
 def test_wrong_latent(shape):
     with pytest.raises(UserError, match=r"the decoder needs \(B, 4, h, w\)"):
         small_decoder()(torch.randn(shape))
+
+
+def test_the_norm_of_a_compiled_level_is_groupnorm():
+    """By the moments of channels: also where the mean is large beside the deviation, and in its gradients."""
+    torch.manual_seed(0)
+    norm = NormSiLU(4, 16)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = (torch.randn(2, 16, 5, 3) + 30 * torch.randn(2, 16, 1, 1)).requires_grad_()
+    inputs, results = (x, *norm.parameters()), []
+    for each in (norm.normalized(x), torch.nn.GroupNorm.forward(norm, x)):
+        results.append([each, *torch.autograd.grad(each.sin().sum(), inputs)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

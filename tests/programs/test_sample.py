@@ -244,6 +244,7 @@ def cut_on_rank(folder):
     return end.value.code, count
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="a rank of gloo that leaves before the others may wait for ever")
 def test_two_ranks_write_the_bytes_of_one(tmp_path, draw):
     draw(tmp_path / "one")
     assert run_ranks(2, cut_on_rank, tmp_path / "two") == [(143, 14)] * 2  # the blocks of the first rank, 8 and 6

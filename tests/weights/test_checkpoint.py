@@ -209,7 +209,7 @@ def command_line(folder, stage, encoder, width, *more):
     return folder / "checkpoints/last.ckpt"
 
 
-@pytest.mark.parametrize(("encoder", "width"), [(SMALL, 16), (LITE0, 40)])
+@pytest.mark.parametrize(("encoder", "width"), [(SMALL, 16), pytest.param(LITE0, 40, marks=pytest.mark.slow)])
 def test_a_checkpoint_rebuilds_its_tokenizer(tiny, tmp_path, monkeypatch, capsys, encoder, width):
     monkeypatch.chdir(tmp_path)
     one = command_line(tmp_path / "one", "latent_alignment", encoder, width)
