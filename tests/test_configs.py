@@ -81,7 +81,16 @@ def test_encode_takes_its_configs(name, tmp_path, capsys):
     assert "there is no checkpoint no.ckpt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - AFTER_OTHERS))
+LIKE_OTHERS = {f"laion/stage{i}.yaml" for i in (1, 2, 3)} | {"t2i_flux_vae.yaml", "t2i_vavae.yaml"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ())
+        for name in sorted(set(RECIPES) - AFTER_OTHERS)
+    ],
+)
 def test_recipe_builds_on_meta(name, monkeypatch, tmp_path):
     tokens = (IMAGENET[0], IMAGENET[1], IMAGENET[3], *TOKENS) if "alitok_ar.yaml" in layers_of(name) else ()
     sizes = IMAGENET if "dit.yaml" in layers_of(name) else tokens

@@ -104,6 +104,8 @@ class PromptSamples:
         layout: Of the folder.
     """
 
+    labels = None  # prompts have no numbers
+
     def __init__(self, prompts: Sequence[Prompt], samples_per_prompt: int = 1, layout: Layout = "png") -> None:
         check_positive(samples_per_prompt=samples_per_prompt)
         self.prompts, self.samples_per_prompt, self.layout = prompts, samples_per_prompt, layout
@@ -130,8 +132,8 @@ class PromptSamples:
         digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
         return {"count": len(self), "prompts": digest, "layout": self.layout}
 
-    def write_prompts(self, folder: Path) -> None:
-        """Write the prompts beside the samples."""
+    def write_list(self, folder: Path) -> None:
+        """Write which prompt each picture is of beside them."""
         if self.layout == "png":
             lines = ({"file": self.name(id), "prompt": self.prompt(id).text} for id in range(len(self)))
             write_text(folder / LISTED, "".join(json.dumps(line) + "\n" for line in lines))

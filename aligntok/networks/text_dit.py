@@ -52,6 +52,8 @@ class TextDiT(DiT):
         PixArt-alpha, arXiv:2310.00426; blocks of LightningDiT, arXiv:2501.01423; adapter of i1, arXiv:2606.11289.
     """
 
+    other_forwards = (*DiT.other_forwards, "prepare")
+
     def __init__(
         self,
         latent_shape: tuple[int, int, int],

@@ -28,7 +28,6 @@ from aligntok.messages import building
 from aligntok.programs.command import make_parser, read, started
 from aligntok.programs.fabric import dealt, held, make_fabric, on_first_rank, progress_of, unfinished, until_signal
 from aligntok.stages.generator import GeneratorStage, generator_recipe
-from aligntok.stages.text_diffusion import TextDiffusion
 
 DESCRIPTION = """\
 Draw samples of a generator into a folder. The same command goes on where it was cut off.
@@ -126,6 +125,9 @@ class ClassSamples:
         """Return what decides on the samples."""
         return {"count": len(self), "labels": hashlib.sha256(self.labels.tobytes()).hexdigest()[:16]}
 
+    def write_list(self, folder: Path) -> None:
+        """Write nothing: the names of the pictures say the labels."""
+
 
 class SampleFolder:
     """The pictures of a folder.
@@ -154,8 +156,7 @@ class SampleFolder:
             what = f"holds samples of {key} {there[key]}, but this run's {key} is {ours} (see {RECORD})"
             check(there[key] == ours, f"{self.folder} {what}: give another --output")
         write_text(path, json.dumps(record, indent=1))
-        if isinstance(self.samples, PromptSamples):
-            self.samples.write_prompts(self.folder)
+        self.samples.write_list(self.folder)
 
     def is_finished(self, ids: range) -> bool:
         """Tell whether the pictures of these samples are there; each was written whole or not at all."""
@@ -193,7 +194,7 @@ class SampleFolder:
                     for ids in blocks:
                         for pixels in pool.map(self.read, ids):
                             file.write(pixels.tobytes())
-                if isinstance(self.samples, ClassSamples):
+                if self.samples.labels is not None:
                     with archive.open("arr_1.npy", "w") as file:
                         np.lib.format.write_array(cast(BinaryIO, file), self.samples.labels, allow_pickle=False)
 
@@ -203,14 +204,13 @@ class SampleFolder:
 
 def check_kind(generator: GeneratorStage, prompts: bool) -> None:
     """Raise a ``UserError`` where a generator of classes is given prompts, or one of texts is given none."""
-    what, reads = type(generator).__name__, isinstance(generator, TextDiffusion)
+    what, reads = type(generator).__name__, generator.reads_text
     check(reads or not prompts, f"{what} takes classes and reads no prompts: leave out --prompts, give --classes")
     check(prompts or not reads, f"{what} reads prompts and takes no classes: give --prompts FILE or a text")
 
 
 def what_decides(generator: Any, samples: ClassSamples | PromptSamples, fabric: Fabric) -> dict[str, Any]:
     """Return what decides on the samples."""
-    reads = isinstance(generator, TextDiffusion)
     return {
         "network": hash_tensors(generator.network.state_dict()),
         "guide": None if generator.guide is None else hash_tensors(generator.guide.network.state_dict()),
@@ -218,7 +218,7 @@ def what_decides(generator: Any, samples: ClassSamples | PromptSamples, fabric: 
         **{name: setting(part) for name, part in generator.sampling().items()},
         "seed": generator.seed,
         "precision": fabric.strategy.precision.precision,
-        **({"text_encoder": generator.text_encoder_fingerprint} if reads else {}),
+        **({"text_encoder": generator.text_encoder_fingerprint} if generator.reads_text else {}),
         **samples.record(),
     }
 

@@ -43,6 +43,9 @@ class GeneratorStage(Stage):
     code = "latent"
     """What the tokenizer makes of an image, by its name in a batch: ``latent`` or ``tokens``."""
 
+    reads_text = False
+    """Whether conditions are texts, and samples are of prompts."""
+
     dropout_key = "label_dropout"
     """What users know the share of null conditions as."""
 

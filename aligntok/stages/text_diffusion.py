@@ -58,6 +58,7 @@ class TextDiffusion(LatentDiffusion):
         UserError: Network, encoders, guide and guidance that do not fit each other; both values are named.
     """
 
+    reads_text = True
     dropout_key = "text_dropout"
     guide_keys = ("latent_shape", "num_classes", "text_width")
 

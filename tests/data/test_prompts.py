@@ -55,7 +55,7 @@ def test_other_files_are_refused(name, text, words, tmp_path):
 def test_what_is_written_is_read(layout, tmp_path):
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in GENEVAL))
     samples = PromptSamples(read_prompts(tmp_path / "evaluation_metadata.jsonl"), 4, layout)
-    samples.write_prompts(tmp_path)
+    samples.write_list(tmp_path)
     names = [samples.name(id) for id in range(len(samples))]
     assert stored_prompts(tmp_path, names[::-1]) == [samples.prompt(id).text for id in range(8)][::-1]
     if layout == "geneval":

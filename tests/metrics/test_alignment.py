@@ -127,7 +127,7 @@ def test_evaluate_measures_samples_of_prompts(clip, tmp_path, capsys):
     alignment = CaptionAlignment(clip)
     for layout in ("png", "geneval"):
         asked = PromptSamples(read_prompts(tmp_path / "prompts.txt"), 2, layout)
-        asked.write_prompts(tmp_path / layout)
+        asked.write_list(tmp_path / layout)
         for id, image in enumerate(samples):
             write_folder(tmp_path / layout, [image], asked.name(id))
         real = write_folder(tmp_path / "real", REAL)
