@@ -199,7 +199,7 @@ def manifest(dtype: str, counts: list[int], shard_size: int) -> Manifest:
     images = {"source": "", "split": "train", "crop": "center", "count": sum(counts), "classes": []}
     records = [Record(shard_name(k), k * shard_size, count, [], "") for k, count in enumerate(counts)]
     statistics = {"mean": [0.0] * SHAPE[0], "std": [1.0] * SHAPE[0]}
-    return Manifest(tokenizer, images, dtype, True, shard_size, statistics, records)
+    return Manifest(tokenizer, images, dtype, True, shard_size, statistics, shards=records)
 
 
 def opening(cache: str) -> str:
