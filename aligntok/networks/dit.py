@@ -69,7 +69,7 @@ class DiT(ClassConditional):
         Yao et al., arXiv:2501.01423, section 4.
     """
 
-    other_forwards = ("forward_with_tokens",)  # a sharded network gathers its weights for them too
+    other_forwards: tuple[str, ...] = ("forward_with_tokens",)  # a sharded network gathers its weights for them too
     positions: Tensor
     rotary: Tensor
     wide_rotary: Tensor
