@@ -31,6 +31,10 @@ VERBS = {  # verb: function that takes the words after it, and a line of help
         "turn published weights into a checkpoint and a config",
     ),
     "evaluate": ("aligntok.programs.evaluate.evaluate_command", "measure stored images: FID and its companions"),
+    "demo": (
+        "aligntok.programs.demo.demo_command",
+        "show a generator or a tokenizer in the browser; needs aligntok[demo]",
+    ),
     "chain": ("aligntok.programs.chain.chain_command", "run commands one after another; finished ones are skipped"),
     "submit": (
         "aligntok.programs.submit.submit_command",
