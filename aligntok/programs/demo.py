@@ -15,7 +15,6 @@ from aligntok.data.images import center_crop
 from aligntok.errors import UserError, check
 from aligntok.networks.tokenizer import Tokenizer
 from aligntok.programs.parser import Parser
-from aligntok.stages import TextDiffusion
 from aligntok.stages.generator import GeneratorStage, load_generator
 from aligntok.weights.checkpoint import load_tokenizer, read_checkpoint
 
@@ -62,7 +61,7 @@ class Demo:
         """What a picture is drawn of: ``class``, ``prompt``, or nothing."""
         if self.generator is None:
             return ""
-        return "prompt" if isinstance(self.generator, TextDiffusion) else "class"
+        return "prompt" if self.generator.reads_text else "class"
 
     @torch.no_grad()
     def draw(self, wanted: str, count: int = 4, seed: int = 0) -> list[Image.Image]:
