@@ -8,8 +8,11 @@ import importlib
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 from aligntok import __version__, preemption
 from aligntok.errors import UserError
@@ -97,7 +100,7 @@ def run(verb: str, arguments: list[str]) -> int:
             raise
         return UNREAD
     except OSError as error:  # of somebody else's writer, as TensorBoard's; ours name their file
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not of_full_disk(error):
             raise
         print("aligntok: error: the disk is full: free some space, then go on (fit: --ckpt_path last)", file=sys.stderr)
         return 2
@@ -135,6 +138,18 @@ def silence() -> None:
     ):
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", module="PIL")  # what it thinks of a photo's metadata, or of its size
+    threading.excepthook = report_of_thread
+
+
+def report_of_thread(args: threading.ExceptHookArgs, show: Callable[[Any], None] = threading.excepthook) -> None:
+    """Show the error of a thread; of a full disk, as TensorBoard's writer finds it, the run's next write tells."""
+    if not of_full_disk(args.exc_value):
+        show(args)
+
+
+def of_full_disk(error: BaseException | None) -> bool:
+    """Whether an error says that there is no room, or no more for this user."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def last_message(error: Exception) -> str:

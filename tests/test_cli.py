@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from aligntok.__main__ import VERBS, main
+from aligntok.__main__ import VERBS, main, report_of_thread
 from aligntok.cli import merge_layers
 from aligntok.data import Digits
 
@@ -221,6 +222,16 @@ def test_ctrl_c_keeps_what_there_is_and_ends_with_130(capsys):
 def test_ctrl_c_before_the_first_step_ends_with_130(monkeypatch):
     monkeypatch.setattr(Digits, "__len__", lambda self: os.kill(os.getpid(), signal.SIGINT) or 1437)
     assert main(["fit", "--config", "quickstart/encoder.yaml", *DEBUG]) == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(OSError(errno.ENOSPC, "no room"), []), (OSError(errno.EIO, "broken"), [5])]
+)
+def test_a_thread_that_finds_a_full_disk_says_nothing(error, shown):
+    seen = []
+    args = threading.ExceptHookArgs((type(error), error, None, None))
+    report_of_thread(args, lambda args: seen.append(args.exc_value.errno))
+    assert seen == shown
 
 
 def test_a_disk_that_is_full_for_somebody_elses_writer_is_a_line(monkeypatch, fails):
