@@ -141,7 +141,7 @@ def silence() -> None:
     threading.excepthook = report_of_thread
 
 
-def report_of_thread(args: threading.ExceptHookArgs, show: Callable[[Any], None] = threading.excepthook) -> None:
+def report_of_thread(args: threading.ExceptHookArgs, show: Callable[[Any], object] = threading.excepthook) -> None:
     """Show the error of a thread; of a full disk, as TensorBoard's writer finds it, the run's next write tells."""
     if not of_full_disk(args.exc_value):
         show(args)
