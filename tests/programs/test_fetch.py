@@ -9,6 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -38,6 +39,7 @@ class Server(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serve a folder in place of the addresses that are published; return the folder and a config that needs both."""
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()  # an older hub's may be offline by another test
     folder = tmp_path / "served"
     folder.mkdir()
     save_file(timm.create_model("test_vit").state_dict(), folder / "model.safetensors")
