@@ -67,6 +67,7 @@ class Job:
         end = time.monotonic() + LIMIT
         while not (found := condition()):
             assert time.monotonic() < end, f"job {self.id}, no {what} in time: {self.log[-3000:]}"
+            self.cluster.revive()
             time.sleep(0.05)
         return found
 
