@@ -55,6 +55,7 @@ SMALL = {  # options for every recipe that has this layer, or is it
     "stage/text_diffusion.yaml": ("--config", "size/dit_debug.yaml", "--config", "stage/wordllama.yaml"),
     "t2i.yaml": TEXT,
     "t2i_b.yaml": TEXT,
+    "t2i_from_lightningdit.yaml": ("--data.global_batch_size", "8"),
     "stage/convnext_gan.yaml": ("--config", "size/alitok_debug.yaml", *PAPER),
     "data/folder.yaml": (*PHOTOS, "--data.global_batch_size", "2"),
     "data/imagenet_latents.yaml": ("--config", "size/dit_debug.yaml", *CACHED),
@@ -97,7 +98,7 @@ class Runs:
         options = [word for layer in sorted(layers) for word in SMALL.get(layer, ())]
         commands = "\n".join([find_config(name).read_text(), *CHAINS])
         said = re.search(rf"aligntok {verb} --config {name} .*?(--(init_from|tokenizer) \S+)", commands)
-        if said:
+        if said and "runs/" in said[1]:  # else it is a published file
             options += said[1].split()
         for path in re.findall(r"\bruns/\S+", f"{yaml.safe_dump(config)} {' '.join(options)}"):
             self.need(path)
