@@ -14,7 +14,7 @@ from aligntok.callbacks.grids import latent_colours, latent_of
 from aligntok.data.images import center_crop
 from aligntok.errors import UserError, check
 from aligntok.networks.tokenizer import Tokenizer
-from aligntok.programs.parser import Parser
+from aligntok.programs.parser import Parser, check_device
 from aligntok.stages.generator import GeneratorStage, load_generator
 from aligntok.weights.checkpoint import load_tokenizer, read_checkpoint
 
@@ -116,10 +116,7 @@ def load_demo(checkpoint: str | Path, ema: float | None = None, device: str = "c
     Raises:
         UserError: It is of neither, or there is no such device.
     """
-    try:
-        torch.zeros(1, device=device).item()  # meta holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]:.200}") from error
+    check_device(device)
     of_generator = "network" in (read_checkpoint(checkpoint, weights=False).get("hyper_parameters") or {})
     shown: Any = load_generator(checkpoint, ema) if of_generator else load_tokenizer(checkpoint, ema)
     return Demo(shown.to(device))

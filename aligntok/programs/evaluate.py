@@ -29,7 +29,7 @@ from aligntok.metrics.protocol import FREE, Protocol
 from aligntok.networks import VisionEncoder
 from aligntok.networks.frozen import Frozen, load_frozen
 from aligntok.programs.judges import Judge, frechet_ratio, read_judges, shared_reference
-from aligntok.programs.parser import Parser
+from aligntok.programs.parser import Parser, check_device
 
 DESCRIPTION = """\
 Measure images that are stored in an .npz (arr_0, uint8 of N x H x W x 3, as ADM's evaluator takes it) or in a folder.
@@ -124,7 +124,8 @@ def measure_alignment(
     alignment: CaptionAlignment, samples: Images, prompts: list[str], options: argparse.Namespace
 ) -> dict[str, float]:
     """Return CLIP score and R@1 of the samples of prompts."""
-    on_device(alignment, options.device)
+    check_device(options.device)
+    alignment.to(options.device)
     start = 0
     for image in samples.images(options.batch_size):
         ids = torch.arange(start, start + len(image))
@@ -133,20 +134,12 @@ def measure_alignment(
     return alignment.compute()
 
 
-def on_device(measure: GenerationMetrics | CaptionAlignment, device: str) -> None:
-    """Let measures compute on a device; a ``UserError`` where there is none such."""
-    try:
-        torch.zeros(1, device=device).item()  # meta holds no numbers
-        measure.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]:.200}") from error
-
-
 def evaluate(
     metrics: GenerationMetrics, samples: Images, options: argparse.Namespace, is_judge: bool
 ) -> dict[str, float]:
     """Return the numbers in the features of one network."""
-    on_device(metrics, options.device)
+    check_device(options.device)
+    metrics.to(options.device)
     find_reference(metrics, samples.image_size or (), options)
     if options.save_reference:
         path = options.save_reference / f"{metrics.features.name}.safetensors" if is_judge else options.save_reference

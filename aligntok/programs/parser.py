@@ -23,3 +23,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the message."""
         raise UserError(f"{self.prog}: {message}. See {self.prog} --help")
+
+
+def check_device(device: str) -> None:
+    """Raise a ``UserError`` where ``--device`` is none that computes here.
+
+    >>> check_device("cpu")
+    """
+    import torch  # ``aligntok report`` starts without it
+
+    try:
+        torch.zeros(1, device=device).item()  # meta holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]:.200}") from error
